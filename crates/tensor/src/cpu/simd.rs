@@ -1,0 +1,176 @@
+//! Sixteen virtual f32 lanes on every instruction family, with equal bits.
+//!
+//! A kernel implements [`Kernel`] generically over [`Simd`]; [`Isa::run`] compiles it once per family inside a
+//! function that enables the family's features, which is where the `#[inline(always)]` methods below are inlined.
+
+mod avx2;
+mod avx512;
+mod portable;
+
+use serde::Serialize;
+
+/// A vector of 16 f32 lanes. Every operation gives the same bits in every implementation.
+///
+/// # Safety
+/// Methods may only be called where the implementation's CPU features are enabled, which [`Isa::run`] guarantees.
+/// Pointers must be valid for the lanes that an operation names; no alignment is required.
+pub(crate) trait Simd: Copy + 'static {
+    /// The vector.
+    type V: Copy;
+    /// Rows of a matrix tile that fill the registers beside [`Simd::TILE_VECTORS`] columns vectors.
+    const TILE_ROWS: usize;
+    /// Vectors per row of a matrix tile; divides 4.
+    const TILE_VECTORS: usize;
+
+    unsafe fn splat(x: f32) -> Self::V;
+    unsafe fn load(ptr: *const f32) -> Self::V;
+    /// The first `lanes` (at most 16) lanes from memory, the others 0.
+    unsafe fn load_partial(ptr: *const f32, lanes: usize) -> Self::V;
+    unsafe fn store(ptr: *mut f32, v: Self::V);
+    /// Only the first `lanes` lanes to memory.
+    unsafe fn store_partial(ptr: *mut f32, lanes: usize, v: Self::V);
+    /// 16 bf16 numbers widened.
+    unsafe fn load_bf16(ptr: *const u16) -> Self::V;
+    /// 16 pairs of bf16: lane i holds numbers 2i (first) and 2i + 1 (second), widened.
+    unsafe fn load_bf16_pairs(ptr: *const u16) -> (Self::V, Self::V);
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`, one rounding.
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// `if a > b { a } else { b }`.
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
+    /// `if a < b { a } else { b }`.
+    unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn sqrt(a: Self::V) -> Self::V;
+    /// To the nearest integer, ties to even.
+    unsafe fn round(a: Self::V) -> Self::V;
+    /// `2^n` for integral n in -126..=127.
+    unsafe fn exp2_int(n: Self::V) -> Self::V;
+    /// `if a < b { x } else { y }`, lane by lane.
+    unsafe fn select_lt(a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V;
+    /// Halves, then halves again: lane i + lane i+8, then +4, +2, +1.
+    unsafe fn reduce_add(a: Self::V) -> f32;
+    unsafe fn reduce_max(a: Self::V) -> f32;
+}
+
+/// A computation that can be compiled for each instruction family.
+pub(crate) trait Kernel {
+    /// What it returns.
+    type Output;
+    /// Run with the lanes of `S`. Implementations are `#[inline(always)]`.
+    ///
+    /// # Safety
+    /// The CPU must have the features of `S`.
+    unsafe fn run<S: Simd>(self) -> Self::Output;
+}
+
+/// An instruction family of the CPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Isa {
+    /// AVX-512 F, BW, DQ, VL.
+    Avx512,
+    /// AVX2 with FMA.
+    Avx2,
+    /// Plain Rust.
+    Portable,
+}
+
+impl Isa {
+    /// The best family that this CPU has.
+    pub fn detect() -> Isa {
+        [Isa::Avx512, Isa::Avx2].into_iter().find(|isa| isa.is_available()).unwrap_or(Isa::Portable)
+    }
+
+    /// True where this CPU has the family.
+    pub fn is_available(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        {
+            match self {
+                Isa::Avx512 => {
+                    is_x86_feature_detected!("avx512f")
+                        && is_x86_feature_detected!("avx512bw")
+                        && is_x86_feature_detected!("avx512dq")
+                        && is_x86_feature_detected!("avx512vl")
+                        && is_x86_feature_detected!("fma")
+                }
+                Isa::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+                Isa::Portable => true,
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            self == Isa::Portable
+        }
+    }
+
+    /// True where the CPU multiplies bf16 pairs natively (`vdpbf16ps`).
+    pub fn has_native_bf16() -> bool {
+        #[cfg(target_arch = "x86_64")]
+        {
+            Isa::Avx512.is_available() && is_x86_feature_detected!("avx512bf16")
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            false
+        }
+    }
+
+    /// Run `kernel` with this family's lanes.
+    ///
+    /// # Panics
+    /// If the CPU lacks the family (checked when a device is made; an assertion here would cost in small kernels).
+    #[inline]
+    pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        debug_assert!(self.is_available(), "the device was made for a family that this CPU has");
+        match self {
+            // SAFETY: a device is only made for an available family.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => unsafe { run_avx512(kernel) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => unsafe { run_avx2(kernel) },
+            // SAFETY: the portable lanes need no feature.
+            _ => unsafe { kernel.run::<portable::Portable>() },
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi1,bmi2")]
+unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
+    // SAFETY: this function enables the features, and its caller checked the CPU.
+    unsafe { kernel.run::<avx512::Avx512>() }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
+unsafe fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
+    // SAFETY: this function enables the features, and its caller checked the CPU.
+    unsafe { kernel.run::<avx2::Avx2>() }
+}
+
+/// Nearest bf16 (ties to even), subnormal results flushed to zero, NaN kept quiet.
+#[inline(always)]
+pub(crate) fn to_bf16(x: f32) -> u16 {
+    let bits = x.to_bits();
+    if x.is_nan() {
+        return ((bits >> 16) as u16) | 0x0040;
+    }
+    let rounded = ((bits.wrapping_add(0x7fff + ((bits >> 16) & 1))) >> 16) as u16;
+    if rounded & 0x7f80 == 0 { rounded & 0x8000 } else { rounded }
+}
+
+/// The f32 that a bf16 stands for.
+#[inline(always)]
+pub(crate) fn from_bf16(x: u16) -> f32 {
+    f32::from_bits(u32::from(x) << 16)
+}
+
+/// The nearest number that bf16 holds.
+#[inline(always)]
+pub(crate) fn round_bf16(x: f32) -> f32 {
+    from_bf16(to_bf16(x))
+}

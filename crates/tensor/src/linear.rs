@@ -1,0 +1,75 @@
+//! Packed weights of linear layers.
+
+use crate::cpu::PackedPanels;
+use temper_types::DType;
+
+/// Shape of a weight `[n, k]` (outputs, inputs), as Hugging Face stores it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct LinearShape {
+    /// Outputs.
+    pub n: usize,
+    /// Inputs, the dimension that is summed over.
+    pub k: usize,
+}
+
+impl LinearShape {
+    /// Number of weights.
+    pub const fn len(&self) -> usize {
+        self.n * self.k
+    }
+
+    /// True where there is no weight.
+    pub const fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// In which order an output sums over its inputs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Reduction {
+    /// One chain of fused multiply-adds over ascending k.
+    Chain,
+    /// Eight chains over eight equal parts of k (each part a multiple of 2, the last may be shorter), joined by a
+    /// binary tree, so that 1, 2, 4 or 8 tensor-parallel ranks give the same bits. For row-parallel matrices.
+    Groups8,
+}
+
+/// Whether a result replaces the destination or is added to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Store {
+    /// `out = result`.
+    Write,
+    /// `out = out + result`, one rounding of the sum.
+    Add,
+}
+
+/// A weight in the layout that the device's matrix kernels read. Packed once per weight update.
+pub struct PackedLinear {
+    pub(crate) shape: LinearShape,
+    pub(crate) dtype: DType,
+    pub(crate) reduction: Reduction,
+    pub(crate) panels: PackedPanels,
+}
+
+impl PackedLinear {
+    /// Shape of the weight.
+    pub fn shape(&self) -> LinearShape {
+        self.shape
+    }
+
+    /// Format of the packed weight.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Order of summation.
+    pub fn reduction(&self) -> Reduction {
+        self.reduction
+    }
+}
+
+impl std::fmt::Debug for PackedLinear {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "PackedLinear([{}, {}] {} {:?})", self.shape.n, self.shape.k, self.dtype, self.reduction)
+    }
+}
