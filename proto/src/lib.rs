@@ -1,1 +1,23 @@
-//! Placeholder.
+//! The service contracts between the controller and its workers.
+//!
+//! Owns: the traits [`RolloutService`], [`RewardService`], [`TrainerService`] and [`TextService`], their messages, and
+//! the one error type that crosses them. Knows nothing of how a service is reached: in embedded mode the traits are
+//! implemented by objects in the same process, and a transport implements them on the caller's side.
+//!
+//! Invariants: token ids in, token ids out (only [`TextService`] sees text) · every wait has a deadline · batches are
+//! named by ids, never by arrival · no message holds a tensor, only per-token numbers.
+
+mod error;
+mod reward;
+mod rollout;
+mod text;
+mod trainer;
+
+pub use error::{ServiceError, ServiceResult};
+pub use reward::{RewardService, ScoreRequest};
+pub use rollout::{GeneratedSample, GroupRequest, GroupResult, RolloutService, RolloutStats};
+pub use text::TextService;
+pub use trainer::{
+    GlobalCounts, LogProbs, MiniBatch, OptimizerConfig, PolicyRole, StageSpec, TokenSequence, TrainRow, TrainerService,
+    UpdateReport,
+};

@@ -1,0 +1,33 @@
+//! Scoring.
+
+use crate::ServiceResult;
+use temper_types::{FinishReason, RewardOutcome, SampleKey};
+
+/// One response to score.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ScoreRequest {
+    /// Which sample it is.
+    pub key: SampleKey,
+    /// Where the prompt comes from.
+    pub data_source: String,
+    /// The response as text, the stop token left out.
+    pub response: String,
+    /// Length of the response in tokens.
+    pub num_response_tokens: usize,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// The expected answer.
+    pub ground_truth: Option<String>,
+    /// Dataset's extra information as JSON text.
+    pub extra_info: Option<String>,
+}
+
+/// Scores responses.
+pub trait RewardService: Send + Sync {
+    /// Score every request; outcomes stand in the requests' order. A sample that cannot be scored is a
+    /// [`RewardOutcome::Failed`] in its place, not an error of the call.
+    ///
+    /// # Errors
+    /// Where the service itself cannot answer.
+    fn score(&self, requests: &[ScoreRequest]) -> ServiceResult<Vec<RewardOutcome>>;
+}

@@ -1,0 +1,106 @@
+//! Generation.
+
+use crate::ServiceResult;
+use std::time::Duration;
+use temper_types::{FinishReason, GroupId, PolicyVersion, PromptId, SampleIndex, SampleTimings, SamplingParams};
+
+/// A prompt of which `seeds.len()` samples are wanted.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GroupRequest {
+    /// Unique within the run.
+    pub group_id: GroupId,
+    /// The prompt.
+    pub prompt_id: PromptId,
+    /// Pass over the data.
+    pub epoch: u64,
+    /// Ids of the prompt; at least one.
+    pub prompt_token_ids: Vec<u32>,
+    /// Seed of each sample's noise; sample i uses `seeds[i]`.
+    pub seeds: Vec<u64>,
+    /// How to draw.
+    pub sampling: SamplingParams,
+}
+
+/// One finished response.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GeneratedSample {
+    /// Index in the group.
+    pub sample_index: SampleIndex,
+    /// Seed of its noise.
+    pub seed: u64,
+    /// Ids, the stop token included.
+    pub token_ids: Vec<u32>,
+    /// log softmax(logits / T) of each id after the vocabulary mask.
+    pub log_probs: Vec<f32>,
+    /// Log-prob under the law drawn from; empty where nothing was truncated.
+    pub sampled_log_probs: Vec<f32>,
+    /// Mass that survived truncation; empty where nothing was truncated.
+    pub surviving_mass: Vec<f32>,
+    /// Version that produced each token, as runs: (version, number of tokens).
+    pub policy_versions: Vec<(PolicyVersion, u32)>,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// Tokens proposed by a drafter.
+    pub num_drafted: u32,
+    /// Proposed tokens kept.
+    pub num_accepted: u32,
+    /// Where its time went.
+    pub timings: SampleTimings,
+}
+
+/// All samples of one group, by sample index.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GroupResult {
+    /// The group.
+    pub group_id: GroupId,
+    /// The prompt.
+    pub prompt_id: PromptId,
+    /// Name of the engine.
+    pub worker: String,
+    /// Samples in ascending index, all of them.
+    pub samples: Vec<GeneratedSample>,
+}
+
+/// Counters of an engine since its start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
+pub struct RolloutStats {
+    /// Engine steps.
+    pub num_steps: u64,
+    /// Prompt rows computed (shared prefixes count once).
+    pub num_prefill_tokens: u64,
+    /// Response tokens generated.
+    pub num_generated_tokens: u64,
+    /// Sequences preempted and recomputed.
+    pub num_preemptions: u64,
+    /// Most K/V blocks in use at once.
+    pub peak_kv_blocks: u64,
+    /// K/V blocks in use now.
+    pub kv_blocks_in_use: u64,
+}
+
+/// Generates. Groups finish in any order; their contents do not depend on it.
+pub trait RolloutService: Send + Sync {
+    /// Queue groups.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a bad prompt or sampling parameter, `ResourceExhausted` for a group that can never fit;
+    /// nothing of the call is queued then.
+    fn submit(&self, groups: Vec<GroupRequest>) -> ServiceResult<()>;
+    /// The next finished group, or `None` where none is queued or running.
+    ///
+    /// # Errors
+    /// `DeadlineExceeded` where none finished within `timeout`; the groups go on.
+    fn next_group(&self, timeout: Duration) -> ServiceResult<Option<GroupResult>>;
+    /// Drop every queued and running group and free its blocks; returns how many groups were dropped.
+    ///
+    /// # Errors
+    /// Where the service cannot answer.
+    fn abort_all(&self) -> ServiceResult<usize>;
+    /// Serve `version` from now on. In one process the weights are shared and this only proves what they are.
+    ///
+    /// # Errors
+    /// `VersionMismatch` where the engine holds other weights.
+    fn set_version(&self, version: PolicyVersion) -> ServiceResult<()>;
+    /// Counters.
+    fn stats(&self) -> RolloutStats;
+}
