@@ -1,0 +1,106 @@
+//! Reading Arrow IPC and Parquet bytes that may be damaged.
+
+use crate::Error;
+use arrow_array::RecordBatch;
+use arrow_buffer::Buffer;
+use arrow_ipc::reader::StreamDecoder;
+use arrow_schema::SchemaRef;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use std::fs::File;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+/// First and last bytes of an IPC file.
+const FILE_MAGIC: &[u8] = b"ARROW1";
+/// First bytes of an IPC file, padding included; an IPC stream follows.
+const FILE_HEADER: &[u8] = b"ARROW1\0\0";
+/// Continuation mark and length 0: the end of an IPC stream.
+const END_OF_STREAM: [u8; 8] = [0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0];
+
+/// A schema and the batches that follow it.
+#[derive(Debug)]
+pub(crate) struct Table {
+    pub schema: SchemaRef,
+    pub batches: Vec<RecordBatch>,
+}
+
+/// Read an IPC file or stream whole.
+///
+/// # Errors
+/// Names the file where it is empty, truncated, damaged, or no Arrow at all.
+pub(crate) fn read_ipc(path: &Path) -> Result<Table, Error> {
+    let bytes = Buffer::from(std::fs::read(path).map_err(Error::io("read", path))?);
+    if bytes.is_empty() {
+        return Err(Error::file(path, "the file is empty: expected an Arrow IPC file or stream"));
+    }
+    let stream = if bytes.starts_with(FILE_HEADER) { stream_of_file(path, &bytes)? } else { bytes };
+    if !stream.ends_with(&END_OF_STREAM) {
+        return Err(Error::file(path, "no Arrow IPC data, or truncated: the stream does not end with its end mark"));
+    }
+    guarded(path, "Arrow IPC", || decode_stream(stream))
+}
+
+/// The stream inside an IPC file: what stands between the header and the footer.
+fn stream_of_file(path: &Path, bytes: &Buffer) -> Result<Buffer, Error> {
+    let truncated = || Error::file(path, "Arrow IPC file without its footer: the file is truncated");
+    let body = bytes.strip_suffix(FILE_MAGIC).ok_or_else(truncated)?;
+    let (rest, length) = body.split_last_chunk::<4>().ok_or_else(truncated)?;
+    let footer = usize::try_from(i32::from_le_bytes(*length)).map_err(|_| truncated())?;
+    let end = rest.len().checked_sub(footer).filter(|end| *end >= FILE_HEADER.len()).ok_or_else(truncated)?;
+    Ok(bytes.slice_with_length(FILE_HEADER.len(), end - FILE_HEADER.len()))
+}
+
+fn decode_stream(mut stream: Buffer) -> Result<Table, String> {
+    let mut decoder = StreamDecoder::new();
+    let mut batches = Vec::new();
+    while !stream.is_empty() {
+        batches.extend(decoder.decode(&mut stream).map_err(|e| e.to_string())?);
+    }
+    decoder.finish().map_err(|e| e.to_string())?;
+    let schema = decoder.schema().ok_or("the stream holds no schema")?;
+    Ok(Table { schema, batches })
+}
+
+/// Read a Parquet file whole.
+///
+/// # Errors
+/// Names the file where it is empty, truncated or damaged.
+pub(crate) fn read_parquet(path: &Path) -> Result<Table, Error> {
+    let file = File::open(path).map_err(Error::io("open", path))?;
+    if file.metadata().map_err(Error::io("read", path))?.len() == 0 {
+        return Err(Error::file(path, "the file is empty: expected Parquet"));
+    }
+    guarded(path, "Parquet", || {
+        let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| e.to_string())?;
+        let schema = builder.schema().clone();
+        let reader = builder.build().map_err(|e| e.to_string())?;
+        let batches = reader.collect::<Result<Vec<_>, _>>().map_err(|e| e.to_string())?;
+        Ok(Table { schema, batches })
+    })
+}
+
+/// Run a decoder of foreign bytes: its errors, and any panic of the decoding library on damaged input, name the file.
+fn guarded(path: &Path, format: &str, decode: impl FnOnce() -> Result<Table, String>) -> Result<Table, Error> {
+    let outcome = catch_unwind(AssertUnwindSafe(decode));
+    let decoded = outcome.unwrap_or_else(|_| Err("the decoder gave up on damaged data".to_owned()));
+    decoded.map_err(|cause| Error::file(path, format!("not readable as {format} (truncated or damaged?): {cause}")))
+}
+
+/// The shards that a saved dataset's `state.json` lists, in order.
+///
+/// # Errors
+/// Names `state.json` where it is missing, no JSON, or lists something other than plain file names.
+pub(crate) fn data_files(dir: &Path) -> Result<Vec<String>, Error> {
+    let path = dir.join("state.json");
+    let text = std::fs::read(&path).map_err(Error::io("read", &path))?;
+    let state: serde_json::Value =
+        serde_json::from_slice(&text).map_err(|e| Error::file(&path, format!("bad JSON: {e}")))?;
+    let wrong = || Error::file(&path, "expected `_data_files` as a list of {\"filename\": NAME} with plain file names");
+    let files = state.get("_data_files").and_then(|files| files.as_array()).ok_or_else(wrong)?;
+    let name = |file: &serde_json::Value| {
+        let name = file.get("filename")?.as_str()?;
+        let is_plain = !name.is_empty() && !name.contains(['/', '\\']) && name != "..";
+        is_plain.then(|| name.to_owned())
+    };
+    files.iter().map(|file| name(file).ok_or_else(wrong)).collect()
+}
