@@ -1,1 +1,32 @@
-//! Placeholder.
+//! The algorithms of RL post-training as pure functions with gradients.
+//!
+//! Owns: advantages, losses, KL, filters, schedules and the reference maths of optimizers; what each algorithm needs
+//! ([`Plan`]). Knows nothing of I/O, devices, services or the loop. All maths is f64. Every loss returns its gradient
+//! with respect to log-probs (and entropies, values, scores); losses are normalised by global counts, so the split
+//! into micro-batches, packing order and the number of ranks do not change them.
+//!
+//! Called by the controller (advantages, filters) and the trainer (losses, schedules).
+
+mod advantages;
+mod batch;
+mod error;
+pub mod filters;
+mod kl;
+mod loss;
+pub mod masked;
+mod plan;
+mod sft;
+
+pub use advantages::{AdvEstimator, AdvantageConfig, AdvantageInput, AdvantageOutput, Rewards, compute_advantages};
+pub use batch::{TokenBatch, widen};
+pub use error::Error;
+pub use kl::{
+    Dual, KlController, KlControllerConfig, KlControllerType, KlInRewardConfig, KlType, PenalisedRewards,
+    apply_kl_penalty, kl_penalty,
+};
+pub use loss::{
+    GlobalCounts, LossAggMode, LossMetrics, LossMode, LossOutput, PolicyLossConfig, PolicyLossInput, agg_loss,
+    policy_loss,
+};
+pub use plan::{AlgorithmConfig, Grouping, Plan, Scope};
+pub use sft::{SftLossType, TokenLoss, sft_loss};

@@ -1,0 +1,168 @@
+//! Policy losses and their gradients with respect to log-probs and entropies. One file per loss.
+//!
+//! `loss = pg_loss - entropy_coeff * agg(entropy) + kl_loss_coef * agg(kl)`, every part aggregated by the same mode
+//! over global counts. Masked tokens get exactly zero gradient. A log-prob, advantage, weight or result that is not
+//! finite on an unmasked token is an error that names it.
+
+mod agg;
+mod config;
+mod metrics;
+mod terms;
+mod vanilla;
+
+pub use agg::{GlobalCounts, LossAggMode, agg_loss};
+pub use config::{LossMode, PolicyLossConfig};
+pub use metrics::LossMetrics;
+
+use crate::batch::require_tokens;
+use crate::kl::kl_penalty;
+use crate::masked::broadcast;
+use crate::{Error, TokenBatch};
+use terms::Terms;
+
+/// Everything a policy loss may read; `..Default::default()` leaves out what the plan does not ask for.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct PolicyLossInput<'a> {
+    /// Rows and mask.
+    pub batch: TokenBatch<'a>,
+    /// `[T]`: log-probs under the policy now.
+    pub log_probs: &'a [f64],
+    /// `[T]`: log-probs at the start of the step.
+    pub old_log_probs: &'a [f64],
+    /// `[T]`: advantages.
+    pub advantages: &'a [f64],
+    /// `[T]`: log-probs under the reference (use_kl_loss).
+    pub ref_log_probs: Option<&'a [f64]>,
+    /// `[T]`: entropies under the policy now (entropy_coeff above 0; else only for the metrics).
+    pub entropies: Option<&'a [f64]>,
+    /// `[T]`: importance weights of the rollout correction; each multiplies its token's loss.
+    pub rollout_is_weights: Option<&'a [f64]>,
+}
+
+/// A loss and its gradient.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LossOutput {
+    /// This call's share of the global loss: shares add up.
+    pub loss: f64,
+    /// `[T]`: d loss / d log_prob.
+    pub d_log_probs: Vec<f64>,
+    /// `[T]`: d loss / d entropy; all 0 where `entropy_coeff` is 0.
+    pub d_entropies: Vec<f64>,
+    /// Sums to add up over micro-batches.
+    pub metrics: LossMetrics,
+}
+
+/// Compute a policy loss with its gradient.
+///
+/// `counts` are those of the whole mini-batch, over all micro-batches and ranks.
+///
+/// # Errors
+/// A setting out of range; an array that is missing, has the wrong length or is not finite; a loss or gradient that
+/// is not finite.
+pub fn policy_loss(
+    config: &PolicyLossConfig,
+    input: &PolicyLossInput<'_>,
+    counts: &GlobalCounts,
+) -> Result<LossOutput, Error> {
+    config.validate()?;
+    check(input)?;
+    let batch = &input.batch;
+    let mut terms = surrogate(config, input);
+    if let Some(weights) = input.rollout_is_weights {
+        terms.weigh(batch, weights);
+    }
+    let weights = broadcast(batch, &config.loss_agg_mode.row_weights(batch, counts)?);
+    let mut out = aggregate(batch, &terms, &weights, input);
+    if config.use_kl_loss {
+        add_kl(config, input, &weights, &mut out)?;
+    }
+    add_entropy(config, input, &weights, &mut out)?;
+    finite(batch, &out)?;
+    Ok(out)
+}
+
+fn surrogate(config: &PolicyLossConfig, input: &PolicyLossInput<'_>) -> Terms {
+    let log_ratio = |t: usize| input.log_probs[t] - input.old_log_probs[t];
+    let range = config.clip_range();
+    match config.loss_mode {
+        LossMode::Vanilla => Terms::per_token(&input.batch, |t| {
+            vanilla::term(log_ratio(t), input.advantages[t], range, config.clip_ratio_c)
+        }),
+    }
+}
+
+fn check(input: &PolicyLossInput<'_>) -> Result<(), Error> {
+    let batch = &input.batch;
+    let check = |name, values| batch.expect_finite("policy_loss", name, values);
+    check("log_probs", input.log_probs)?;
+    check("old_log_probs", input.old_log_probs)?;
+    check("advantages", input.advantages)?;
+    input.rollout_is_weights.map_or(Ok(()), |weights| check("rollout_is_weights", weights))
+}
+
+fn aggregate(batch: &TokenBatch, terms: &Terms, weights: &[f64], input: &PolicyLossInput<'_>) -> LossOutput {
+    let active = || (0..batch.num_slots()).filter(|t| batch.is_active(*t));
+    let pg_loss = active().map(|t| terms.losses[t] * weights[t]).sum();
+    let metrics = LossMetrics {
+        num_tokens: batch.num_tokens() as f64,
+        pg_loss,
+        num_clipped: terms.num_clipped as f64,
+        num_clipped_lower: terms.num_clipped_lower as f64,
+        ppo_kl_sum: active().map(|t| input.old_log_probs[t] - input.log_probs[t]).sum(),
+        log_ratio_max: active().map(|t| (input.log_probs[t] - input.old_log_probs[t]).abs()).fold(0.0, f64::max),
+        ..LossMetrics::default()
+    };
+    LossOutput {
+        loss: pg_loss,
+        d_log_probs: terms.d_log_probs.iter().zip(weights).map(|(d, w)| d * w).collect(),
+        d_entropies: vec![0.0; batch.num_slots()],
+        metrics,
+    }
+}
+
+fn add_kl(
+    config: &PolicyLossConfig,
+    input: &PolicyLossInput<'_>,
+    weights: &[f64],
+    out: &mut LossOutput,
+) -> Result<(), Error> {
+    let reference = require_tokens(&input.batch, "use_kl_loss", "ref_log_probs", input.ref_log_probs)?;
+    let kl = kl_penalty(config.kl_loss_type, &input.batch, input.log_probs, reference)?;
+    let mut total = 0.0;
+    for (t, (kl, weight)) in kl.iter().zip(weights).enumerate() {
+        total += kl.value * weight;
+        out.d_log_probs[t] += config.kl_loss_coef * kl.d * weight;
+    }
+    out.metrics.kl_loss = total;
+    out.loss += config.kl_loss_coef * total;
+    Ok(())
+}
+
+fn add_entropy(
+    config: &PolicyLossConfig,
+    input: &PolicyLossInput<'_>,
+    weights: &[f64],
+    out: &mut LossOutput,
+) -> Result<(), Error> {
+    if config.entropy_coeff == 0.0 && input.entropies.is_none() {
+        return Ok(());
+    }
+    let batch = &input.batch;
+    let entropies = require_tokens(batch, "entropy_coeff", "entropies", input.entropies)?;
+    let active = || (0..batch.num_slots()).filter(|t| batch.is_active(*t));
+    out.metrics.entropy_sum = active().map(|t| entropies[t]).sum();
+    out.metrics.entropy_agg = active().map(|t| entropies[t] * weights[t]).sum();
+    if config.entropy_coeff > 0.0 {
+        out.loss -= config.entropy_coeff * out.metrics.entropy_agg;
+        active().for_each(|t| out.d_entropies[t] = -config.entropy_coeff * weights[t]);
+    }
+    Ok(())
+}
+
+fn finite(batch: &TokenBatch, out: &LossOutput) -> Result<(), Error> {
+    batch.expect_finite("policy_loss", "d_log_probs", &out.d_log_probs)?;
+    if out.loss.is_finite() {
+        return Ok(());
+    }
+    Err(Error::batch("policy_loss", format!("the loss is {}: expected a finite number", out.loss)))
+}

@@ -1,0 +1,149 @@
+//! What an algorithm needs: the loop and the trainer follow the plan and name no algorithm.
+
+use crate::advantages::{AdvEstimator, AdvantageConfig};
+use crate::filters::{FilterGroupsConfig, OverlongConfig};
+use crate::kl::KlInRewardConfig;
+use crate::loss::PolicyLossConfig;
+use crate::{Error, KlController};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// What a loss has to see at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scope {
+    /// Any set of tokens of a row.
+    Token,
+    /// Whole rows.
+    Sequence,
+    /// The whole mini-batch, over all ranks: covariances, quantiles, sorts.
+    MiniBatch,
+}
+
+/// How rows hang together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Grouping {
+    /// Every row stands alone.
+    None,
+    /// Samples of one prompt form a group; with fewer than `min_size` of them the estimator says nothing useful.
+    Group {
+        /// Smallest useful number of samples per prompt.
+        min_size: u32,
+    },
+}
+
+/// A complete on-policy algorithm: its parts, each with its own settings.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct AlgorithmConfig {
+    /// Rewards to advantages.
+    pub advantage: AdvantageConfig,
+    /// The policy loss.
+    pub policy_loss: PolicyLossConfig,
+    /// KL as a part of the reward.
+    pub kl_in_reward: KlInRewardConfig,
+    /// Dynamic sampling.
+    pub filter_groups: FilterGroupsConfig,
+    /// Penalty for long responses.
+    pub overlong: OverlongConfig,
+    /// Leave responses that reached the length limit out of the loss.
+    pub mask_truncated_completions: bool,
+}
+
+/// What to compute and provide before advantages and loss.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// Log-probs at the start of the step, by the trainer.
+    pub old_log_probs: bool,
+    /// Log-probs under the reference policy, by the trainer.
+    pub ref_log_probs: bool,
+    /// Values by a critic.
+    pub values: bool,
+    /// Entropies enter the loss (else they are only reported).
+    pub entropies: bool,
+    /// Sum of squared probabilities over the vocabulary.
+    pub sum_pi_squared: bool,
+    /// A greedy response to every prompt, scored.
+    pub greedy_baseline: bool,
+    /// Reward components one by one.
+    pub reward_components: bool,
+    /// Grouping of rows.
+    pub grouping: Grouping,
+    /// Groups are filtered and refilled.
+    pub filter_groups: bool,
+    /// What the advantages have to see at once.
+    pub advantage_scope: Scope,
+    /// What the loss has to see at once.
+    pub loss_scope: Scope,
+}
+
+impl AlgorithmConfig {
+    /// Check every part.
+    ///
+    /// # Errors
+    /// The first setting out of range, by name.
+    pub fn validate(&self) -> Result<(), Error> {
+        self.advantage.validate()?;
+        self.policy_loss.validate()?;
+        KlController::new(&self.kl_in_reward.kl_ctrl)?;
+        self.overlong.validate()
+    }
+
+    /// What this algorithm needs.
+    pub fn plan(&self) -> Plan {
+        let estimator = self.advantage.adv_estimator;
+        let token_baseline =
+            matches!(estimator, AdvEstimator::OptimalTokenBaseline | AdvEstimator::TirOptimalTokenBaseline);
+        Plan {
+            old_log_probs: true,
+            ref_log_probs: self.policy_loss.use_kl_loss || self.kl_in_reward.use_kl_in_reward,
+            values: estimator == AdvEstimator::Gae,
+            entropies: self.policy_loss.entropy_coeff > 0.0,
+            sum_pi_squared: token_baseline,
+            greedy_baseline: estimator == AdvEstimator::Remax,
+            reward_components: estimator == AdvEstimator::Gdpo,
+            grouping: grouping(estimator),
+            filter_groups: self.filter_groups.enable,
+            advantage_scope: advantage_scope(estimator),
+            loss_scope: self.policy_loss.scope(),
+        }
+    }
+}
+
+fn grouping(estimator: AdvEstimator) -> Grouping {
+    match estimator {
+        AdvEstimator::Gae | AdvEstimator::ReinforcePlusPlus | AdvEstimator::Remax => Grouping::None,
+        AdvEstimator::Grpo
+        | AdvEstimator::GrpoVectorized
+        | AdvEstimator::GrpoPassk
+        | AdvEstimator::Rloo
+        | AdvEstimator::RlooVectorized
+        | AdvEstimator::ReinforcePlusPlusBaseline
+        | AdvEstimator::Opo
+        | AdvEstimator::Gpg
+        | AdvEstimator::OptimalTokenBaseline
+        | AdvEstimator::TirOptimalTokenBaseline
+        | AdvEstimator::Gdpo => Grouping::Group { min_size: 2 },
+    }
+}
+
+/// Group statistics are complete when the group's rows are; whitening and gpg's scale need the whole batch.
+fn advantage_scope(estimator: AdvEstimator) -> Scope {
+    match estimator {
+        AdvEstimator::Gae
+        | AdvEstimator::ReinforcePlusPlus
+        | AdvEstimator::ReinforcePlusPlusBaseline
+        | AdvEstimator::Gpg
+        | AdvEstimator::Gdpo => Scope::MiniBatch,
+        AdvEstimator::Grpo
+        | AdvEstimator::GrpoVectorized
+        | AdvEstimator::GrpoPassk
+        | AdvEstimator::Rloo
+        | AdvEstimator::RlooVectorized
+        | AdvEstimator::Remax
+        | AdvEstimator::Opo
+        | AdvEstimator::OptimalTokenBaseline
+        | AdvEstimator::TirOptimalTokenBaseline => Scope::Sequence,
+    }
+}
