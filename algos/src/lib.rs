@@ -14,7 +14,10 @@ pub mod filters;
 mod kl;
 mod loss;
 pub mod masked;
+pub mod metrics;
+pub mod optim;
 mod plan;
+mod schedule;
 mod sft;
 
 pub use advantages::{AdvEstimator, AdvantageConfig, AdvantageInput, AdvantageOutput, Rewards, compute_advantages};
@@ -29,4 +32,5 @@ pub use loss::{
     policy_loss,
 };
 pub use plan::{AlgorithmConfig, Grouping, Plan, Scope};
+pub use schedule::{LrScheduleConfig, ScheduleType};
 pub use sft::{SftLossType, TokenLoss, sft_loss};
