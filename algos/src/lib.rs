@@ -15,6 +15,7 @@ mod kl;
 mod loss;
 pub mod masked;
 pub mod metrics;
+mod objective;
 pub mod optim;
 mod plan;
 mod schedule;
@@ -31,6 +32,7 @@ pub use loss::{
     GlobalCounts, LossAggMode, LossMetrics, LossMode, LossOutput, PolicyLossConfig, PolicyLossInput, agg_loss,
     policy_loss,
 };
+pub use objective::{Objective, ObjectiveInput, ObjectiveOutput};
 pub use plan::{AlgorithmConfig, Grouping, Plan, Scope};
 pub use schedule::{LrScheduleConfig, ScheduleType};
 pub use sft::{SftLossType, TokenLoss, sft_loss};

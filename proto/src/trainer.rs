@@ -40,12 +40,16 @@ pub struct TrainRow {
 }
 
 /// Counts over the whole mini-batch of all ranks, by which losses are normalised.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct GlobalCounts {
     /// Tokens with mask 1.
     pub num_tokens: u64,
     /// Sequences with at least one such token.
     pub num_sequences: u64,
+    /// All sequences.
+    pub num_rows: u64,
+    /// Divisor of seq-mean-token-sum-norm: longest response in tokens.
+    pub loss_scale_factor: f64,
 }
 
 /// One optimizer step's data.
