@@ -14,6 +14,7 @@ pub mod filters;
 mod kl;
 mod loss;
 pub mod masked;
+mod math;
 pub mod metrics;
 mod objective;
 pub mod optim;

@@ -34,6 +34,8 @@ pub struct ObjectiveInput<'a> {
     pub advantages: &'a [f64],
     /// Importance weights of rollout correction.
     pub rollout_is_weights: Option<&'a [f64]>,
+    /// Seed of random choices within the loss.
+    pub noise_seed: u64,
 }
 
 /// This call's share of the loss, its gradients and its sums.
@@ -93,6 +95,7 @@ impl Objective {
                     ref_log_probs: input.ref_log_probs,
                     entropies: Some(input.entropies),
                     rollout_is_weights: input.rollout_is_weights,
+                    noise_seed: input.noise_seed,
                 };
                 let out = policy_loss(config, &policy_input, counts)?;
                 let d_entropies = if config.entropy_coeff > 0.0 { out.d_entropies } else { Vec::new() };

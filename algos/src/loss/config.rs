@@ -13,6 +13,28 @@ pub enum LossMode {
     /// PPO's clipped surrogate with clip-higher and dual clip.
     #[default]
     Vanilla,
+    /// One ratio per sequence (GSPO).
+    Gspo,
+    /// Detached clipped ratio (CISPO).
+    Cispo,
+    /// Sigmoid gate (SAPO).
+    Sapo,
+    /// Geometric mean of ratios clipped per token (GMPO).
+    GeoMean,
+    /// Plain policy gradient for gpg's advantages.
+    Gpg,
+    /// Plain policy gradient.
+    Reinforce,
+    /// PPO that drops some of the tokens with high covariance.
+    ClipCov,
+    /// Policy gradient with a KL penalty on the tokens with the highest covariance.
+    KlCov,
+    /// Trust region by total variation (DPPO).
+    DppoTv,
+    /// Trust region by binary KL (DPPO).
+    DppoKl,
+    /// Policy gradient with a quadratic pull towards the old policy.
+    Dro,
 }
 
 /// Settings of a policy loss; each mode reads those it names.
@@ -39,6 +61,22 @@ pub struct PolicyLossConfig {
     pub kl_loss_coef: f64,
     /// Its estimator.
     pub kl_loss_type: KlType,
+    /// Steepness of sapo's gate where the advantage is positive.
+    pub tau_pos: f64,
+    /// Steepness of sapo's gate elsewhere.
+    pub tau_neg: f64,
+    /// Share of the tokens that clip_cov drops.
+    pub clip_cov_ratio: f64,
+    /// Candidates of clip_cov have a covariance above this.
+    pub clip_cov_lb: f64,
+    /// Candidates of clip_cov have a covariance below this.
+    pub clip_cov_ub: f64,
+    /// Share of the tokens that kl_cov penalises.
+    pub kl_cov_ratio: f64,
+    /// Weight of kl_cov's penalty.
+    pub ppo_kl_coef: f64,
+    /// Weight of dro's pull; dro needs a number above 0.
+    pub dro_beta: f64,
 }
 
 impl Default for PolicyLossConfig {
@@ -54,6 +92,14 @@ impl Default for PolicyLossConfig {
             use_kl_loss: false,
             kl_loss_coef: 0.001,
             kl_loss_type: KlType::K3,
+            tau_pos: 1.0,
+            tau_neg: 1.05,
+            clip_cov_ratio: 2e-4,
+            clip_cov_lb: 1.0,
+            clip_cov_ub: 5.0,
+            kl_cov_ratio: 2e-4,
+            ppo_kl_coef: 0.1,
+            dro_beta: 0.0,
         }
     }
 }
@@ -76,7 +122,16 @@ impl PolicyLossConfig {
     /// What the loss has to see at once.
     pub fn scope(&self) -> Scope {
         match self.loss_mode {
-            LossMode::Vanilla => Scope::Token,
+            LossMode::Vanilla
+            | LossMode::Cispo
+            | LossMode::Sapo
+            | LossMode::Gpg
+            | LossMode::Reinforce
+            | LossMode::DppoTv
+            | LossMode::DppoKl
+            | LossMode::Dro => Scope::Token,
+            LossMode::Gspo | LossMode::GeoMean => Scope::Sequence,
+            LossMode::ClipCov | LossMode::KlCov => Scope::MiniBatch,
         }
     }
 
@@ -93,6 +148,21 @@ impl PolicyLossConfig {
         from_zero("clip_ratio_high", self.clip_range().high)?;
         from_zero("entropy_coeff", self.entropy_coeff)?;
         from_zero("kl_loss_coef", self.kl_loss_coef)?;
+        from_zero("ppo_kl_coef", self.ppo_kl_coef)?;
+        from_zero("dro_beta", self.dro_beta)?;
+        let above_zero = |name, v: f64| {
+            if v > 0.0 && v.is_finite() { Ok(()) } else { Err(Error::setting(name, v, "a number above 0")) }
+        };
+        above_zero("tau_pos", self.tau_pos)?;
+        above_zero("tau_neg", self.tau_neg)?;
+        let share = |name, v: f64| {
+            if v > 0.0 && v <= 1.0 { Ok(()) } else { Err(Error::setting(name, v, "a share above 0, at most 1")) }
+        };
+        share("clip_cov_ratio", self.clip_cov_ratio)?;
+        share("kl_cov_ratio", self.kl_cov_ratio)?;
+        if self.loss_mode == LossMode::Dro {
+            above_zero("dro_beta", self.dro_beta)?;
+        }
         let c = self.clip_ratio_c;
         if !(c == 0.0 || (c > 1.0 && c.is_finite())) {
             return Err(Error::setting("clip_ratio_c", c, "a number above 1, or 0 for no dual clip"));

@@ -5,8 +5,16 @@
 //! finite on an unmasked token is an error that names it.
 
 mod agg;
+mod cispo;
 mod config;
+mod cov;
+mod dppo;
+mod dro;
+mod geo_mean;
+mod gpg;
+mod gspo;
 mod metrics;
+mod sapo;
 mod terms;
 mod vanilla;
 
@@ -18,7 +26,7 @@ use crate::batch::require_tokens;
 use crate::kl::kl_penalty;
 use crate::masked::broadcast;
 use crate::{Error, TokenBatch};
-use terms::Terms;
+use terms::{Terms, TokenTerm};
 
 /// Everything a policy loss may read; `..Default::default()` leaves out what the plan does not ask for.
 #[derive(Debug, Clone, Copy, Default)]
@@ -37,6 +45,8 @@ pub struct PolicyLossInput<'a> {
     pub entropies: Option<&'a [f64]>,
     /// `[T]`: importance weights of the rollout correction; each multiplies its token's loss.
     pub rollout_is_weights: Option<&'a [f64]>,
+    /// Seed of clip_cov's random choice.
+    pub noise_seed: u64,
 }
 
 /// A loss and its gradient.
@@ -67,12 +77,18 @@ pub fn policy_loss(
     config.validate()?;
     check(input)?;
     let batch = &input.batch;
-    let mut terms = surrogate(config, input);
-    if let Some(weights) = input.rollout_is_weights {
-        terms.weigh(batch, weights);
-    }
+    let terms = surrogate(config, input);
     let weights = broadcast(batch, &config.loss_agg_mode.row_weights(batch, counts)?);
-    let mut out = aggregate(batch, &terms, &weights, input);
+    let pg_weights = match config.loss_mode {
+        LossMode::GeoMean => vec![1.0 / counts.num_rows.max(1) as f64; batch.num_slots()],
+        LossMode::Sapo => broadcast(batch, &LossAggMode::SeqMeanTokenMean.row_weights(batch, counts)?),
+        _ => weights.clone(),
+    };
+    let mut out = aggregate(batch, &terms, &pg_weights, input);
+    if config.loss_mode == LossMode::KlCov {
+        let active = (0..batch.num_slots()).filter(|t| batch.is_active(*t));
+        out.metrics.ppo_kl_sum = active.map(|t| (input.log_probs[t] - input.old_log_probs[t]).abs()).sum();
+    }
     if config.use_kl_loss {
         add_kl(config, input, &weights, &mut out)?;
     }
@@ -81,14 +97,33 @@ pub fn policy_loss(
     Ok(out)
 }
 
+/// Token losses of the configured mode, with importance weights inside.
 fn surrogate(config: &PolicyLossConfig, input: &PolicyLossInput<'_>) -> Terms {
-    let log_ratio = |t: usize| input.log_probs[t] - input.old_log_probs[t];
+    let (log_probs, old, advantages) = (input.log_probs, input.old_log_probs, input.advantages);
+    let log_ratio = |t: usize| log_probs[t] - old[t];
     let range = config.clip_range();
-    match config.loss_mode {
-        LossMode::Vanilla => Terms::per_token(&input.batch, |t| {
-            vanilla::term(log_ratio(t), input.advantages[t], range, config.clip_ratio_c)
-        }),
+    let per_token = |term: &dyn Fn(usize) -> TokenTerm| Terms::per_token(&input.batch, term);
+    let dppo = |divergence| {
+        let ceiling = config.clip_ratio_c;
+        per_token(&|t| dppo::term(divergence, (log_probs[t], old[t]), advantages[t], range, ceiling))
+    };
+    let mut terms = match config.loss_mode {
+        LossMode::Vanilla => per_token(&|t| vanilla::term(log_ratio(t), advantages[t], range, config.clip_ratio_c)),
+        LossMode::Gspo => gspo::terms(input, range),
+        LossMode::Cispo => per_token(&|t| cispo::term(log_probs[t], log_ratio(t), advantages[t], range)),
+        LossMode::Sapo => per_token(&|t| sapo::term(log_ratio(t), advantages[t], (config.tau_pos, config.tau_neg))),
+        LossMode::GeoMean => return geo_mean::terms(input, range),
+        LossMode::Gpg | LossMode::Reinforce => per_token(&|t| gpg::term(log_probs[t], advantages[t])),
+        LossMode::ClipCov => cov::clip_cov(config, input, range),
+        LossMode::KlCov => cov::kl_cov(config, input),
+        LossMode::DppoTv => dppo(dppo::Divergence::TotalVariation),
+        LossMode::DppoKl => dppo(dppo::Divergence::BinaryKl),
+        LossMode::Dro => per_token(&|t| dro::term(log_probs[t], log_ratio(t), advantages[t], config.dro_beta)),
+    };
+    if let Some(weights) = input.rollout_is_weights {
+        terms.weigh(&input.batch, weights);
     }
+    terms
 }
 
 fn check(input: &PolicyLossInput<'_>) -> Result<(), Error> {

@@ -26,16 +26,16 @@ pub(crate) struct Terms {
 }
 
 impl Terms {
+    /// No loss at all.
+    pub(crate) fn zeros(batch: &TokenBatch) -> Terms {
+        let zeros = || vec![0.0; batch.num_slots()];
+        Terms { losses: zeros(), d_log_probs: zeros(), num_clipped: 0, num_clipped_lower: 0 }
+    }
+
     /// Compute a term for every unmasked token.
     pub(crate) fn per_token(batch: &TokenBatch, term: impl Fn(usize) -> TokenTerm) -> Terms {
-        let num_slots = batch.num_slots();
-        let mut terms = Terms {
-            losses: vec![0.0; num_slots],
-            d_log_probs: vec![0.0; num_slots],
-            num_clipped: 0,
-            num_clipped_lower: 0,
-        };
-        for t in (0..num_slots).filter(|t| batch.is_active(*t)) {
+        let mut terms = Terms::zeros(batch);
+        for t in (0..batch.num_slots()).filter(|t| batch.is_active(*t)) {
             let token = term(t);
             terms.losses[t] = token.loss;
             terms.d_log_probs[t] = token.d;
