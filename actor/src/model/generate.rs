@@ -1,0 +1,142 @@
+//! A step of generation: rows of many sequences through all layers, and one drawn token per chosen row.
+
+use super::layer::{AttendBuffers, ExpandBuffers, Rows};
+use super::packed::PackedPolicy;
+use super::scratch::GrowBuffer;
+use temper_tensor::{KvCache, LmHead, SampleRow, Sampled, SeqSpan, TokenStats, View};
+
+/// Rows of one step, of any mix of sequences: decodes (one row), chunks of prompts, drafts to verify.
+#[derive(Debug, Clone, Copy)]
+pub struct Batch<'a> {
+    /// Input id of each row; every id is below the vocabulary size.
+    pub token_ids: &'a [u32],
+    /// RoPE position of each row; every position is below `max_position_embeddings`.
+    pub positions: &'a [u32],
+    /// Which rows belong to which sequence. Every row is in exactly one span, and a sequence is in at most one.
+    pub spans: &'a [SeqSpan<'a>],
+}
+
+/// Buffers of one pass, which grow to the largest batch seen and are then reused.
+#[derive(Debug, Default)]
+pub struct Workspace {
+    /// Number of rows of the last pass.
+    rows: usize,
+    /// Residual stream, `[T, D]`.
+    pub(super) x: GrowBuffer,
+    /// Input of the projections after a norm, `[T, D]`.
+    pub(super) normed: GrowBuffer,
+    /// Fused projections, `[T, (H + 2G) K]`.
+    pub(super) qkv: GrowBuffer,
+    /// Their normed copy, where the model norms heads.
+    pub(super) heads: GrowBuffer,
+    /// Attention output, `[T, H K]`.
+    pub(super) attn: GrowBuffer,
+    /// Gate and up projections, `[T, 2F]`.
+    pub(super) gate_up: GrowBuffer,
+    /// `silu(gate) * up`, `[T, F]`.
+    pub(super) act: GrowBuffer,
+    /// Final-normed rows, `[T, D]`.
+    hidden: GrowBuffer,
+    /// Chosen rows of `hidden`.
+    picked: GrowBuffer,
+}
+
+impl Workspace {
+    /// An empty workspace; it takes memory at its first pass.
+    pub fn new() -> Self {
+        Workspace::default()
+    }
+
+    /// Reserve what every kind of pass over `rows` rows needs.
+    pub(super) fn reserve(&mut self, policy: &PackedPolicy, rows: usize) {
+        let (dev, dims) = (&*policy.dev, policy.dims);
+        self.x.reserve(dev, rows * dims.model);
+        self.normed.reserve(dev, rows * dims.model);
+        self.qkv.reserve(dev, rows * dims.qkv);
+        self.heads.reserve(dev, rows * dims.normed_heads());
+        self.attn.reserve(dev, rows * dims.attn);
+        self.gate_up.reserve(dev, rows * 2 * dims.ffn);
+        self.act.reserve(dev, rows * dims.ffn);
+    }
+}
+
+impl PackedPolicy {
+    /// Run all layers over the rows of a step, append their keys and values to the cache, and return the final-normed
+    /// hidden rows, `[T, D]`, in the order of the batch. Allocates only where the batch is the largest so far.
+    ///
+    /// # Panics
+    /// If ids, positions and spans disagree in length, or leave the vocabulary, the positions or the cache.
+    pub fn forward<'w>(&self, batch: &Batch<'_>, cache: &mut KvCache, workspace: &'w mut Workspace) -> View<'w> {
+        let (dev, t, d) = (&*self.dev, batch.token_ids.len(), self.dims.model);
+        assert_eq!(batch.positions.len(), t, "one position per row");
+        workspace.reserve(self, t);
+        workspace.hidden.reserve(dev, t * d);
+        workspace.rows = t;
+        dev.embed(batch.token_ids, self.embed.all(), self.dtype, workspace.x.view_mut(t * d));
+        let rows = Rows { positions: batch.positions, spans: batch.spans };
+        for index in 0..self.layers.len() {
+            self.run_layer(index, rows, (cache, index), workspace);
+        }
+        let hidden = workspace.hidden.view_mut(t * d);
+        dev.rms_norm(workspace.x.view(t * d), self.final_norm.all(), self.norm_shape(t), hidden, None);
+        workspace.hidden.view(t * d)
+    }
+
+    /// One layer over the residual stream of the workspace, keeping nothing.
+    pub(super) fn run_layer(&self, index: usize, rows: Rows<'_>, kv: (&mut KvCache, usize), ws: &mut Workspace) {
+        let (layer, dims, t) = (&self.layers[index], self.dims, rows.len());
+        let attend = AttendBuffers {
+            normed: ws.normed.view_mut(t * dims.model),
+            rstd: None,
+            qkv: ws.qkv.view_mut(t * dims.qkv),
+            heads: ws.heads.view_mut(t * dims.normed_heads()),
+            attn: ws.attn.view_mut(t * dims.attn),
+            lse: None,
+        };
+        self.attend(layer, ws.x.view(t * dims.model), rows, kv, attend);
+        self.add_attention(layer, ws.attn.view(t * dims.attn), ws.x.view_mut(t * dims.model));
+        let expand = ExpandBuffers {
+            normed: ws.normed.view_mut(t * dims.model),
+            rstd: None,
+            gate_up: ws.gate_up.view_mut(t * 2 * dims.ffn),
+        };
+        self.expand(layer, ws.x.view(t * dims.model), expand);
+        let (gate_up, act) = (ws.gate_up.view(t * 2 * dims.ffn), ws.act.view_mut(t * dims.ffn));
+        self.add_mlp(layer, gate_up, act, ws.x.view_mut(t * dims.model));
+    }
+
+    /// Draw one token for each of `rows`, rows of the last [`PackedPolicy::forward`] over this workspace.
+    ///
+    /// # Panics
+    /// If `rows` and `params` differ in length, a row is not in the last batch, or the model has no LM head.
+    pub fn sample(&self, workspace: &mut Workspace, rows: &[u32], params: &[SampleRow<'_>]) -> Vec<Sampled> {
+        assert_eq!(rows.len(), params.len(), "one set of sampling parameters per row");
+        let hidden = self.pick(workspace, rows);
+        self.dev.lm_head_sample(hidden, self.lm_head(), &self.masked_ids, params)
+    }
+
+    /// Log-probs of given targets at `rows`, rows of the last [`PackedPolicy::forward`] over this workspace: the bits
+    /// that [`PackedPolicy::sample`] reports for the same row, id and temperature.
+    ///
+    /// # Panics
+    /// As [`PackedPolicy::sample`].
+    pub fn log_probs_of(
+        &self,
+        workspace: &mut Workspace,
+        (rows, targets): (&[u32], &[u32]),
+        temperature: f32,
+    ) -> TokenStats {
+        let hidden = self.pick(workspace, rows);
+        let (head, masked_ids) = (self.lm_head(), self.masked_ids());
+        self.dev.lm_head_stats(LmHead { hidden, head, targets, temperature, masked_ids })
+    }
+
+    fn pick<'w>(&self, workspace: &'w mut Workspace, rows: &[u32]) -> View<'w> {
+        let (dev, d) = (&*self.dev, self.dims.model);
+        assert!(rows.iter().all(|row| (*row as usize) < workspace.rows), "rows of the last batch");
+        workspace.picked.reserve(dev, rows.len() * d);
+        let hidden = workspace.hidden.view(workspace.rows * d);
+        dev.gather_rows(hidden, rows, d, workspace.picked.view_mut(rows.len() * d));
+        workspace.picked.view(rows.len() * d)
+    }
+}
