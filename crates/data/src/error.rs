@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use temper_types::{PromptId, SampleIndex, Step};
 
 /// Where in a file a row stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,6 +64,25 @@ pub enum Error {
         line: usize,
         /// What is wrong and what would be right.
         problem: String,
+    },
+    /// A per-token array of a sample does not fit its response.
+    #[error(
+        "step {step}, prompt {prompt_id}, sample {sample_index}, column `{column}`: {found} entries: expected \
+         {expected}, one a response token"
+    )]
+    Sample {
+        /// The sample's step.
+        step: Step,
+        /// Its prompt.
+        prompt_id: PromptId,
+        /// Its index in the group.
+        sample_index: SampleIndex,
+        /// The column.
+        column: &'static str,
+        /// Number of entries it has.
+        found: usize,
+        /// Number of response tokens.
+        expected: usize,
     },
     /// A generator's configuration cannot be met.
     #[error("task `{task}`: {key} = {value}: expected {expected}")]

@@ -11,6 +11,8 @@ mod arrow_io;
 mod error;
 pub mod prompts;
 pub mod sampler;
+pub mod summary;
 pub mod tasks;
+pub mod trajectories;
 
 pub use error::{Error, Place};
