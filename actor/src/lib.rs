@@ -5,6 +5,8 @@
 pub mod config;
 mod error;
 mod exact_math;
+pub mod weights_io;
 
 pub use config::{Family, Head, ModelConfig, RopeConfig, RopeScaling};
 pub use error::{Error, Result};
+pub use weights_io::{CheckpointReader, TensorKind, TensorSpec, tensor_specs, write_checkpoint};

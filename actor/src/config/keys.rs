@@ -42,9 +42,7 @@ impl<'a> Keys<'a> {
 
     /// A finite number more than 0, where the key is present.
     pub(super) fn positive(&self, key: &str) -> Result<Option<f64>> {
-        self.convert(key, "a finite number more than 0", |value| {
-            value.as_f64().filter(|x| x.is_finite() && *x > 0.0)
-        })
+        self.convert(key, "a finite number more than 0", |value| value.as_f64().filter(|x| x.is_finite() && *x > 0.0))
     }
 
     /// A finite number more than 0.

@@ -122,7 +122,11 @@ fn what_is_not_supported_is_refused_by_name() {
         ("llama", json!({"num_key_value_heads": 3}), "a divisor of num_attention_heads = 4"),
         ("llama", json!({"head_dim": 11}), "an even number"),
         ("llama", json!({"head_dim": null, "hidden_size": 50}), "a divisor of hidden_size = 50"),
-        ("llama", json!({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}), "`rope_scaling.rope_type` is \"yarn\""),
+        (
+            "llama",
+            json!({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}),
+            "`rope_scaling.rope_type` is \"yarn\"",
+        ),
         ("llama", json!({"rope_scaling": {"rope_type": "linear"}}), "`rope_scaling.factor` is missing"),
         ("llama", json!({"rope_parameters": {"full_attention": {}}}), "expected one of default, linear, llama3"),
         ("llama", json!({"partial_rotary_factor": 0.5}), "`partial_rotary_factor` is 0.5"),
