@@ -193,5 +193,5 @@ fn term(noise: &mut Noise, count: u32) -> i64 {
 fn split_of(task: Task, key: &str) -> Split {
     let mut hasher = blake3::Hasher::new();
     hasher.update(b"temper task split v1 ").update(task.name().as_bytes()).update(b" ").update(key.as_bytes());
-    if first_u64(&hasher.finalize()) % TEST_SHARE == 0 { Split::Test } else { Split::Train }
+    if first_u64(&hasher.finalize()).is_multiple_of(TEST_SHARE) { Split::Test } else { Split::Train }
 }
