@@ -8,9 +8,7 @@ use std::borrow::Borrow;
 use std::convert::Infallible;
 use std::ops::Range;
 use std::sync::Arc;
-use temper_tensor::{
-    AttnShape, Buffer, DType, Device, KvCacheSpec, PackedLinear, Reduction, RopeTable, View,
-};
+use temper_tensor::{AttnShape, Buffer, DType, Device, KvCacheSpec, PackedLinear, Reduction, RopeTable, View};
 use temper_types::PolicyVersion;
 
 /// A linear layer.
@@ -117,12 +115,7 @@ impl PackedPolicy {
     ///
     /// # Errors
     /// A tensor is missing, of another shape, or cannot be read: the error names file and tensor.
-    pub fn load(
-        dev: &Arc<dyn Device>,
-        config: &ModelConfig,
-        reader: &CheckpointReader,
-        dtype: DType,
-    ) -> Result<Self> {
+    pub fn load(dev: &Arc<dyn Device>, config: &ModelConfig, reader: &CheckpointReader, dtype: DType) -> Result<Self> {
         let layout = Arc::new(Layout::new(config));
         let unit_layout = Arc::clone(&layout);
         let units = (0..layout.units.len()).map(move |index| {
@@ -243,7 +236,9 @@ impl PackedPolicy {
     pub fn lm_head(&self) -> &PackedLinear {
         match &self.head {
             PackedHead::Lm(head) => head,
-            PackedHead::Scalar(_) => panic!("{}: a model with a value head has no log-probs", self.config.file().display()),
+            PackedHead::Scalar(_) => {
+                panic!("{}: a model with a value head has no log-probs", self.config.file().display())
+            }
         }
     }
 

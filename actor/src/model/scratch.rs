@@ -17,11 +17,6 @@ impl GrowBuffer {
         }
     }
 
-    /// Elements that fit.
-    pub fn capacity(&self) -> usize {
-        self.buffer.as_ref().map_or(0, Buffer::len)
-    }
-
     /// The first `len` elements, to read.
     pub fn view(&self, len: usize) -> View<'_> {
         self.buffer.as_ref().expect("reserved before it is read").view(0..len)

@@ -119,6 +119,11 @@ impl CheckpointReader {
         Ok(extra.into_iter().map(str::to_owned).collect())
     }
 
+    /// The model directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// True where the checkpoint has a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
         self.tensors.contains_key(name)

@@ -1,0 +1,223 @@
+//! Memory of a training pass, kept from one micro-batch to the next.
+
+use super::generate::Workspace;
+use super::packed::PackedPolicy;
+use super::scratch::GrowBuffer;
+use temper_tensor::{KvCache, KvCacheSpec, SeqSpan};
+
+/// Slots in a block of the training cache. The bits of a row do not depend on it.
+const BLOCK_SIZE: usize = 64;
+
+/// What a training forward keeps for its backward.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Recompute {
+    /// The activations of every layer that a matrix product made; norms and activation functions are redone.
+    #[default]
+    None,
+    /// Only the input of every layer; each layer's forward runs again in the backward. Same gradients, bit for bit.
+    Layers,
+}
+
+/// Buffers of training passes, grown to the largest micro-batch seen and then reused.
+#[derive(Debug, Default)]
+pub struct TrainArena {
+    /// Buffers of the layer that runs.
+    pub(super) scratch: Workspace,
+    /// Keys and values of the micro-batch.
+    kv: Option<KvCache>,
+    /// Input of every layer, `[T, D]` each.
+    pub(super) inputs: Vec<GrowBuffer>,
+    /// Activations of every layer, or of the one that is recomputed.
+    pub(super) saved: Vec<SavedLayer>,
+    /// The rows that have a target.
+    pub(super) targets: TargetBuffers,
+    /// Gradients on their way back.
+    pub(super) grads: GradBuffers,
+}
+
+/// Activations of one layer that its backward reads.
+#[derive(Debug, Default)]
+pub(super) struct SavedLayer {
+    /// Reciprocal root mean squares of the layer's input, `[T]`.
+    pub attn_rstd: GrowBuffer,
+    /// Fused projections: rotated, or before the head norm where there is one; `[T, (H + 2G) K]`.
+    pub qkv: GrowBuffer,
+    /// Attention output, `[T, H K]`.
+    pub attn: GrowBuffer,
+    /// Log-sum-exp of attention, `[T, H]`.
+    pub lse: GrowBuffer,
+    /// Residual stream between the halves, `[T, D]`.
+    pub mid: GrowBuffer,
+    /// Reciprocal root mean squares of `mid`, `[T]`.
+    pub mlp_rstd: GrowBuffer,
+    /// Gate and up projections, `[T, 2F]`.
+    pub gate_up: GrowBuffer,
+}
+
+/// The R rows whose log-probs or values are wanted.
+#[derive(Debug, Default)]
+pub(super) struct TargetBuffers {
+    /// Their residual stream after the last layer, `[R, D]`.
+    pub x: GrowBuffer,
+    /// Its reciprocal root mean squares, `[R]`.
+    pub rstd: GrowBuffer,
+    /// Final-normed, `[R, D]`.
+    pub hidden: GrowBuffer,
+    /// One number per row, `[R]`: values forward, their gradients backward.
+    pub scalars: GrowBuffer,
+    /// Gradient of `hidden`, `[R, D]`.
+    pub d_hidden: GrowBuffer,
+    /// Gradient of `x`, `[R, D]`.
+    pub d_x: GrowBuffer,
+}
+
+/// Gradients of activations.
+#[derive(Debug, Default)]
+pub(super) struct GradBuffers {
+    /// Of the residual stream, `[T, D]`.
+    pub x: GrowBuffer,
+    /// Of a norm's output, `[T, D]`.
+    pub normed: GrowBuffer,
+    /// Of the attention output, `[T, H K]`.
+    pub attn: GrowBuffer,
+    /// Of the fused projections, `[T, (H + 2G) K]`.
+    pub qkv: GrowBuffer,
+    /// Of gate and up, `[T, 2F]`.
+    pub gate_up: GrowBuffer,
+    /// Of `silu(gate) * up`, `[T, F]`.
+    pub act: GrowBuffer,
+    /// Reciprocal root mean squares of query and key heads, `[T, H + G]`.
+    pub head_rstd: GrowBuffer,
+}
+
+impl TrainArena {
+    /// An empty arena; it takes memory at its first pass.
+    pub fn new() -> Self {
+        TrainArena::default()
+    }
+
+    /// The cache, at least as large as asked for. Contents do not survive growth.
+    pub(super) fn reserve_kv(&mut self, policy: &PackedPolicy, num_layers: usize, num_blocks: usize) {
+        let needed = KvCacheSpec { num_layers, ..policy.kv_spec(num_blocks.max(1), BLOCK_SIZE) };
+        let fits = |spec: &KvCacheSpec| {
+            let same = KvCacheSpec { num_layers, num_blocks: needed.num_blocks, ..*spec };
+            same == needed && spec.num_layers >= num_layers && spec.num_blocks >= needed.num_blocks
+        };
+        if !self.kv.as_ref().is_some_and(|kv| fits(kv.spec())) {
+            self.kv = None;
+            self.kv = Some(policy.dev.kv_cache(needed));
+        }
+    }
+
+    /// Buffers of a forward that keeps what `recompute` says.
+    pub(super) fn reserve_saved(&mut self, policy: &PackedPolicy, rows: usize, recompute: Recompute) {
+        let (dev, dims, num_layers) = (&*policy.dev, policy.dims, policy.layers.len());
+        self.inputs.resize_with(num_layers, GrowBuffer::default);
+        self.inputs.iter_mut().for_each(|input| input.reserve(dev, rows * dims.model));
+        let num_saved = match recompute {
+            Recompute::None => num_layers,
+            Recompute::Layers => 1,
+        };
+        self.saved.resize_with(num_saved, SavedLayer::default);
+        for saved in &mut self.saved {
+            saved.attn_rstd.reserve(dev, rows);
+            saved.qkv.reserve(dev, rows * dims.qkv);
+            saved.attn.reserve(dev, rows * dims.attn);
+            saved.lse.reserve(dev, rows * dims.heads);
+            saved.mid.reserve(dev, rows * dims.model);
+            saved.mlp_rstd.reserve(dev, rows);
+            saved.gate_up.reserve(dev, rows * 2 * dims.ffn);
+        }
+    }
+
+    /// Buffers of the target rows.
+    pub(super) fn reserve_targets(&mut self, policy: &PackedPolicy, num_targets: usize) {
+        let (dev, len) = (&*policy.dev, num_targets * policy.dims.model);
+        self.targets.x.reserve(dev, len);
+        self.targets.rstd.reserve(dev, num_targets);
+        self.targets.hidden.reserve(dev, len);
+        self.targets.scalars.reserve(dev, num_targets);
+    }
+
+    /// Buffers of a backward.
+    pub(super) fn reserve_grads(&mut self, policy: &PackedPolicy, rows: usize, num_targets: usize) {
+        let (dev, dims) = (&*policy.dev, policy.dims);
+        self.targets.d_hidden.reserve(dev, num_targets * dims.model);
+        self.targets.d_x.reserve(dev, num_targets * dims.model);
+        self.grads.x.reserve(dev, rows * dims.model);
+        self.grads.normed.reserve(dev, rows * dims.model);
+        self.grads.attn.reserve(dev, rows * dims.attn);
+        self.grads.qkv.reserve(dev, rows * dims.qkv);
+        self.grads.gate_up.reserve(dev, rows * 2 * dims.ffn);
+        self.grads.act.reserve(dev, rows * dims.ffn);
+        let head_rows = if dims.qk_norm { rows * (dims.heads + dims.kv_heads) } else { 0 };
+        self.grads.head_rstd.reserve(dev, head_rows);
+    }
+
+    /// The parts that the layers work on at the same time: scratch, cache, inputs, saved activations.
+    pub(super) fn parts(&mut self) -> (&mut Workspace, &mut KvCache, &mut [GrowBuffer], &mut [SavedLayer]) {
+        let kv = self.kv.as_mut().expect("reserved before the layers run");
+        (&mut self.scratch, kv, &mut self.inputs, &mut self.saved)
+    }
+
+    /// As [`TrainArena::parts`], with the gradients in place of the inputs of the layers.
+    pub(super) fn backward_parts(&mut self) -> BackwardParts<'_> {
+        BackwardParts {
+            scratch: &mut self.scratch,
+            kv: self.kv.as_mut().expect("reserved before the layers run"),
+            inputs: &self.inputs,
+            saved: &mut self.saved,
+            grads: &mut self.grads,
+        }
+    }
+}
+
+/// What the backward of a layer works on.
+pub(super) struct BackwardParts<'a> {
+    /// Buffers of whatever is computed again.
+    pub scratch: &'a mut Workspace,
+    /// Keys and values of the micro-batch.
+    pub kv: &'a mut KvCache,
+    /// Input of every layer.
+    pub inputs: &'a [GrowBuffer],
+    /// Activations.
+    pub saved: &'a mut [SavedLayer],
+    /// Gradients.
+    pub grads: &'a mut GradBuffers,
+}
+
+/// Where whole sequences lie in a cache of their own: every sequence on fresh blocks, in order.
+#[derive(Debug)]
+pub(super) struct Sequences {
+    /// `0..num_blocks`.
+    blocks: Vec<u32>,
+    /// Number of rows of each sequence.
+    lens: Vec<usize>,
+}
+
+impl Sequences {
+    /// Sequences of the given lengths.
+    pub fn new(lens: &[usize]) -> Self {
+        let num_blocks: usize = lens.iter().map(|len| len.div_ceil(BLOCK_SIZE)).sum();
+        Sequences { blocks: (0..num_blocks as u32).collect(), lens: lens.to_vec() }
+    }
+
+    /// Blocks that all sequences need together.
+    pub fn num_blocks(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// One span per sequence, from slot 0.
+    pub fn spans(&self) -> Vec<SeqSpan<'_>> {
+        let (mut row_start, mut blocks) = (0, self.blocks.as_slice());
+        let mut spans = Vec::with_capacity(self.lens.len());
+        for &num_rows in &self.lens {
+            let (own, rest) = blocks.split_at(num_rows.div_ceil(BLOCK_SIZE));
+            spans.push(SeqSpan { row_start, num_rows, first_slot: 0, blocks: own });
+            row_start += num_rows;
+            blocks = rest;
+        }
+        spans
+    }
+}

@@ -1,0 +1,120 @@
+//! The backward of a training pass: from gradients of log-probs or values to gradients of every weight.
+
+use super::arena::{Recompute, TrainArena};
+use super::layer::Rows;
+use super::layer_grad::UnitGrad;
+use super::layout::HeadRanges;
+use super::packed::PackedPolicy;
+use super::params::ParamStore;
+use super::train::{Tape, TrainBatch};
+use temper_tensor::{LmHeadGrad, NormGrad};
+
+/// d loss / d output, one number per target row of the batch.
+#[derive(Debug, Clone, Copy)]
+pub enum OutputGrads<'a> {
+    /// Of a policy.
+    LogProbs {
+        /// d loss / d log-prob.
+        d_log_probs: &'a [f32],
+        /// d loss / d entropy; empty for none.
+        d_entropies: &'a [f32],
+        /// The temperature that the log-probs were computed at.
+        temperature: f32,
+    },
+    /// Of a value or reward model.
+    Values {
+        /// d loss / d value.
+        d_values: &'a [f32],
+    },
+}
+
+impl PackedPolicy {
+    /// Add the gradients of every weight to `grads`. `masters` are the values that this policy was packed from.
+    /// Deterministic for a given batch; recomputation changes no bit.
+    ///
+    /// # Panics
+    /// If `masters` or `grads` belong to another model, the gradients differ in number from the target rows, or they
+    /// are of another kind than the model's head.
+    pub fn backward(&self, masters: &ParamStore, tape: Tape<'_>, outputs: OutputGrads<'_>, grads: &mut ParamStore) {
+        assert_eq!(masters.layout.units, self.layout.units, "masters of another model");
+        assert_eq!(grads.layout.units, self.layout.units, "gradients of another model");
+        let Tape { arena, batch, sequences, recompute } = tape;
+        let (dev, t, d) = (&*self.dev, batch.num_rows(), batch.num_rows() * self.dims.model);
+        arena.reserve_grads(self, t, batch.num_targets());
+        self.head_backward(masters, (batch, arena), outputs, grads);
+        self.final_norm_backward(batch, arena, grads);
+        let spans = sequences.spans();
+        let rows = Rows { positions: &batch.positions, spans: &spans };
+        let mut parts = arena.backward_parts();
+        for index in (0..self.layers.len()).rev() {
+            let saved = match recompute {
+                Recompute::None => index,
+                Recompute::Layers => {
+                    dev.copy(parts.inputs[index].view(d), parts.scratch.x.view_mut(d));
+                    self.run_layer_saving(index, rows, parts.kv, (parts.scratch, &mut parts.saved[0]));
+                    0
+                }
+            };
+            let (masters, grads) = (&masters.units[1 + index], &mut grads.units[1 + index]);
+            self.layer_backward(index, rows, (&mut parts, saved), &mut UnitGrad { dev, masters, grads });
+        }
+        let table = grads.units[0].view_mut(&self.layout.embed);
+        dev.embed_grad(&batch.token_ids, parts.grads.x.view(d), table);
+    }
+
+    /// The head: its weight's gradient, and that of the target rows' hidden state.
+    fn head_backward(
+        &self,
+        masters: &ParamStore,
+        (batch, arena): (&TrainBatch, &mut TrainArena),
+        outputs: OutputGrads<'_>,
+        grads: &mut ParamStore,
+    ) {
+        let (dev, last, len) = (&*self.dev, self.layout.final_unit(), batch.num_targets() * self.dims.model);
+        let mut d_hidden = std::mem::take(&mut arena.targets.d_hidden);
+        match outputs {
+            OutputGrads::LogProbs { d_log_probs, d_entropies, temperature } => {
+                assert_eq!(d_log_probs.len(), batch.num_targets(), "one gradient per target row");
+                let (unit, range) = match &self.layout.head {
+                    HeadRanges::Untied(range) => (last, range),
+                    _ => (0, &self.layout.embed),
+                };
+                let forward = self.target_head(batch, arena, temperature);
+                let weight = masters.units[unit].view(range);
+                let args = LmHeadGrad { forward, weight, d_log_probs, d_entropies };
+                dev.lm_head_grad(args, d_hidden.view_mut(len), grads.units[unit].view_mut(range));
+            }
+            OutputGrads::Values { d_values } => {
+                assert_eq!(d_values.len(), batch.num_targets(), "one gradient per target row");
+                let HeadRanges::Scalar(range) = &self.layout.head else {
+                    panic!("{}: a model with an LM head has no values", self.config.file().display());
+                };
+                let (packed, targets) = (self.scalar_head(), &mut arena.targets);
+                dev.write(targets.scalars.view_mut(d_values.len()), d_values);
+                let dy = targets.scalars.view(d_values.len());
+                let mut unit = UnitGrad { dev, masters: &masters.units[last], grads: &mut grads.units[last] };
+                unit.project((range, packed), targets.hidden.view(len), dy, d_hidden.view_mut(len));
+            }
+        }
+        arena.targets.d_hidden = d_hidden;
+    }
+
+    /// The final norm over the target rows, whose gradients then start the residual stream's.
+    fn final_norm_backward(&self, batch: &TrainBatch, arena: &mut TrainArena, grads: &mut ParamStore) {
+        let (dev, d, r) = (&*self.dev, self.dims.model, batch.num_targets());
+        let targets = &mut arena.targets;
+        dev.fill(targets.d_x.view_mut(r * d), 0.0);
+        let args = NormGrad {
+            x: targets.x.view(r * d),
+            weight: self.final_norm.all(),
+            rstd: targets.rstd.view(r),
+            dy: targets.d_hidden.view(r * d),
+            shape: self.norm_shape(r),
+        };
+        let d_weight = grads.units[self.layout.final_unit()].view_mut(&self.layout.final_norm);
+        dev.rms_norm_grad(args, targets.d_x.view_mut(r * d), d_weight);
+        let len = batch.num_rows() * d;
+        dev.fill(arena.grads.x.view_mut(len), 0.0);
+        dev.scatter_add_rows(targets.d_x.view(r * d), &batch.target_rows, d, arena.grads.x.view_mut(len));
+    }
+}

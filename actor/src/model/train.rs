@@ -1,0 +1,264 @@
+//! The forward over whole sequences, for training and for scoring.
+
+use super::arena::{Recompute, SavedLayer, Sequences, TrainArena};
+use super::generate::Workspace;
+use super::layer::{AttendBuffers, ExpandBuffers, Rows};
+use super::packed::PackedPolicy;
+use temper_tensor::{KvCache, LmHead, Store, TokenStats};
+
+/// Whole sequences side by side, without padding, and the rows whose outputs are wanted.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct TrainBatch {
+    /// Input id of every row.
+    pub token_ids: Vec<u32>,
+    /// RoPE position of every row.
+    pub positions: Vec<u32>,
+    /// Number of rows of every sequence; they sum to the number of rows.
+    pub seq_lens: Vec<usize>,
+    /// Rows whose log-probs or values are wanted, ascending.
+    pub target_rows: Vec<u32>,
+    /// The id whose log-prob is wanted at each of these rows; empty for values.
+    pub target_ids: Vec<u32>,
+}
+
+impl TrainBatch {
+    /// An empty batch.
+    pub fn new() -> Self {
+        TrainBatch::default()
+    }
+
+    /// Number of rows, T.
+    pub fn num_rows(&self) -> usize {
+        self.token_ids.len()
+    }
+
+    /// Number of target rows, R.
+    pub fn num_targets(&self) -> usize {
+        self.target_rows.len()
+    }
+
+    /// Append a sequence at positions `0..` and ask for the log-probs of the tokens at `targets` (indices into
+    /// `token_ids`, each from 1 up, ascending). What follows the last target cannot reach any of them and is left out;
+    /// a sequence without targets adds nothing. Values of the rows before these tokens can be asked for as well.
+    ///
+    /// # Panics
+    /// If a target is 0 or not below the length of the sequence.
+    pub fn push_sequence(&mut self, token_ids: &[u32], targets: impl IntoIterator<Item = usize>) {
+        let positions: Vec<u32> = (0..token_ids.len() as u32).collect();
+        self.push_at(token_ids, &positions, targets);
+    }
+
+    /// As [`TrainBatch::push_sequence`], at given positions.
+    ///
+    /// # Panics
+    /// As [`TrainBatch::push_sequence`], and if there is not one position per token.
+    pub fn push_at(&mut self, token_ids: &[u32], positions: &[u32], targets: impl IntoIterator<Item = usize>) {
+        assert_eq!(token_ids.len(), positions.len(), "one position per token");
+        let start = self.num_rows();
+        let mut num_rows = 0;
+        for target in targets {
+            assert!(target >= 1, "the first token of a sequence has no log-prob");
+            self.target_rows.push((start + target - 1) as u32);
+            self.target_ids.push(token_ids[target]);
+            num_rows = num_rows.max(target);
+        }
+        self.push_rows(&token_ids[..num_rows], &positions[..num_rows]);
+    }
+
+    /// Append a sequence at given positions and ask for the values at `rows` (indices into `token_ids`, ascending).
+    ///
+    /// # Panics
+    /// If a row is not below the length of the sequence, or there is not one position per token.
+    pub fn push_values(&mut self, token_ids: &[u32], positions: &[u32], rows: impl IntoIterator<Item = usize>) {
+        assert_eq!(token_ids.len(), positions.len(), "one position per token");
+        let start = self.num_rows();
+        for row in rows {
+            assert!(row < token_ids.len(), "row {row} of a sequence of {}", token_ids.len());
+            self.target_rows.push((start + row) as u32);
+        }
+        self.push_rows(token_ids, positions);
+    }
+
+    fn push_rows(&mut self, token_ids: &[u32], positions: &[u32]) {
+        if !token_ids.is_empty() {
+            self.token_ids.extend_from_slice(token_ids);
+            self.positions.extend_from_slice(positions);
+            self.seq_lens.push(token_ids.len());
+        }
+    }
+}
+
+/// A training forward that has run: its activations lie in the arena until it is dropped.
+#[derive(Debug)]
+pub struct Tape<'a> {
+    pub(super) arena: &'a mut TrainArena,
+    pub(super) batch: &'a TrainBatch,
+    pub(super) sequences: Sequences,
+    pub(super) recompute: Recompute,
+}
+
+impl PackedPolicy {
+    /// Run all layers over whole sequences and keep what the backward needs.
+    ///
+    /// # Panics
+    /// If the parts of the batch disagree in length, or ids or positions are out of range.
+    pub fn train_forward<'a>(
+        &self,
+        batch: &'a TrainBatch,
+        recompute: Recompute,
+        arena: &'a mut TrainArena,
+    ) -> Tape<'a> {
+        let (dev, t, d) = (&*self.dev, batch.num_rows(), self.dims.model);
+        let sequences = self.start(batch, self.layers.len(), arena);
+        arena.reserve_saved(self, t, recompute);
+        let spans = sequences.spans();
+        let rows = Rows { positions: &batch.positions, spans: &spans };
+        let (ws, kv, inputs, saved) = arena.parts();
+        for (index, input) in inputs.iter_mut().enumerate() {
+            dev.copy(ws.x.view(t * d), input.view_mut(t * d));
+            match recompute {
+                Recompute::None => {
+                    self.run_layer_saving(index, rows, kv, (ws, &mut saved[index]));
+                    let gate_up = saved[index].gate_up.view(t * 2 * self.dims.ffn);
+                    let act = ws.act.view_mut(t * self.dims.ffn);
+                    self.add_mlp(&self.layers[index], gate_up, act, ws.x.view_mut(t * d));
+                }
+                Recompute::Layers => self.run_layer(index, rows, (kv, index), ws),
+            }
+        }
+        self.finish(batch, arena);
+        drop(spans);
+        Tape { arena, batch, sequences, recompute }
+    }
+
+    /// One layer over the residual stream of the scratch, up to its gate and up projections, keeping its activations.
+    pub(super) fn run_layer_saving(
+        &self,
+        index: usize,
+        rows: Rows<'_>,
+        kv: &mut KvCache,
+        (ws, saved): (&mut Workspace, &mut SavedLayer),
+    ) {
+        let (layer, dims, t) = (&self.layers[index], self.dims, rows.len());
+        let attend = AttendBuffers {
+            normed: ws.normed.view_mut(t * dims.model),
+            rstd: Some(saved.attn_rstd.view_mut(t)),
+            qkv: saved.qkv.view_mut(t * dims.qkv),
+            heads: ws.heads.view_mut(t * dims.normed_heads()),
+            attn: saved.attn.view_mut(t * dims.attn),
+            lse: Some(saved.lse.view_mut(t * dims.heads)),
+        };
+        self.attend(layer, ws.x.view(t * dims.model), rows, (kv, index), attend);
+        self.add_attention(layer, saved.attn.view(t * dims.attn), ws.x.view_mut(t * dims.model));
+        self.dev.copy(ws.x.view(t * dims.model), saved.mid.view_mut(t * dims.model));
+        let expand = ExpandBuffers {
+            normed: ws.normed.view_mut(t * dims.model),
+            rstd: Some(saved.mlp_rstd.view_mut(t)),
+            gate_up: saved.gate_up.view_mut(t * 2 * dims.ffn),
+        };
+        self.expand(layer, ws.x.view(t * dims.model), expand);
+    }
+
+    /// Log-probs, entropies and sums of squares at the target rows, logits divided by `temperature`.
+    ///
+    /// # Panics
+    /// If the batch has no target ids, or the model has no LM head.
+    pub fn log_probs(&self, tape: &Tape<'_>, temperature: f32) -> TokenStats {
+        self.target_stats(tape.batch, tape.arena, temperature)
+    }
+
+    /// Values or scores at the target rows.
+    ///
+    /// # Panics
+    /// If the model has an LM head.
+    pub fn values(&self, tape: &mut Tape<'_>) -> Vec<f32> {
+        self.target_values(tape.batch, tape.arena)
+    }
+
+    /// Log-probs as [`PackedPolicy::train_forward`] and [`PackedPolicy::log_probs`] give them, bit for bit, keeping
+    /// nothing: old and reference log-probs, evaluation.
+    ///
+    /// # Panics
+    /// As these two.
+    pub fn score_only(&self, batch: &TrainBatch, temperature: f32, arena: &mut TrainArena) -> TokenStats {
+        self.forward_only(batch, arena);
+        self.target_stats(batch, arena, temperature)
+    }
+
+    /// Values or scores as [`PackedPolicy::train_forward`] and [`PackedPolicy::values`] give them, keeping nothing.
+    ///
+    /// # Panics
+    /// As these two.
+    pub fn values_only(&self, batch: &TrainBatch, arena: &mut TrainArena) -> Vec<f32> {
+        self.forward_only(batch, arena);
+        self.target_values(batch, arena)
+    }
+
+    /// All layers through one layer's worth of cache.
+    fn forward_only(&self, batch: &TrainBatch, arena: &mut TrainArena) {
+        let sequences = self.start(batch, 1, arena);
+        let spans = sequences.spans();
+        let rows = Rows { positions: &batch.positions, spans: &spans };
+        let (ws, kv, ..) = arena.parts();
+        for index in 0..self.layers.len() {
+            self.run_layer(index, rows, (kv, 0), ws);
+        }
+        self.finish(batch, arena);
+    }
+
+    /// Reserve memory and embed the batch into the residual stream of the scratch.
+    fn start(&self, batch: &TrainBatch, kv_layers: usize, arena: &mut TrainArena) -> Sequences {
+        let t = batch.num_rows();
+        assert_eq!(batch.positions.len(), t, "one position per row");
+        assert_eq!(batch.seq_lens.iter().sum::<usize>(), t, "sequences cover the rows");
+        assert!(batch.target_rows.iter().all(|row| (*row as usize) < t), "targets within the rows");
+        let sequences = Sequences::new(&batch.seq_lens);
+        arena.reserve_kv(self, kv_layers, sequences.num_blocks());
+        arena.scratch.reserve(self, t);
+        let x = arena.scratch.x.view_mut(t * self.dims.model);
+        self.dev.embed(&batch.token_ids, self.embed.all(), self.dtype, x);
+        sequences
+    }
+
+    /// Pick the target rows out of the residual stream and norm them.
+    fn finish(&self, batch: &TrainBatch, arena: &mut TrainArena) {
+        let (dev, d, r) = (&*self.dev, self.dims.model, batch.num_targets());
+        arena.reserve_targets(self, r);
+        let targets = &mut arena.targets;
+        let x = arena.scratch.x.view(batch.num_rows() * d);
+        dev.gather_rows(x, &batch.target_rows, d, targets.x.view_mut(r * d));
+        let (hidden, rstd) = (targets.hidden.view_mut(r * d), targets.rstd.view_mut(r));
+        dev.rms_norm(targets.x.view(r * d), self.final_norm.all(), self.norm_shape(r), hidden, Some(rstd));
+    }
+
+    /// Arguments of the LM head over the target rows.
+    pub(super) fn target_head<'a>(
+        &'a self,
+        batch: &'a TrainBatch,
+        arena: &'a TrainArena,
+        temperature: f32,
+    ) -> LmHead<'a> {
+        assert_eq!(batch.target_ids.len(), batch.num_targets(), "one target id per target row");
+        LmHead {
+            hidden: arena.targets.hidden.view(batch.num_targets() * self.dims.model),
+            head: self.lm_head(),
+            targets: &batch.target_ids,
+            temperature,
+            masked_ids: self.masked_ids(),
+        }
+    }
+
+    fn target_stats(&self, batch: &TrainBatch, arena: &TrainArena, temperature: f32) -> TokenStats {
+        self.dev.lm_head_stats(self.target_head(batch, arena, temperature))
+    }
+
+    fn target_values(&self, batch: &TrainBatch, arena: &mut TrainArena) -> Vec<f32> {
+        let (head, r, targets) = (self.scalar_head(), batch.num_targets(), &mut arena.targets);
+        let bias = head.bias.as_ref().map(|b| b.all());
+        let hidden = targets.hidden.view(r * self.dims.model);
+        self.dev.linear(hidden, &head.weight, bias, targets.scalars.view_mut(r), Store::Write);
+        let mut values = vec![0.0; r];
+        self.dev.read(targets.scalars.view(r), &mut values);
+        values
+    }
+}
