@@ -254,6 +254,9 @@ fn component_from_table(mut table: Map<String, Value>) -> Result<ComponentConfig
     if !KINDS.contains(&kind.as_str()) {
         return Err(unknown_kind(&kind).to_string());
     }
+    if let Some((key, _)) = table.iter().find(|(_, value)| value.is_null()) {
+        return Err(format!("reward component `{kind}`: {key} has no value: expected one (nan and inf are none)"));
+    }
     let name: Option<String> = take(&mut table, &kind, "name")?;
     let extract: Option<Extract> = take(&mut table, &kind, "extract")?;
     let weight: Option<f64> = take(&mut table, &kind, "weight")?;

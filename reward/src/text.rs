@@ -31,6 +31,11 @@ pub(crate) fn normalise(text: &str) -> String {
     SPELLINGS.iter().fold(plain, |text, (from, to)| if text.contains(from) { text.replace(from, to) } else { text })
 }
 
+/// True where the text opens a box, closed or not.
+pub(crate) fn has_box(text: &str) -> bool {
+    text.contains("\\boxed{") || text.contains("\\fbox{")
+}
+
 /// The content of the last `\boxed{...}` (or `\fbox{...}`), braces balanced; `None` where there is none or the last
 /// one is not closed.
 pub(crate) fn last_boxed(text: &str) -> Option<&str> {

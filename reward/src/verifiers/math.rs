@@ -17,7 +17,7 @@ mod value;
 use super::number::parse_whole;
 use super::pass;
 use crate::error::Cause;
-use crate::text::{after_last, last_boxed, last_line, normalise};
+use crate::text::{after_last, has_box, last_boxed, last_line, normalise};
 use parse::evaluate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -56,7 +56,7 @@ pub(crate) fn verify(_config: &MathConfig, answer: &str, ground_truth: &str) -> 
 
 fn answer_text(text: &str) -> Option<&str> {
     const PHRASES: [&str; 4] = ["answer is", "answer:", "Answer is", "Answer:"];
-    if text.contains("\\boxed{") || text.contains("\\fbox{") {
+    if has_box(text) {
         return last_boxed(text);
     }
     let phrase = PHRASES.iter().filter_map(|p| Some((text.rfind(p)?, *p))).max().map(|(_, p)| p);

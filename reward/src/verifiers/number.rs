@@ -10,7 +10,7 @@ mod scan;
 use super::pass;
 use crate::error::Cause;
 use crate::exact::Number;
-use crate::text::{after_last, last_boxed, normalise};
+use crate::text::{after_last, has_box, last_boxed, normalise};
 use scan::{Found, find_numbers};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -67,8 +67,8 @@ fn ground_truth_number(text: &str) -> Option<Found> {
 }
 
 fn answer_number(text: &str) -> Option<Found> {
-    if let Some(content) = last_boxed(text) {
-        let mut found = find_numbers(content);
+    if has_box(text) {
+        let mut found = find_numbers(last_boxed(text)?);
         return if found.len() == 1 { found.pop() } else { None };
     }
     if let Some(line) = after_last(text, "####") {

@@ -4,7 +4,7 @@
 //! sum     := product (('+' | '-') product)*
 //! product := factor (('*' | '/') factor | power)*      juxtaposition multiplies, except before a number
 //! factor  := ('+' | '-') factor | power
-//! power   := atom '%'? ('^' argument)?
+//! power   := atom '%'? ('^' exponent)?
 //! atom    := number | mixed | symbol | '(' sum ')' | '{' sum '}' | \frac argument argument | \sqrt[index] argument
 //! ```
 
@@ -104,7 +104,7 @@ impl Parser<'_> {
             value = self.result(value.divided_by(&Value::rational(Rational::integer(100))));
         }
         if self.accept(b"^") {
-            let exponent = self.argument()?;
+            let exponent = self.exponent()?;
             value = self.result(value.to_power(&exponent));
         }
         Ok(value)
@@ -205,20 +205,27 @@ impl Parser<'_> {
         Ok(self.result(radicand.root(index)))
     }
 
-    /// What a command or an exponent takes: a group in braces or brackets, one digit, or one atom.
+    /// What stands after `^`. `2^10` is 1024, as it is meant and not as LaTeX would set it.
+    fn exponent(&mut self) -> Result<Value, EvalError> {
+        let negative = self.accept(b"-");
+        self.skip_spaces();
+        let end = digits_end(self.bytes, self.at);
+        if !negative && end == self.at {
+            return self.argument();
+        }
+        let (digits, _) = scan_decimal(&self.bytes[..end], self.at).ok_or(EvalError::Syntax)?;
+        self.at = end;
+        let value = self.rational(&if negative { digits.negated() } else { digits });
+        Ok(value)
+    }
+
+    /// What a command takes: a group in braces or brackets, one digit, or one atom.
     fn argument(&mut self) -> Result<Value, EvalError> {
         self.skip_spaces();
         match self.bytes.get(self.at) {
             Some(digit @ b'0'..=b'9') => {
                 self.at += 1;
                 Ok(Value::rational(Rational::integer(i128::from(digit - b'0'))))
-            }
-            Some(b'-') => {
-                self.at += 1;
-                let (decimal, end) = scan_decimal(self.bytes, self.at).ok_or(EvalError::Syntax)?;
-                self.at = end;
-                let value = self.rational(&decimal).negated();
-                Ok(self.result(value))
             }
             Some(letter) if letter.is_ascii_alphabetic() => {
                 self.at += 1;

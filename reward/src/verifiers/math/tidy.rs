@@ -32,9 +32,9 @@ const COMMANDS: [(&str, &str); 18] = [
 
 /// Bring `text` (normalised before) to the spelling that is evaluated.
 pub(super) fn tidy(text: &str) -> String {
-    let text = text.replace(['$', '`'], "");
+    let text = text.trim_matches(|c: char| c.is_whitespace() || c == '*').replace(['$', '`'], "");
     let text = COMMANDS.iter().fold(text, |text, (from, to)| replace_command(text, from, to));
-    let text = text.trim().trim_end_matches(['.', ';', ',']).trim_matches('*').trim_end_matches('.');
+    let text = text.trim().trim_end_matches(['.', ';', ',']);
     let text = unwrap_text_commands(text.trim());
     let text = strip_units(&text);
     value_of_definition(text).trim().to_owned()
