@@ -5,8 +5,14 @@
 pub mod config;
 mod error;
 mod exact_math;
+pub mod model;
+pub mod tokenizer;
 pub mod weights_io;
 
 pub use config::{Family, Head, ModelConfig, RopeConfig, RopeScaling};
 pub use error::{Error, Result};
+pub use model::{
+    Batch, OutputGrads, PackedPolicy, ParamStore, Recompute, Tape, TensorSlot, TrainArena, TrainBatch, Unit, Workspace,
+};
+pub use tokenizer::{ChatTemplate, GenerationPrompt, SpecialTokens, Tokenizer};
 pub use weights_io::{CheckpointReader, TensorKind, TensorSpec, tensor_specs, write_checkpoint};
