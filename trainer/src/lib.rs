@@ -1,1 +1,19 @@
-//! Placeholder.
+//! Training: mini-batches in, updated weights out.
+//!
+//! Owns: the f32 masters, gradients and optimizer moments, the split of a mini-batch into micro-batches, the reference
+//! weights, and their part of a checkpoint. Knows losses only through [`temper_algos::Objective`]; knows nothing of
+//! prompts, rewards or the loop.
+//!
+//! Invariants: only this crate changes weights · an update happens whole or not at all: a loss or gradient that is not
+//! finite stops before the first parameter moves · the packed weights that engines read are swapped at the end of an
+//! update, under a write lock.
+
+mod error;
+mod micro_batch;
+mod service;
+mod state_io;
+mod trainer;
+
+pub use error::Error;
+pub use service::LocalTrainerService;
+pub use trainer::{SharedPolicy, Trainer};

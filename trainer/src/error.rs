@@ -1,0 +1,87 @@
+//! The one error type of this crate.
+
+use std::path::{Path, PathBuf};
+use temper_proto::ServiceError;
+use temper_types::{ContentHash, ErrorCode};
+
+/// Why training cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A message of the caller that cannot be right.
+    #[error("{what}: {problem}")]
+    Invalid {
+        /// Which part of which message.
+        what: String,
+        /// What is wrong and what would be right.
+        problem: String,
+    },
+    /// The objective refused its input, or gave no finite number.
+    #[error("the objective: {0}")]
+    Objective(#[from] temper_algos::Error),
+    /// A gradient is not finite. No weight has changed.
+    #[error("the gradient of `{tensor}` is not finite (its sum of squares is {sum_squares}): no weight was changed")]
+    NonFiniteGradient {
+        /// First tensor concerned, in canonical order.
+        tensor: String,
+        /// What its elements sum to.
+        sum_squares: f64,
+    },
+    /// A model file cannot be read or written.
+    #[error(transparent)]
+    Actor(#[from] temper_actor::Error),
+    /// A state file cannot be read or written.
+    #[error("cannot {operation} {}: {source}", path.display())]
+    Io {
+        /// What was tried.
+        operation: &'static str,
+        /// On which path.
+        path: PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// A state file is damaged or of another trainer.
+    #[error("{}: {problem}", path.display())]
+    State {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+    /// Loaded weights are not those that the checkpoint names.
+    #[error("{}: the weights hash to {got}: expected {expected}", path.display())]
+    WrongWeights {
+        /// The model directory.
+        path: PathBuf,
+        /// Hash that the checkpoint's state names.
+        expected: ContentHash,
+        /// Hash of what was read.
+        got: ContentHash,
+    },
+}
+
+impl Error {
+    pub(crate) fn invalid(what: impl Into<String>, problem: impl Into<String>) -> Self {
+        Error::Invalid { what: what.into(), problem: problem.into() }
+    }
+
+    pub(crate) fn io(operation: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+        let path = path.to_path_buf();
+        move |source| Error::Io { operation, path, source }
+    }
+
+    fn code(&self) -> ErrorCode {
+        match self {
+            Error::Invalid { .. } => ErrorCode::InvalidArgument,
+            Error::Objective(temper_algos::Error::NonFinite { .. }) | Error::NonFiniteGradient { .. } => {
+                ErrorCode::NonFinite
+            }
+            Error::Objective(_) => ErrorCode::InvalidArgument,
+            Error::Actor(_) | Error::Io { .. } | Error::State { .. } | Error::WrongWeights { .. } => ErrorCode::DataLoss,
+        }
+    }
+
+    /// The error as it crosses the service boundary.
+    pub fn into_service(self, operation: &'static str) -> ServiceError {
+        ServiceError::new(self.code(), "trainer", operation, self)
+    }
+}

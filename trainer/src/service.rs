@@ -1,0 +1,64 @@
+//! The trainer as a service in the same process.
+
+use crate::{Error, Trainer, state_io};
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use temper_actor::weights_io::WriteOptions;
+use temper_proto::{
+    LogProbs, MiniBatch, PolicyRole, ServiceResult, StageSpec, TokenSequence, TrainerService, UpdateReport,
+};
+use temper_types::PolicyVersion;
+
+/// One trainer behind the service trait; calls take turns.
+#[derive(Debug)]
+pub struct LocalTrainerService {
+    trainer: Mutex<Trainer>,
+}
+
+impl LocalTrainerService {
+    /// Serve `trainer`.
+    pub fn new(trainer: Trainer) -> Self {
+        LocalTrainerService { trainer: Mutex::new(trainer) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Trainer> {
+        self.trainer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl TrainerService for LocalTrainerService {
+    fn begin_stage(&self, spec: StageSpec) -> ServiceResult<()> {
+        self.lock().begin_stage(spec).map_err(|e| e.into_service("begin_stage"))
+    }
+
+    fn log_probs(&self, role: PolicyRole, sequences: &[TokenSequence], temperature: f32) -> ServiceResult<LogProbs> {
+        self.lock().log_probs(role, sequences, temperature).map_err(|e| e.into_service("log_probs"))
+    }
+
+    fn update(&self, batch: MiniBatch) -> ServiceResult<UpdateReport> {
+        self.lock().update(&batch).map_err(|e| e.into_service("update"))
+    }
+
+    fn publish(&self, number: u64) -> ServiceResult<PolicyVersion> {
+        Ok(self.lock().publish(number))
+    }
+
+    fn version(&self) -> PolicyVersion {
+        self.lock().version()
+    }
+
+    fn save_model(&self, dir: &Path) -> ServiceResult<()> {
+        let trainer = self.lock();
+        let options = WriteOptions { side_files_from: Some(&trainer.side_files_from), ..WriteOptions::default() };
+        let saved = trainer.params.save(&*trainer.device, dir, &trainer.config, &options);
+        saved.map_err(|e| Error::from(e).into_service("save_model"))
+    }
+
+    fn save_state(&self, dir: &Path) -> ServiceResult<()> {
+        state_io::save(&self.lock(), dir).map_err(|e| e.into_service("save_state"))
+    }
+
+    fn restore(&self, model_dir: &Path, state_dir: &Path, version: PolicyVersion) -> ServiceResult<()> {
+        self.lock().restore(model_dir, state_dir, version).map_err(|e| e.into_service("restore"))
+    }
+}

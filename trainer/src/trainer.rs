@@ -1,0 +1,406 @@
+//! The trainer itself: masters, gradients, moments, and one update.
+
+use crate::micro_batch::{Columns, check, split, train_batch};
+use crate::{Error, state_io};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+use temper_actor::{CheckpointReader, ModelConfig, OutputGrads, PackedPolicy, ParamStore, Recompute, TrainArena};
+use temper_algos::{GlobalCounts, LossMetrics, Objective, ObjectiveInput, ObjectiveOutput, Scope, TokenBatch, widen};
+use temper_proto::{LogProbs, MiniBatch, OptimizerConfig, PolicyRole, StageSpec, TokenSequence, TrainRow, UpdateReport};
+use temper_tensor::{AdamWStep, DType, Device};
+use temper_types::PolicyVersion;
+
+/// The packed weights of the process: written by the trainer at the end of an update, read by everyone.
+pub type SharedPolicy = Arc<RwLock<PackedPolicy>>;
+
+/// First and second moments, and how many updates they have seen.
+#[derive(Debug)]
+pub(crate) struct Moments {
+    pub(crate) first: ParamStore,
+    pub(crate) second: ParamStore,
+    pub(crate) num_updates: u64,
+}
+
+/// The frozen weights that a KL is measured against.
+#[derive(Debug)]
+pub(crate) struct Reference {
+    pub(crate) params: ParamStore,
+    packed: PackedPolicy,
+}
+
+/// What the current stage asks for.
+#[derive(Debug)]
+struct Stage {
+    objective: Objective,
+    optimizer: OptimizerConfig,
+    max_micro_batch_tokens: usize,
+    recompute: Recompute,
+}
+
+/// Trains one model on one device.
+#[derive(Debug)]
+pub struct Trainer {
+    pub(crate) device: Arc<dyn Device>,
+    pub(crate) config: ModelConfig,
+    pub(crate) params: ParamStore,
+    pub(crate) side_files_from: PathBuf,
+    pub(crate) moments: Option<Moments>,
+    pub(crate) reference: Option<Reference>,
+    dtype: DType,
+    policy: SharedPolicy,
+    grads: Option<ParamStore>,
+    arena: TrainArena,
+    stage: Option<Stage>,
+    max_micro_batch_tokens: usize,
+}
+
+/// Gradient of one micro-batch's outputs.
+struct OutputGradients {
+    d_log_probs: Vec<f32>,
+    d_entropies: Vec<f32>,
+}
+
+impl Trainer {
+    /// Load a Hugging Face directory and pack it for `dtype`. Ids that the tokenizer does not have are `masked_ids`.
+    ///
+    /// # Errors
+    /// A file that is missing or damaged, by name and tensor.
+    pub fn load(
+        device: Arc<dyn Device>,
+        model_dir: &Path,
+        dtype: DType,
+        masked_ids: Vec<u32>,
+    ) -> Result<Self, Error> {
+        let config = ModelConfig::load(model_dir)?;
+        let reader = CheckpointReader::open(model_dir)?;
+        reader.validate(&config)?;
+        let params = ParamStore::load(&*device, &config, &reader)?;
+        let mut policy = PackedPolicy::new(&device, &params, &config, dtype);
+        policy.set_masked_ids(masked_ids);
+        policy.version = PolicyVersion { number: 0, hash: params.content_hash(&*device) };
+        Ok(Trainer {
+            device,
+            config,
+            params,
+            side_files_from: model_dir.to_path_buf(),
+            moments: None,
+            reference: None,
+            dtype,
+            policy: Arc::new(RwLock::new(policy)),
+            grads: None,
+            arena: TrainArena::new(),
+            stage: None,
+            max_micro_batch_tokens: 4096,
+        })
+    }
+
+    /// The packed weights, to share with an engine.
+    pub fn policy(&self) -> SharedPolicy {
+        Arc::clone(&self.policy)
+    }
+
+    /// The version last published.
+    pub fn version(&self) -> PolicyVersion {
+        self.policy.read().unwrap_or_else(PoisonError::into_inner).version
+    }
+
+    /// Begin a stage: objective, fresh optimizer state, and, where it is needed, the current weights as the reference.
+    ///
+    /// # Errors
+    /// An objective that cannot be read or has a setting out of range.
+    pub fn begin_stage(&mut self, spec: StageSpec) -> Result<(), Error> {
+        let what = || format!("objective of stage `{}`", spec.name);
+        let objective: Objective =
+            serde_json::from_str(&spec.objective_json).map_err(|e| Error::invalid(what(), e.to_string()))?;
+        objective.validate()?;
+        self.moments = None;
+        self.reference = None;
+        if spec.needs_reference {
+            self.set_reference(self.params.duplicate(&*self.device));
+        }
+        self.max_micro_batch_tokens = spec.max_micro_batch_tokens;
+        self.stage = Some(Stage {
+            objective,
+            optimizer: spec.optimizer,
+            max_micro_batch_tokens: spec.max_micro_batch_tokens,
+            recompute: if spec.recompute_activations { Recompute::Layers } else { Recompute::None },
+        });
+        Ok(())
+    }
+
+    pub(crate) fn set_reference(&mut self, params: ParamStore) {
+        let mut packed = PackedPolicy::new(&self.device, &params, &self.config, self.dtype);
+        let masked = self.policy.read().unwrap_or_else(PoisonError::into_inner).masked_ids().to_vec();
+        packed.set_masked_ids(masked);
+        self.reference = Some(Reference { params, packed });
+    }
+
+    /// Log-probs and entropies of every response token.
+    ///
+    /// # Errors
+    /// A bad sequence, or a reference that this stage does not keep.
+    pub fn log_probs(
+        &mut self,
+        role: PolicyRole,
+        sequences: &[TokenSequence],
+        temperature: f32,
+    ) -> Result<LogProbs, Error> {
+        self.check_sequences(sequences.iter())?;
+        let shared = Arc::clone(&self.policy);
+        let current = shared.read().unwrap_or_else(PoisonError::into_inner);
+        let policy = match (role, &self.reference) {
+            (PolicyRole::Policy, _) => &*current,
+            (PolicyRole::Reference, Some(reference)) => &reference.packed,
+            (PolicyRole::Reference, None) => {
+                return Err(Error::invalid("log_probs", "this stage keeps no reference policy"));
+            }
+        };
+        let lengths: Vec<usize> = sequences.iter().map(sequence_len).collect();
+        let mut out = LogProbs::default();
+        for range in split(&lengths, self.max_micro_batch_tokens) {
+            let part = &sequences[range];
+            let stats = policy.score_only(&train_batch(part.iter()), temperature, &mut self.arena);
+            out.log_probs.extend(unpack(part.iter(), &stats.log_probs));
+            out.entropies.extend(unpack(part.iter(), &stats.entropies));
+        }
+        Ok(out)
+    }
+
+    /// One optimizer step over a mini-batch. On an error no weight has changed.
+    ///
+    /// # Errors
+    /// No stage, a bad row, or a loss or gradient that is not finite.
+    pub fn update(&mut self, batch: &MiniBatch) -> Result<UpdateReport, Error> {
+        let stage = self.stage.take().ok_or_else(|| Error::invalid("update", "no stage has begun"))?;
+        let result = self.update_in(&stage, batch);
+        self.stage = Some(stage);
+        result
+    }
+
+    fn update_in(&mut self, stage: &Stage, batch: &MiniBatch) -> Result<UpdateReport, Error> {
+        self.check_sequences(batch.rows.iter().map(|row| &row.sequence))?;
+        let mut grads = self.grads.take().unwrap_or_else(|| self.params.zeros_like(&*self.device));
+        grads.clear(&*self.device);
+        let accumulated = self.accumulate(stage, batch, &mut grads);
+        let result = accumulated.and_then(|mut report| {
+            report.grad_norm = self.finite_norm(&grads)?;
+            self.apply(stage, batch.learning_rate, report.grad_norm, &grads);
+            Ok(report)
+        });
+        self.grads = Some(grads);
+        result
+    }
+
+    /// Forward and backward of every micro-batch; gradients add up in `grads`.
+    fn accumulate(
+        &mut self,
+        stage: &Stage,
+        batch: &MiniBatch,
+        grads: &mut ParamStore,
+    ) -> Result<UpdateReport, Error> {
+        let lengths: Vec<usize> = batch.rows.iter().map(|row| sequence_len(&row.sequence)).collect();
+        let counts = global_counts(batch);
+        let whole = match stage.objective.scope() {
+            Scope::MiniBatch => Some(self.whole_batch_gradients(stage, batch, &counts)?),
+            Scope::Token | Scope::Sequence => None,
+        };
+        let mut report = UpdateReport { num_tokens: lengths.iter().sum::<usize>() as u64, ..UpdateReport::default() };
+        let mut metrics = LossMetrics::default();
+        if let Some(out) = &whole {
+            report.loss = out.loss;
+            metrics = out.metrics;
+        }
+        let mut first_token = 0;
+        for range in split(&lengths, stage.max_micro_batch_tokens) {
+            let rows = &batch.rows[range];
+            let num_tokens: usize = rows.iter().map(|row| row.sequence.response_token_ids.len()).sum();
+            let tokens = first_token..first_token + num_tokens;
+            first_token = tokens.end;
+            let shared = Arc::clone(&self.policy);
+            let policy = shared.read().unwrap_or_else(PoisonError::into_inner);
+            let train = train_batch(rows.iter().map(|row| &row.sequence));
+            let tape = policy.train_forward(&train, stage.recompute, &mut self.arena);
+            let stats = policy.log_probs(&tape, batch.temperature);
+            report.log_probs.extend(unpack(rows.iter().map(|row| &row.sequence), &stats.log_probs));
+            let gradients = match &whole {
+                Some(out) => slice_gradients(out, tokens),
+                None => {
+                    let out = evaluate(&stage.objective, rows, (&stats.log_probs, &stats.entropies), &counts)?;
+                    report.loss += out.loss;
+                    metrics.merge(&out.metrics);
+                    let all = 0..num_tokens;
+                    slice_gradients(&out, all)
+                }
+            };
+            let outputs = OutputGrads::LogProbs {
+                d_log_probs: &gradients.d_log_probs,
+                d_entropies: &gradients.d_entropies,
+                temperature: batch.temperature,
+            };
+            policy.backward(&self.params, tape, outputs, grads);
+        }
+        name_metrics(&mut report, &metrics);
+        Ok(report)
+    }
+
+    /// The objective over the whole mini-batch at once, from log-probs that keep no activations.
+    fn whole_batch_gradients(
+        &mut self,
+        stage: &Stage,
+        batch: &MiniBatch,
+        counts: &GlobalCounts,
+    ) -> Result<ObjectiveOutput, Error> {
+        let sequences: Vec<TokenSequence> = batch.rows.iter().map(|row| row.sequence.clone()).collect();
+        let stats = self.log_probs(PolicyRole::Policy, &sequences, batch.temperature)?;
+        evaluate(&stage.objective, &batch.rows, (&stats.log_probs.concat(), &stats.entropies.concat()), counts)
+    }
+
+    /// Global gradient norm, in f64.
+    fn finite_norm(&self, grads: &ParamStore) -> Result<f64, Error> {
+        let sum = grads.sum_squares(&*self.device);
+        if sum.is_finite() {
+            return Ok(sum.sqrt());
+        }
+        let squares = |(unit, slot): (usize, &temper_actor::TensorSlot)| {
+            let sum_squares = self.device.sum_squares(grads.unit(unit).buffer().view(slot.range.clone()));
+            (!sum_squares.is_finite()).then(|| Error::NonFiniteGradient { tensor: slot.name.clone(), sum_squares })
+        };
+        let named = grads.tensors().find_map(squares);
+        Err(named.unwrap_or(Error::NonFiniteGradient { tensor: "all tensors together".to_owned(), sum_squares: sum }))
+    }
+
+    /// Clip, step every unit, and swap the packed weights.
+    fn apply(&mut self, stage: &Stage, learning_rate: f64, grad_norm: f64, grads: &ParamStore) {
+        let device = Arc::clone(&self.device);
+        let fresh = || Moments {
+            first: self.params.zeros_like(&*device),
+            second: self.params.zeros_like(&*device),
+            num_updates: 0,
+        };
+        let mut moments = self.moments.take().unwrap_or_else(fresh);
+        moments.num_updates += 1;
+        let step = adamw_step(&stage.optimizer, learning_rate, grad_norm, moments.num_updates);
+        let units = self.params.units_mut().iter_mut().zip(grads.units());
+        let states = moments.first.units_mut().iter_mut().zip(moments.second.units_mut());
+        for ((param, grad), (first, second)) in units.zip(states) {
+            let pair = (first.buffer_mut().all_mut(), second.buffer_mut().all_mut());
+            device.adamw(step, grad.buffer().all(), param.buffer_mut().all_mut(), pair);
+        }
+        self.moments = Some(moments);
+        self.repack();
+    }
+
+    fn repack(&mut self) {
+        self.policy.write().unwrap_or_else(PoisonError::into_inner).repack(&self.params);
+    }
+
+    /// Hash the weights and name them.
+    pub fn publish(&mut self, number: u64) -> PolicyVersion {
+        let version = PolicyVersion { number, hash: self.params.content_hash(&*self.device) };
+        self.policy.write().unwrap_or_else(PoisonError::into_inner).version = version;
+        version
+    }
+
+    /// Load weights and state of a checkpoint into the stage that has begun.
+    ///
+    /// # Errors
+    /// A damaged file, or weights that do not hash to `version`.
+    pub fn restore(&mut self, model_dir: &Path, state_dir: &Path, version: PolicyVersion) -> Result<(), Error> {
+        let reader = CheckpointReader::open(model_dir)?;
+        reader.validate(&self.config)?;
+        let params = ParamStore::load(&*self.device, &self.config, &reader)?;
+        let got = params.content_hash(&*self.device);
+        if got != version.hash {
+            return Err(Error::WrongWeights { path: model_dir.to_path_buf(), expected: version.hash, got });
+        }
+        self.params = params;
+        state_io::restore(self, state_dir)?;
+        self.repack();
+        self.policy.write().unwrap_or_else(PoisonError::into_inner).version = version;
+        Ok(())
+    }
+
+    fn check_sequences<'a>(&self, sequences: impl Iterator<Item = &'a TokenSequence>) -> Result<(), Error> {
+        let (vocab, longest) = (self.config.vocab_size, self.config.max_position_embeddings);
+        sequences.enumerate().try_for_each(|(index, sequence)| check(index, sequence, vocab, longest))
+    }
+}
+
+fn sequence_len(sequence: &TokenSequence) -> usize {
+    sequence.prompt_token_ids.len() + sequence.response_token_ids.len()
+}
+
+/// Numbers of response tokens, one array per sequence.
+fn unpack<'a>(sequences: impl Iterator<Item = &'a TokenSequence>, values: &[f32]) -> Vec<Vec<f32>> {
+    let mut rest = values;
+    let take = |sequence: &TokenSequence| {
+        let (own, tail) = rest.split_at(sequence.response_token_ids.len());
+        rest = tail;
+        own.to_vec()
+    };
+    sequences.map(take).collect()
+}
+
+fn global_counts(batch: &MiniBatch) -> GlobalCounts {
+    let g = &batch.global;
+    GlobalCounts {
+        num_tokens: g.num_tokens,
+        num_sequences: g.num_sequences,
+        num_rows: g.num_rows,
+        loss_scale_factor: g.loss_scale_factor,
+    }
+}
+
+fn evaluate(
+    objective: &Objective,
+    rows: &[TrainRow],
+    (log_probs, entropies): (&[f32], &[f32]),
+    counts: &GlobalCounts,
+) -> Result<ObjectiveOutput, Error> {
+    let (log_probs, entropies) = (widen(log_probs), widen(entropies));
+    let columns = Columns::gather(rows, &log_probs)?;
+    let input = ObjectiveInput {
+        batch: TokenBatch::new(&columns.offsets, &columns.response_mask)?,
+        log_probs: &log_probs,
+        entropies: &entropies,
+        old_log_probs: &columns.old_log_probs,
+        ref_log_probs: Some(&columns.ref_log_probs[..]).filter(|v| !v.is_empty()),
+        advantages: &columns.advantages,
+        rollout_is_weights: Some(&columns.rollout_weights[..]).filter(|v| !v.is_empty()),
+    };
+    Ok(objective.evaluate(&input, counts)?)
+}
+
+fn slice_gradients(out: &ObjectiveOutput, tokens: Range<usize>) -> OutputGradients {
+    let narrow = |values: &[f64]| values.iter().map(|v| *v as f32).collect();
+    let d_entropies = if out.d_entropies.is_empty() { &[][..] } else { &out.d_entropies[tokens.clone()] };
+    OutputGradients { d_log_probs: narrow(&out.d_log_probs[tokens]), d_entropies: narrow(d_entropies) }
+}
+
+fn name_metrics(report: &mut UpdateReport, metrics: &LossMetrics) {
+    report.entropy = metrics.entropy();
+    let named = [
+        ("pg_loss", metrics.pg_loss),
+        ("pg_clipfrac", metrics.pg_clipfrac()),
+        ("pg_clipfrac_lower", metrics.pg_clipfrac_lower()),
+        ("ppo_kl", metrics.ppo_kl()),
+        ("kl_loss", metrics.kl_loss),
+        ("log_ratio_max", metrics.log_ratio_max),
+    ];
+    report.metrics = named.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+}
+
+/// Clipping as torch's `clip_grad_norm_`: scale by `max / (norm + 1e-6)` where that is below 1.
+fn adamw_step(optimizer: &OptimizerConfig, learning_rate: f64, grad_norm: f64, step: u64) -> AdamWStep {
+    let scale = if optimizer.max_grad_norm > 0.0 { optimizer.max_grad_norm / (grad_norm + 1e-6) } else { 1.0 };
+    AdamWStep {
+        learning_rate: learning_rate as f32,
+        beta1: optimizer.beta1 as f32,
+        beta2: optimizer.beta2 as f32,
+        eps: optimizer.eps as f32,
+        weight_decay: optimizer.weight_decay as f32,
+        step,
+        grad_scale: scale.min(1.0) as f32,
+    }
+}
