@@ -1,0 +1,90 @@
+//! Files of one JSON object a line that survive a crash.
+
+use crate::Error;
+use serde_json::{Map, Value};
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// A file to which whole lines are appended.
+#[derive(Debug)]
+pub(crate) struct LineFile {
+    file: File,
+    path: PathBuf,
+}
+
+impl LineFile {
+    /// Open for appending, creating the file where it is missing, and cut a last line that a crash left without its end.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        cut_torn_line(path)?;
+        let file = OpenOptions::new().append(true).create(true).open(path).map_err(Error::io("open", path))?;
+        Ok(LineFile { file, path: path.to_owned() })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Append one object as a line, in one write.
+    pub fn append(&self, object: &Map<String, Value>) -> Result<(), Error> {
+        let line = line_of(object);
+        (&self.file).write_all(line.as_bytes()).map_err(Error::io("write", &self.path))
+    }
+
+    pub fn sync(&self) -> Result<(), Error> {
+        self.file.sync_all().map_err(Error::io("sync", &self.path))
+    }
+
+    /// Replace the content in one step: after a crash the file holds the old lines or the new ones.
+    pub fn replace(&mut self, objects: &[Map<String, Value>]) -> Result<(), Error> {
+        let mut name = self.path.as_os_str().to_owned();
+        name.push(".tmp");
+        let unfinished = PathBuf::from(name);
+        let text: String = objects.iter().map(line_of).collect();
+        let mut file = File::create(&unfinished).map_err(Error::io("create", &unfinished))?;
+        file.write_all(text.as_bytes()).map_err(Error::io("write", &unfinished))?;
+        file.sync_all().map_err(Error::io("sync", &unfinished))?;
+        std::fs::rename(&unfinished, &self.path).map_err(Error::io("rename into place", &self.path))?;
+        let dir = self.path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        File::open(dir).and_then(|dir| dir.sync_all()).map_err(Error::io("sync the directory", dir))?;
+        *self = LineFile::open(&self.path)?;
+        Ok(())
+    }
+}
+
+fn line_of(object: &Map<String, Value>) -> String {
+    let mut line = serde_json::to_string(object).expect("a JSON object has text");
+    line.push('\n');
+    line
+}
+
+fn cut_torn_line(path: &Path) -> Result<(), Error> {
+    let bytes = match std::fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Error::io("read", path)(error)),
+    };
+    let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+    if whole == bytes.len() {
+        return Ok(());
+    }
+    let file = OpenOptions::new().write(true).open(path).map_err(Error::io("open", path))?;
+    file.set_len(whole as u64).map_err(Error::io("truncate", path))
+}
+
+/// The objects of a file, in order; a last line without its end is not one of them.
+pub(crate) fn read_objects(path: &Path) -> Result<Vec<Map<String, Value>>, Error> {
+    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+    let whole = bytes.split_inclusive(|byte| *byte == b'\n').filter(|line| line.ends_with(b"\n"));
+    whole
+        .enumerate()
+        .map(|(index, line)| {
+            let problem = |e| format!("{e}; expected one JSON object a line");
+            serde_json::from_slice(line).map_err(|e| Error::Line {
+                path: path.to_owned(),
+                line: index + 1,
+                problem: problem(e),
+            })
+        })
+        .collect()
+}
