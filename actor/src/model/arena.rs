@@ -24,8 +24,10 @@ pub enum Recompute {
 pub struct TrainArena {
     /// Buffers of the layer that runs.
     pub(super) scratch: Workspace,
-    /// Keys and values of the micro-batch.
-    kv: Option<KvCache>,
+    /// Keys and values of the micro-batch, all layers.
+    train_kv: Option<KvCache>,
+    /// Keys and values of the layer that runs, in passes that keep nothing.
+    score_kv: Option<KvCache>,
     /// Input of every layer, `[T, D]` each.
     pub(super) inputs: Vec<GrowBuffer>,
     /// Activations of every layer, or of the one that is recomputed.
@@ -97,16 +99,28 @@ impl TrainArena {
         TrainArena::default()
     }
 
-    /// The cache, at least as large as asked for. Contents do not survive growth.
-    pub(super) fn reserve_kv(&mut self, policy: &PackedPolicy, num_layers: usize, num_blocks: usize) {
+    /// A cache for `num_blocks` blocks. Contents do not survive growth.
+    pub(super) fn reserve_kv(&mut self, policy: &PackedPolicy, kv_use: KvUse, num_blocks: usize) {
+        let num_layers = match kv_use {
+            KvUse::AllLayers => policy.layers.len(),
+            KvUse::OneLayer => 1,
+        };
+        let cache = self.cache(kv_use);
+        let old_blocks = cache.as_ref().map_or(0, |kv| kv.spec().num_blocks);
         let needed = KvCacheSpec { num_layers, ..policy.kv_spec(num_blocks.max(1), BLOCK_SIZE) };
         let fits = |spec: &KvCacheSpec| {
-            let same = KvCacheSpec { num_layers, num_blocks: needed.num_blocks, ..*spec };
-            same == needed && spec.num_layers >= num_layers && spec.num_blocks >= needed.num_blocks
+            old_blocks >= needed.num_blocks && KvCacheSpec { num_blocks: needed.num_blocks, ..*spec } == needed
         };
-        if !self.kv.as_ref().is_some_and(|kv| fits(kv.spec())) {
-            self.kv = None;
-            self.kv = Some(policy.dev.kv_cache(needed));
+        if !cache.as_ref().is_some_and(|kv| fits(kv.spec())) {
+            *cache = None;
+            *cache = Some(policy.dev.kv_cache(needed));
+        }
+    }
+
+    fn cache(&mut self, kv_use: KvUse) -> &mut Option<KvCache> {
+        match kv_use {
+            KvUse::AllLayers => &mut self.train_kv,
+            KvUse::OneLayer => &mut self.score_kv,
         }
     }
 
@@ -155,32 +169,40 @@ impl TrainArena {
         self.grads.head_rstd.reserve(dev, head_rows);
     }
 
-    /// The parts that the layers work on at the same time: scratch, cache, inputs, saved activations.
-    pub(super) fn parts(&mut self) -> (&mut Workspace, &mut KvCache, &mut [GrowBuffer], &mut [SavedLayer]) {
-        let kv = self.kv.as_mut().expect("reserved before the layers run");
-        (&mut self.scratch, kv, &mut self.inputs, &mut self.saved)
+    /// Scratch and the cache of passes that keep nothing.
+    pub(super) fn score_parts(&mut self) -> (&mut Workspace, &mut KvCache) {
+        (&mut self.scratch, self.score_kv.as_mut().expect("reserved before the layers run"))
     }
 
-    /// As [`TrainArena::parts`], with the gradients in place of the inputs of the layers.
-    pub(super) fn backward_parts(&mut self) -> BackwardParts<'_> {
-        BackwardParts {
+    /// What the layers work on in a forward that keeps activations, and in its backward.
+    pub(super) fn train_parts(&mut self) -> TrainParts<'_> {
+        TrainParts {
             scratch: &mut self.scratch,
-            kv: self.kv.as_mut().expect("reserved before the layers run"),
-            inputs: &self.inputs,
+            kv: self.train_kv.as_mut().expect("reserved before the layers run"),
+            inputs: &mut self.inputs,
             saved: &mut self.saved,
             grads: &mut self.grads,
         }
     }
 }
 
-/// What the backward of a layer works on.
-pub(super) struct BackwardParts<'a> {
+/// Whether keys and values of all layers are kept, or of one layer at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum KvUse {
+    /// For a backward.
+    AllLayers,
+    /// Forward only.
+    OneLayer,
+}
+
+/// What the layers of a training pass work on, each part borrowed on its own.
+pub(super) struct TrainParts<'a> {
     /// Buffers of whatever is computed again.
     pub scratch: &'a mut Workspace,
     /// Keys and values of the micro-batch.
     pub kv: &'a mut KvCache,
     /// Input of every layer.
-    pub inputs: &'a [GrowBuffer],
+    pub inputs: &'a mut [GrowBuffer],
     /// Activations.
     pub saved: &'a mut [SavedLayer],
     /// Gradients.

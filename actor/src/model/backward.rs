@@ -45,7 +45,7 @@ impl PackedPolicy {
         self.final_norm_backward(batch, arena, grads);
         let spans = sequences.spans();
         let rows = Rows { positions: &batch.positions, spans: &spans };
-        let mut parts = arena.backward_parts();
+        let mut parts = arena.train_parts();
         for index in (0..self.layers.len()).rev() {
             let saved = match recompute {
                 Recompute::None => index,

@@ -1,6 +1,6 @@
 //! The backward of one layer.
 
-use super::arena::{BackwardParts, GradBuffers, SavedLayer};
+use super::arena::{GradBuffers, SavedLayer, TrainParts};
 use super::generate::Workspace;
 use super::layer::Rows;
 use super::layout::Projection;
@@ -43,7 +43,7 @@ impl PackedPolicy {
         &self,
         index: usize,
         rows: Rows<'_>,
-        (parts, saved): (&mut BackwardParts<'_>, usize),
+        (parts, saved): (&mut TrainParts<'_>, usize),
         unit: &mut UnitGrad<'_>,
     ) {
         let saved = &parts.saved[saved];

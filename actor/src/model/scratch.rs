@@ -9,11 +9,13 @@ pub(super) struct GrowBuffer {
 }
 
 impl GrowBuffer {
-    /// Make sure that `len` elements fit.
+    /// Make sure that `len` elements fit. Growth is by an eighth at least, so that a batch that grows by one row a step
+    /// rarely allocates.
     pub fn reserve(&mut self, dev: &dyn Device, len: usize) {
-        if self.buffer.as_ref().is_none_or(|b| b.len() < len) {
+        let capacity = self.buffer.as_ref().map_or(0, Buffer::len);
+        if self.buffer.is_none() || capacity < len {
             self.buffer = None;
-            self.buffer = Some(dev.zeros(len));
+            self.buffer = Some(dev.zeros(len.max(capacity + capacity / 8)));
         }
     }
 

@@ -1,6 +1,6 @@
 //! The forward over whole sequences, for training and for scoring.
 
-use super::arena::{Recompute, SavedLayer, Sequences, TrainArena};
+use super::arena::{KvUse, Recompute, SavedLayer, Sequences, TrainArena, TrainParts};
 use super::generate::Workspace;
 use super::layer::{AttendBuffers, ExpandBuffers, Rows};
 use super::packed::PackedPolicy;
@@ -109,11 +109,11 @@ impl PackedPolicy {
         arena: &'a mut TrainArena,
     ) -> Tape<'a> {
         let (dev, t, d) = (&*self.dev, batch.num_rows(), self.dims.model);
-        let sequences = self.start(batch, self.layers.len(), arena);
+        let sequences = self.start(batch, KvUse::AllLayers, arena);
         arena.reserve_saved(self, t, recompute);
         let spans = sequences.spans();
         let rows = Rows { positions: &batch.positions, spans: &spans };
-        let (ws, kv, inputs, saved) = arena.parts();
+        let TrainParts { scratch: ws, kv, inputs, saved, .. } = arena.train_parts();
         for (index, input) in inputs.iter_mut().enumerate() {
             dev.copy(ws.x.view(t * d), input.view_mut(t * d));
             match recompute {
@@ -196,10 +196,10 @@ impl PackedPolicy {
 
     /// All layers through one layer's worth of cache.
     fn forward_only(&self, batch: &TrainBatch, arena: &mut TrainArena) {
-        let sequences = self.start(batch, 1, arena);
+        let sequences = self.start(batch, KvUse::OneLayer, arena);
         let spans = sequences.spans();
         let rows = Rows { positions: &batch.positions, spans: &spans };
-        let (ws, kv, ..) = arena.parts();
+        let (ws, kv) = arena.score_parts();
         for index in 0..self.layers.len() {
             self.run_layer(index, rows, (kv, 0), ws);
         }
@@ -207,13 +207,13 @@ impl PackedPolicy {
     }
 
     /// Reserve memory and embed the batch into the residual stream of the scratch.
-    fn start(&self, batch: &TrainBatch, kv_layers: usize, arena: &mut TrainArena) -> Sequences {
+    fn start(&self, batch: &TrainBatch, kv_use: KvUse, arena: &mut TrainArena) -> Sequences {
         let t = batch.num_rows();
         assert_eq!(batch.positions.len(), t, "one position per row");
         assert_eq!(batch.seq_lens.iter().sum::<usize>(), t, "sequences cover the rows");
         assert!(batch.target_rows.iter().all(|row| (*row as usize) < t), "targets within the rows");
         let sequences = Sequences::new(&batch.seq_lens);
-        arena.reserve_kv(self, kv_layers, sequences.num_blocks());
+        arena.reserve_kv(self, kv_use, sequences.num_blocks());
         arena.scratch.reserve(self, t);
         let x = arena.scratch.x.view_mut(t * self.dims.model);
         self.dev.embed(&batch.token_ids, self.embed.all(), self.dtype, x);
