@@ -1,5 +1,7 @@
 //! The policy against references computed by transformers, and against itself, bit for bit.
 
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
 mod bitwise;
 mod gradients;
 mod parity;
