@@ -14,6 +14,8 @@ use std::path::Path;
 const FILE_MAGIC: &[u8] = b"ARROW1";
 /// First bytes of an IPC file, padding included; an IPC stream follows.
 const FILE_HEADER: &[u8] = b"ARROW1\0\0";
+/// What stands before the length of every message.
+const CONTINUATION: [u8; 4] = [0xff; 4];
 /// Continuation mark and length 0: the end of an IPC stream.
 const END_OF_STREAM: [u8; 8] = [0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0];
 
@@ -37,7 +39,7 @@ pub(crate) fn read_ipc(path: &Path) -> Result<Table, Error> {
     if !stream.ends_with(&END_OF_STREAM) {
         return Err(Error::file(path, "no Arrow IPC data, or truncated: the stream does not end with its end mark"));
     }
-    guarded(path, "Arrow IPC", || decode_stream(stream))
+    guarded(path, "Arrow IPC", || check_framing(&stream).and_then(|()| decode_stream(stream)))
 }
 
 /// The stream inside an IPC file: what stands between the header and the footer.
@@ -48,6 +50,40 @@ fn stream_of_file(path: &Path, bytes: &Buffer) -> Result<Buffer, Error> {
     let footer = usize::try_from(i32::from_le_bytes(*length)).map_err(|_| truncated())?;
     let end = rest.len().checked_sub(footer).filter(|end| *end >= FILE_HEADER.len()).ok_or_else(truncated)?;
     Ok(bytes.slice_with_length(FILE_HEADER.len(), end - FILE_HEADER.len()))
+}
+
+/// Check that every message lies within the stream and every buffer within its message's body, which the decoder takes for
+/// granted.
+fn check_framing(stream: &[u8]) -> Result<(), String> {
+    let mut rest = stream;
+    while !rest.is_empty() {
+        let header = rest.strip_prefix(&CONTINUATION).unwrap_or(rest);
+        let (length, after) = header.split_first_chunk::<4>().ok_or("a message header is cut")?;
+        let metadata_length = u32::from_le_bytes(*length) as usize;
+        if metadata_length == 0 {
+            return if after.is_empty() { Ok(()) } else { Err("data follow the end mark".to_owned()) };
+        }
+        let (metadata, after) = after.split_at_checked(metadata_length).ok_or("a message is cut")?;
+        let message = arrow_ipc::root_as_message(metadata).map_err(|e| format!("a damaged message: {e}"))?;
+        let body_length = usize::try_from(message.bodyLength()).map_err(|_| "a body of negative length")?;
+        rest = after.get(body_length..).ok_or("a message's body is cut")?;
+        check_buffers(&message)?;
+    }
+    Err("the end mark is missing".to_owned())
+}
+
+fn check_buffers(message: &arrow_ipc::Message<'_>) -> Result<(), String> {
+    let batch = message.header_as_record_batch().or_else(|| message.header_as_dictionary_batch()?.data());
+    let Some(buffers) = batch.and_then(|batch| batch.buffers()) else { return Ok(()) };
+    for buffer in buffers {
+        let (offset, length) = (buffer.offset(), buffer.length());
+        let end = offset.checked_add(length).filter(|_| offset >= 0 && length >= 0);
+        if end.is_none_or(|end| end > message.bodyLength()) {
+            let body = message.bodyLength();
+            return Err(format!("a buffer at {offset} of {length} bytes is outside of its body of {body} bytes"));
+        }
+    }
+    Ok(())
 }
 
 fn decode_stream(mut stream: Buffer) -> Result<Table, String> {
