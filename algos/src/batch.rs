@@ -38,6 +38,17 @@ impl<'a> TokenBatch<'a> {
         }
     }
 
+    /// The same rows under another mask.
+    ///
+    /// # Errors
+    /// A mask of the wrong length, or one that holds anything but 0 and 1.
+    pub fn with_mask<'b>(&self, response_mask: &'b [u8]) -> Result<TokenBatch<'b>, Error>
+    where
+        'a: 'b,
+    {
+        TokenBatch::new(self.offsets, response_mask)
+    }
+
     /// Number of rows, B.
     pub fn num_rows(&self) -> usize {
         self.offsets.len() - 1

@@ -53,6 +53,14 @@ pub enum Error {
         /// What is wrong, and what would be right.
         cause: String,
     },
+    /// No formula exists for what was asked.
+    #[error("{operation}: {what} is not supported")]
+    Unsupported {
+        /// Algorithm or function.
+        operation: &'static str,
+        /// What was asked.
+        what: &'static str,
+    },
     /// A document in the vectors' schema is malformed.
     #[error("case `{case}`, key `{key}`: {cause}")]
     Case {

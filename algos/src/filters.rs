@@ -91,3 +91,63 @@ pub fn mask_truncated(offsets: &[usize], truncated: &[bool], response_mask: &mut
     }
     Ok(())
 }
+
+/// Mask of a response: 1 up to and with the first stop token, 0 after.
+pub fn response_mask(token_ids: &[u32], stop_token_ids: &[u32]) -> Vec<u8> {
+    let end = token_ids.iter().position(|id| stop_token_ids.contains(id)).map_or(token_ids.len(), |at| at + 1);
+    (0..token_ids.len()).map(|t| u8::from(t < end)).collect()
+}
+
+/// How PF-PPO weighs samples before it draws a batch from them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ReweightMethod {
+    /// `|score|^weight_pow`.
+    #[default]
+    Pow,
+    /// 1 for the best and the worst scores, else 0.
+    MaxMin,
+    /// 0.4 for the best scores, else 0.1.
+    MaxRandom,
+}
+
+/// PF-PPO's resampling weights: `max(w + 1e-8, 1e-8)`.
+///
+/// # Source
+/// arXiv 2409.06957.
+pub fn pf_ppo_weights(method: ReweightMethod, scores: &[f64], weight_pow: f64) -> Vec<f64> {
+    let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let smallest = scores.iter().copied().fold(f64::INFINITY, f64::min);
+    let weight = |s: &f64| match method {
+        ReweightMethod::Pow => s.abs().powf(weight_pow),
+        ReweightMethod::MaxMin => f64::from(u8::from(*s == largest || *s == smallest)),
+        ReweightMethod::MaxRandom => {
+            if *s == largest {
+                0.4
+            } else {
+                0.1
+            }
+        }
+    };
+    scores.iter().map(|s| (weight(s) + 1e-8).max(1e-8)).collect()
+}
+
+/// Draw `count` indices with replacement, with probabilities proportional to `weights`, from counter-based noise.
+///
+/// # Errors
+/// Weights that are empty, negative, not finite or all 0.
+pub fn resample(weights: &[f64], count: usize, seed: u64) -> Result<Vec<usize>, Error> {
+    let total: f64 = weights.iter().sum();
+    if weights.iter().any(|w| *w < 0.0) || !(total > 0.0 && total.is_finite()) {
+        return Err(Error::batch("resample", "weights must be finite, not negative and not all 0"));
+    }
+    let draw = |slot: usize| {
+        let mut left = temper_types::uniform53(seed, slot as u64) * total;
+        let hit = weights.iter().position(|w| {
+            left -= w;
+            left < 0.0
+        });
+        hit.or_else(|| weights.iter().rposition(|w| *w > 0.0)).unwrap_or(0)
+    };
+    Ok((0..count).map(draw).collect())
+}

@@ -9,7 +9,10 @@
 
 mod advantages;
 mod batch;
+pub mod distill;
+pub mod distribution;
 mod error;
+pub mod eval;
 pub mod filters;
 mod kl;
 mod loss;
@@ -19,8 +22,10 @@ pub mod metrics;
 mod objective;
 pub mod optim;
 mod plan;
+pub mod rollout_correction;
 mod schedule;
 mod sft;
+mod value;
 
 pub use advantages::{AdvEstimator, AdvantageConfig, AdvantageInput, AdvantageOutput, Rewards, compute_advantages};
 pub use batch::{TokenBatch, widen};
@@ -35,5 +40,9 @@ pub use loss::{
 };
 pub use objective::{Objective, ObjectiveInput, ObjectiveOutput};
 pub use plan::{AlgorithmConfig, Grouping, Plan, Scope};
+pub use rollout_correction::{
+    BypassLoss, CorrectionOutput, IsLevel, RolloutCorrectionConfig, Threshold, rollout_correction,
+};
 pub use schedule::{LrScheduleConfig, ScheduleType};
 pub use sft::{SftLossType, TokenLoss, sft_loss};
+pub use value::{ValueLossConfig, ValueLossInput, ValueLossOutput, value_loss};

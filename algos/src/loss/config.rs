@@ -2,6 +2,7 @@
 
 use super::LossAggMode;
 use crate::kl::KlType;
+use crate::rollout_correction::RolloutCorrectionConfig;
 use crate::{Error, Scope};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -35,6 +36,8 @@ pub enum LossMode {
     DppoKl,
     /// Policy gradient with a quadratic pull towards the old policy.
     Dro,
+    /// Correction inside the loss, against the engine's log-probs.
+    BypassMode,
 }
 
 /// Settings of a policy loss; each mode reads those it names.
@@ -77,6 +80,8 @@ pub struct PolicyLossConfig {
     pub ppo_kl_coef: f64,
     /// Weight of dro's pull; dro needs a number above 0.
     pub dro_beta: f64,
+    /// Correction of the gap between engine and trainer: applied once a step, or inside the loss in bypass mode.
+    pub rollout_correction: RolloutCorrectionConfig,
 }
 
 impl Default for PolicyLossConfig {
@@ -100,6 +105,7 @@ impl Default for PolicyLossConfig {
             kl_cov_ratio: 2e-4,
             ppo_kl_coef: 0.1,
             dro_beta: 0.0,
+            rollout_correction: RolloutCorrectionConfig::default(),
         }
     }
 }
@@ -131,7 +137,7 @@ impl PolicyLossConfig {
             | LossMode::DppoKl
             | LossMode::Dro => Scope::Token,
             LossMode::Gspo | LossMode::GeoMean => Scope::Sequence,
-            LossMode::ClipCov | LossMode::KlCov => Scope::MiniBatch,
+            LossMode::ClipCov | LossMode::KlCov | LossMode::BypassMode => Scope::MiniBatch,
         }
     }
 
@@ -160,6 +166,7 @@ impl PolicyLossConfig {
         };
         share("clip_cov_ratio", self.clip_cov_ratio)?;
         share("kl_cov_ratio", self.kl_cov_ratio)?;
+        self.rollout_correction.validate()?;
         if self.loss_mode == LossMode::Dro {
             above_zero("dro_beta", self.dro_beta)?;
         }

@@ -39,5 +39,5 @@ pub(crate) fn term(
     let ratio = (log_prob - old).clamp(-20.0, 20.0).exp();
     let bounded = if ceiling > 0.0 { ratio.min(ceiling) } else { ratio };
     let d = if valid { -advantage * bounded } else { 0.0 };
-    TokenTerm { loss: d * log_prob, d, clipped: !valid, clipped_lower: bounded < ratio }
+    TokenTerm { loss: d * log_prob, d, clipped: !valid, clipped_lower: valid && bounded < ratio }
 }

@@ -5,6 +5,8 @@
 pub struct LossMetrics {
     /// Number of unmasked tokens.
     pub num_tokens: f64,
+    /// Number of tokens in the policy-gradient part: fewer than `num_tokens` where bypass mode rejects some.
+    pub num_pg_tokens: f64,
     /// The policy-gradient part of the loss, already divided by the global counts.
     pub pg_loss: f64,
     /// The KL part before its coefficient, already divided by the global counts.
@@ -27,6 +29,7 @@ impl LossMetrics {
     /// Add the metrics of another part of the same mini-batch.
     pub fn merge(&mut self, other: &LossMetrics) {
         self.num_tokens += other.num_tokens;
+        self.num_pg_tokens += other.num_pg_tokens;
         self.pg_loss += other.pg_loss;
         self.kl_loss += other.kl_loss;
         self.entropy_agg += other.entropy_agg;
@@ -37,27 +40,27 @@ impl LossMetrics {
         self.log_ratio_max = self.log_ratio_max.max(other.log_ratio_max);
     }
 
-    fn per_token(&self, sum: f64) -> f64 {
-        if self.num_tokens > 0.0 { sum / self.num_tokens } else { 0.0 }
+    fn per_pg_token(&self, sum: f64) -> f64 {
+        if self.num_pg_tokens > 0.0 { sum / self.num_pg_tokens } else { 0.0 }
     }
 
     /// Share of tokens at which a clip bound holds.
     pub fn pg_clipfrac(&self) -> f64 {
-        self.per_token(self.num_clipped)
+        self.per_pg_token(self.num_clipped)
     }
 
     /// Share of tokens at which the dual clip holds.
     pub fn pg_clipfrac_lower(&self) -> f64 {
-        self.per_token(self.num_clipped_lower)
+        self.per_pg_token(self.num_clipped_lower)
     }
 
     /// Mean of `old_log_prob - log_prob`: an estimate of KL(old || policy).
     pub fn ppo_kl(&self) -> f64 {
-        self.per_token(self.ppo_kl_sum)
+        self.per_pg_token(self.ppo_kl_sum)
     }
 
     /// Mean entropy per token.
     pub fn entropy(&self) -> f64 {
-        self.per_token(self.entropy_sum)
+        if self.num_tokens > 0.0 { self.entropy_sum / self.num_tokens } else { 0.0 }
     }
 }

@@ -5,6 +5,7 @@
 //! finite on an unmasked token is an error that names it.
 
 mod agg;
+mod bypass;
 mod cispo;
 mod config;
 mod cov;
@@ -27,6 +28,7 @@ use crate::kl::kl_penalty;
 use crate::masked::broadcast;
 use crate::{Error, TokenBatch};
 use terms::{Terms, TokenTerm};
+pub(crate) use terms::{larger, smaller};
 
 /// Everything a policy loss may read; `..Default::default()` leaves out what the plan does not ask for.
 #[derive(Debug, Clone, Copy, Default)]
@@ -77,24 +79,50 @@ pub fn policy_loss(
     config.validate()?;
     check(input)?;
     let batch = &input.batch;
-    let terms = surrogate(config, input);
-    let weights = broadcast(batch, &config.loss_agg_mode.row_weights(batch, counts)?);
-    let pg_weights = match config.loss_mode {
-        LossMode::GeoMean => vec![1.0 / counts.num_rows.max(1) as f64; batch.num_slots()],
-        LossMode::Sapo => broadcast(batch, &LossAggMode::SeqMeanTokenMean.row_weights(batch, counts)?),
-        _ => weights.clone(),
+    let mut out = match config.loss_mode {
+        LossMode::BypassMode => bypass::loss(config, input, counts)?,
+        _ => pg_part(config, input, counts)?,
     };
-    let mut out = aggregate(batch, &terms, &pg_weights, input);
-    if config.loss_mode == LossMode::KlCov {
-        let active = (0..batch.num_slots()).filter(|t| batch.is_active(*t));
-        out.metrics.ppo_kl_sum = active.map(|t| (input.log_probs[t] - input.old_log_probs[t]).abs()).sum();
-    }
+    out.metrics.num_tokens = batch.num_tokens() as f64;
+    let weights = broadcast(batch, &config.loss_agg_mode.row_weights(batch, counts)?);
     if config.use_kl_loss {
         add_kl(config, input, &weights, &mut out)?;
     }
     add_entropy(config, input, &weights, &mut out)?;
     finite(batch, &out)?;
     Ok(out)
+}
+
+/// The policy-gradient part of the loss.
+fn pg_part(config: &PolicyLossConfig, input: &PolicyLossInput<'_>, counts: &GlobalCounts) -> Result<LossOutput, Error> {
+    let batch = &input.batch;
+    let weights = match config.loss_mode {
+        LossMode::GeoMean => vec![1.0 / counts.num_rows.max(1) as f64; batch.num_slots()],
+        LossMode::Sapo => broadcast(batch, &LossAggMode::SeqMeanTokenMean.row_weights(batch, counts)?),
+        _ => broadcast(batch, &config.loss_agg_mode.row_weights(batch, counts)?),
+    };
+    let mut out = aggregate(batch, &surrogate(config, input), &weights, input);
+    out.metrics.ppo_kl_sum = ppo_kl_sum(config.loss_mode, input);
+    Ok(out)
+}
+
+/// Sum of `old - log_prob`, cut as the mode cuts its log-ratio; absolute for kl_cov.
+fn ppo_kl_sum(mode: LossMode, input: &PolicyLossInput<'_>) -> f64 {
+    let active = (0..input.batch.num_slots()).filter(|t| input.batch.is_active(*t));
+    let gaps = active.map(|t| input.old_log_probs[t] - input.log_probs[t]);
+    match mode {
+        LossMode::Vanilla | LossMode::Cispo | LossMode::Sapo | LossMode::DppoTv | LossMode::DppoKl => {
+            gaps.map(|gap| gap.clamp(-20.0, 20.0)).sum()
+        }
+        LossMode::KlCov => gaps.map(f64::abs).sum(),
+        LossMode::Gspo
+        | LossMode::GeoMean
+        | LossMode::Gpg
+        | LossMode::Reinforce
+        | LossMode::ClipCov
+        | LossMode::Dro
+        | LossMode::BypassMode => gaps.sum(),
+    }
 }
 
 /// Token losses of the configured mode, with importance weights inside.
@@ -113,7 +141,9 @@ fn surrogate(config: &PolicyLossConfig, input: &PolicyLossInput<'_>) -> Terms {
         LossMode::Cispo => per_token(&|t| cispo::term(log_probs[t], log_ratio(t), advantages[t], range)),
         LossMode::Sapo => per_token(&|t| sapo::term(log_ratio(t), advantages[t], (config.tau_pos, config.tau_neg))),
         LossMode::GeoMean => return geo_mean::terms(input, range),
-        LossMode::Gpg | LossMode::Reinforce => per_token(&|t| gpg::term(log_probs[t], advantages[t])),
+        LossMode::Gpg | LossMode::Reinforce | LossMode::BypassMode => {
+            per_token(&|t| gpg::term(log_probs[t], advantages[t]))
+        }
         LossMode::ClipCov => cov::clip_cov(config, input, range),
         LossMode::KlCov => cov::kl_cov(config, input),
         LossMode::DppoTv => dppo(dppo::Divergence::TotalVariation),
@@ -140,10 +170,10 @@ fn aggregate(batch: &TokenBatch, terms: &Terms, weights: &[f64], input: &PolicyL
     let pg_loss = active().map(|t| terms.losses[t] * weights[t]).sum();
     let metrics = LossMetrics {
         num_tokens: batch.num_tokens() as f64,
+        num_pg_tokens: batch.num_tokens() as f64,
         pg_loss,
         num_clipped: terms.num_clipped as f64,
         num_clipped_lower: terms.num_clipped_lower as f64,
-        ppo_kl_sum: active().map(|t| input.old_log_probs[t] - input.log_probs[t]).sum(),
         log_ratio_max: active().map(|t| (input.log_probs[t] - input.old_log_probs[t]).abs()).fold(0.0, f64::max),
         ..LossMetrics::default()
     };

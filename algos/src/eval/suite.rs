@@ -1,0 +1,98 @@
+//! Which function of which peer a document means.
+
+use super::case::{Case, Results};
+use super::{rollout, verl_advantages, verl_kl, verl_losses, verl_misc};
+use crate::Error;
+
+/// A peer's function, or a family of functions that one document holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Suite {
+    VerlAdvantage(verl_advantages::Function),
+    VerlPolicyLoss(verl_losses::Function),
+    VerlAggLoss,
+    VerlPpoLoss,
+    VerlKlPenalty,
+    VerlApplyKlPenalty,
+    VerlKlController,
+    VerlBypass,
+    VerlWeights,
+    VerlRejection,
+    VerlOffPolicy,
+    VerlValue,
+    VerlSft,
+    VerlEntropy,
+    VerlMasked,
+    VerlSchedule,
+    VerlOverlong,
+    VerlPfPpo,
+    VerlResponseMask,
+    VerlDistill,
+}
+
+impl Suite {
+    /// The suite of a document.
+    ///
+    /// # Errors
+    /// If no suite knows the function.
+    pub(super) fn find(source: &str, function: &str) -> Result<Suite, Error> {
+        let peer = source.split_whitespace().next().unwrap_or("");
+        let first = function.split([',', '/']).next().unwrap_or("").trim();
+        let first = first.split_whitespace().next().unwrap_or("");
+        if let (true, Some(advantage)) = (peer == "verl", verl_advantages::Function::find(first)) {
+            return Ok(Suite::VerlAdvantage(advantage));
+        }
+        if let (true, Some(loss)) = (peer == "verl", verl_losses::Function::find(first)) {
+            return Ok(Suite::VerlPolicyLoss(loss));
+        }
+        Ok(match (peer, first) {
+            ("verl", "agg_loss") => Suite::VerlAggLoss,
+            ("verl", "ppo_loss") => Suite::VerlPpoLoss,
+            ("verl", "kl_penalty") => Suite::VerlKlPenalty,
+            ("verl", "apply_kl_penalty") => Suite::VerlApplyKlPenalty,
+            ("verl", "AdaptiveKLController.update") => Suite::VerlKlController,
+            ("verl", "compute_policy_loss_bypass_mode") => Suite::VerlBypass,
+            ("verl", "compute_rollout_correction_weights") => Suite::VerlWeights,
+            ("verl", "compute_rollout_rejection_mask") => Suite::VerlRejection,
+            ("verl", "compute_offpolicy_metrics") => Suite::VerlOffPolicy,
+            ("verl", "compute_value_loss") => Suite::VerlValue,
+            ("verl", "sft_loss") => Suite::VerlSft,
+            ("verl", "compute_entropy_loss") => Suite::VerlEntropy,
+            ("verl", "masked_sum") => Suite::VerlMasked,
+            ("verl", "get_cosine_schedule_with_warmup") => Suite::VerlSchedule,
+            ("verl", "DAPORewardManager.run_single") => Suite::VerlOverlong,
+            ("verl", "compute_pf_ppo_reweight_data.compute_weights") => Suite::VerlPfPpo,
+            ("verl", "get_response_mask") => Suite::VerlResponseMask,
+            ("verl", "compute_forward_kl_topk") => Suite::VerlDistill,
+            _ => {
+                let cause = format!("no function `{first}` of `{peer}` is known");
+                return Err(Error::Case { case: String::new(), key: "function".to_owned(), cause });
+            }
+        })
+    }
+
+    /// Run one case.
+    pub(super) fn run(self, case: &Case<'_>) -> Result<Results, Error> {
+        match self {
+            Suite::VerlAdvantage(function) => verl_advantages::run(function, case),
+            Suite::VerlPolicyLoss(function) => verl_losses::run(function, case),
+            Suite::VerlAggLoss => verl_losses::agg(case),
+            Suite::VerlPpoLoss => verl_losses::total(case),
+            Suite::VerlKlPenalty => verl_kl::penalty(case),
+            Suite::VerlApplyKlPenalty => verl_kl::apply(case),
+            Suite::VerlKlController => verl_kl::controller(case),
+            Suite::VerlBypass => rollout::bypass(case),
+            Suite::VerlWeights => rollout::weights(case),
+            Suite::VerlRejection => rollout::rejection(case),
+            Suite::VerlOffPolicy => rollout::off_policy(case),
+            Suite::VerlValue => verl_misc::value(case),
+            Suite::VerlSft => verl_misc::sft(case),
+            Suite::VerlEntropy => verl_misc::entropy(case),
+            Suite::VerlMasked => verl_misc::masked(case),
+            Suite::VerlSchedule => verl_misc::schedule(case),
+            Suite::VerlOverlong => verl_misc::overlong(case),
+            Suite::VerlPfPpo => verl_misc::pf_ppo(case),
+            Suite::VerlResponseMask => verl_misc::response(case),
+            Suite::VerlDistill => verl_misc::distill(case),
+        }
+    }
+}
