@@ -34,8 +34,6 @@ pub struct ObjectiveInput<'a> {
     pub advantages: &'a [f64],
     /// Importance weights of rollout correction.
     pub rollout_is_weights: Option<&'a [f64]>,
-    /// Seed of random choices within the loss.
-    pub noise_seed: u64,
 }
 
 /// This call's share of the loss, its gradients and its sums.
@@ -95,7 +93,7 @@ impl Objective {
                     ref_log_probs: input.ref_log_probs,
                     entropies: Some(input.entropies),
                     rollout_is_weights: input.rollout_is_weights,
-                    noise_seed: input.noise_seed,
+                    noise_seed: noise_seed(input.log_probs),
                 };
                 let out = policy_loss(config, &policy_input, counts)?;
                 let d_entropies = if config.entropy_coeff > 0.0 { out.d_entropies } else { Vec::new() };
@@ -103,6 +101,11 @@ impl Objective {
             }
         }
     }
+}
+
+/// Seed of a loss's random choices: a function of the numbers it reads, so that a resumed run repeats them.
+fn noise_seed(log_probs: &[f64]) -> u64 {
+    log_probs.iter().fold(0x9E37_79B9_7F4A_7C15, |seed, v| (seed ^ v.to_bits()).wrapping_mul(0x0000_0100_0000_01B3))
 }
 
 fn masked_sum(batch: &TokenBatch<'_>, values: &[f64]) -> f64 {

@@ -3,7 +3,7 @@
 use crate::advantages::{AdvEstimator, AdvantageConfig};
 use crate::filters::{FilterGroupsConfig, OverlongConfig};
 use crate::kl::KlInRewardConfig;
-use crate::loss::PolicyLossConfig;
+use crate::loss::{LossMode, PolicyLossConfig};
 use crate::{Error, KlController};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -56,6 +56,10 @@ pub struct AlgorithmConfig {
 pub struct Plan {
     /// Log-probs at the start of the step, by the trainer.
     pub old_log_probs: bool,
+    /// Log-probs by the engine enter the weights, the mask or the loss.
+    pub rollout_log_probs: bool,
+    /// Rollout correction runs once a step, on the log-probs at its start.
+    pub rollout_correction: bool,
     /// Log-probs under the reference policy, by the trainer.
     pub ref_log_probs: bool,
     /// Values by a critic.
@@ -95,8 +99,11 @@ impl AlgorithmConfig {
         let estimator = self.advantage.adv_estimator;
         let token_baseline =
             matches!(estimator, AdvEstimator::OptimalTokenBaseline | AdvEstimator::TirOptimalTokenBaseline);
+        let bypass = self.policy_loss.loss_mode == LossMode::BypassMode;
         Plan {
-            old_log_probs: true,
+            old_log_probs: !bypass || self.kl_in_reward.use_kl_in_reward || token_baseline,
+            rollout_log_probs: bypass || self.policy_loss.rollout_correction.is_active(),
+            rollout_correction: !bypass && self.policy_loss.rollout_correction.is_active(),
             ref_log_probs: self.policy_loss.use_kl_loss || self.kl_in_reward.use_kl_in_reward,
             values: estimator == AdvEstimator::Gae,
             entropies: self.policy_loss.entropy_coeff > 0.0,
