@@ -52,8 +52,8 @@ fn stream_of_file(path: &Path, bytes: &Buffer) -> Result<Buffer, Error> {
     Ok(bytes.slice_with_length(FILE_HEADER.len(), end - FILE_HEADER.len()))
 }
 
-/// Check that every message lies within the stream and every buffer within its message's body, which the decoder takes for
-/// granted.
+/// Check that every message lies within the stream and every buffer within its message's body, which the decoder takes
+/// for granted.
 fn check_framing(stream: &[u8]) -> Result<(), String> {
     let mut rest = stream;
     while !rest.is_empty() {

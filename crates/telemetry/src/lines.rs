@@ -14,7 +14,7 @@ pub(crate) struct LineFile {
 }
 
 impl LineFile {
-    /// Open for appending, creating the file where it is missing, and cut a last line that a crash left without its end.
+    /// Open for appending, creating the file where it is missing; cut a last line that a crash left without its end.
     pub fn open(path: &Path) -> Result<Self, Error> {
         cut_torn_line(path)?;
         let file = OpenOptions::new().append(true).create(true).open(path).map_err(Error::io("open", path))?;

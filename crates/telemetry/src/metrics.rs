@@ -30,12 +30,12 @@ pub struct MetricsRow {
 }
 
 impl MetricsRow {
-    /// A row without figures. `step` counts within `stage`.
+    /// A row without figures. `step` counts over all stages, from 1.
     pub fn new(step: u64, stage: &str) -> Self {
         MetricsRow { step, stage: stage.to_owned(), metrics: Map::new() }
     }
 
-    /// Step within the stage.
+    /// Step over all stages.
     pub fn step(&self) -> u64 {
         self.step
     }
@@ -118,17 +118,13 @@ impl MetricsLog {
         self.lines.append(&row.to_json())
     }
 
-    /// Keep the rows up to `step` of `stage`, for resume: rows of earlier stages stay, later steps and later stages go.
-    /// The file is replaced in one step.
+    /// Keep the rows up to `step`, for resume: later ones go. The file is replaced in one step.
     ///
     /// # Errors
     /// Names the file, and the line that is no row.
-    pub fn truncate_after(&mut self, stage: &str, step: u64) -> Result<(), Error> {
-        let mut rows = read_metrics(self.lines.path())?;
-        let last = rows.iter().rposition(|row| row.stage == stage && row.step <= step);
-        let first = rows.iter().position(|row| row.stage == stage);
-        rows.truncate(last.map(|last| last + 1).or(first).unwrap_or(rows.len()));
-        let kept: Vec<_> = rows.iter().map(MetricsRow::to_json).collect();
+    pub fn truncate_after(&mut self, step: u64) -> Result<(), Error> {
+        let rows = read_metrics(self.lines.path())?;
+        let kept: Vec<_> = rows.iter().filter(|row| row.step <= step).map(MetricsRow::to_json).collect();
         self.lines.replace(&kept)
     }
 
@@ -203,27 +199,17 @@ mod tests {
     }
 
     #[test]
-    fn truncation_keeps_earlier_stages_and_drops_what_came_after() {
-        let rows = [("sft", 1), ("sft", 2), ("grpo", 0), ("grpo", 1), ("grpo", 1), ("grpo", 2), ("dpo", 1)];
-        for (stage, step, num_kept) in [
-            ("grpo", 1, 5),
-            ("grpo", 2, 6),
-            ("grpo", 9, 6),
-            ("sft", 1, 1),
-            ("sft", 0, 0),
-            ("sft", 2, 2),
-            ("dpo", 0, 6),
-            ("dpo", 1, 7),
-            ("ppo", 0, 7),
-        ] {
+    fn truncation_drops_later_steps_whatever_their_stage() {
+        let rows = [("sft", 1), ("sft", 2), ("grpo", 3), ("grpo", 3), ("grpo", 4), ("dpo", 5)];
+        for (step, num_kept) in [(0, 0), (1, 1), (2, 2), (3, 4), (4, 5), (9, 6)] {
             let dir = tempfile::tempdir().expect("the system gives a temporary directory");
             let path = dir.path().join("metrics.jsonl");
             let mut log = log_of(&path, &rows);
-            log.truncate_after(stage, step).expect("writable");
-            log.append(&row("next", 1)).expect("writable");
+            log.truncate_after(step).expect("writable");
+            log.append(&row("next", 7)).expect("writable");
             let mut expected: Vec<_> = rows[..num_kept].iter().map(|(s, n)| ((*s).to_owned(), *n)).collect();
-            expected.push(("next".to_owned(), 1));
-            assert_eq!(places(&path), expected, "after {stage} {step}");
+            expected.push(("next".to_owned(), 7));
+            assert_eq!(places(&path), expected, "after {step}");
         }
     }
 

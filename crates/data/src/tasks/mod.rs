@@ -1,8 +1,8 @@
 //! The project's own verifiable tasks: rows as a pure function of (configuration, index).
 //!
-//! The split of a task is decided by its content alone, never by the seed: whatever seeds two stages use, a prompt of the
-//! `test` split is never in a `train` row. For `sort_digits` the content is the sorted list, so that no permutation of a
-//! held-out list is ever seen, neither as a prompt nor in a demonstration.
+//! The split of a task is decided by its content alone, never by the seed: whatever seeds two stages use, a prompt of
+//! the `test` split is never in a `train` row. For `sort_digits` the content is the sorted list, so that no permutation
+//! of a held-out list is ever seen, neither as a prompt nor in a demonstration.
 
 mod generate;
 

@@ -10,8 +10,8 @@ use parquet::file::properties::WriterProperties;
 use std::fs::File;
 use std::path::Path;
 
-/// Write every row of the dataset at `dir` to the Parquet file `out`; gives the number of rows. `out` appears complete or
-/// not at all.
+/// Write every row of the dataset at `dir` to the Parquet file `out`; gives the number of rows. `out` appears complete
+/// or not at all.
 ///
 /// # Errors
 /// Names the shard that cannot be read or the file that cannot be written.

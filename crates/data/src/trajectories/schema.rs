@@ -16,7 +16,8 @@ pub const SCHEMA_VERSION_KEY: &str = "temper.trajectory_version";
 /// | column | holds |
 /// |---|---|
 /// | `run`, `step`, `prompt_id`, `group_id`, `sample_index`, `epoch` | which sample |
-/// | `data_source`, `prompt`, `prompt_format`, `response` | texts; `prompt_format` is `text`, `messages` (then `prompt` is their JSON text) or `token_ids` (then `prompt` is null) |
+/// | `data_source`, `prompt`, `response` | texts; `prompt` is null where only its ids are known |
+/// | `prompt_format` | `text`, `messages` (`prompt` is their JSON text) or `token_ids` |
 /// | `prompt_token_ids`, `response_token_ids`, `response_mask` | token ids, and 1 where a token is trained on |
 /// | `rollout_log_probs` to `returns` | per-token quantities |
 /// | `reward`, `reward_components` | null where scoring failed or has not taken place |
