@@ -4,8 +4,8 @@ use crate::Error;
 use std::io::IsTerminal;
 use tracing_subscriber::EnvFilter;
 
-/// Send log messages that pass `filter` (as in `info` or `warn,temper_rollout=debug`) to stderr, in colour where that is
-/// a terminal. Once a process.
+/// Send log messages that pass `filter` (as in `info` or `warn,temper_rollout=debug`) to stderr, in colour where that
+/// is a terminal. Once a process.
 ///
 /// # Errors
 /// A malformed filter, or a second call.

@@ -44,8 +44,8 @@ const PROMPT_COLUMNS: &str = "`prompt`, `prompt_token_ids`, or `chosen` and `rej
 /// Read prompt files in the given order; `prompt_id` is the row number over all of them.
 ///
 /// The extension tells the format: `.parquet`; `.arrow`, `.feather` or `.ipc`; `.jsonl`, `.ndjson` or `.json` (one
-/// object a line). Any other name is read by what the file begins with. A directory that `datasets.save_to_disk` wrote is
-/// read by its `state.json`.
+/// object a line). Any other name is read by what the file begins with. A directory that `datasets.save_to_disk` wrote
+/// is read by its `state.json`.
 ///
 /// # Errors
 /// The file, the line or row, the column, and what would be right.

@@ -1,8 +1,8 @@
 //! The trajectory dataset: everything that is known of every sample, as one Arrow table.
 //!
 //! One schema ([`schema`]), versioned in its metadata, is used in flight ([`to_batch`], [`from_batch`]) and on disk. On
-//! disk a dataset is a directory in the layout of `datasets.load_from_disk`: one IPC stream per step of the run, `state.json` that
-//! lists them, `dataset_info.json`. [`DatasetWriter`] is its one writer, [`Dataset`] reads it.
+//! disk a dataset is a directory in the layout of `datasets.load_from_disk`: one IPC stream per step of the run,
+//! `state.json` that lists them, `dataset_info.json`. [`DatasetWriter`] is its one writer, [`Dataset`] reads it.
 //!
 //! Invariants: a column is never dropped, an absent value is null; a shard that `state.json` lists is complete; writing
 //! a step again replaces it.
