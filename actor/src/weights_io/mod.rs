@@ -3,6 +3,7 @@
 //! Owns the canonical names and order of tensors, the checks that a checkpoint is whole before a number of it is used,
 //! and atomic writing. Knows nothing of devices: tensors leave as f32 slices and come in as f32 or bf16.
 
+pub mod gguf;
 mod mmap;
 mod names;
 mod reader;

@@ -1,0 +1,16 @@
+//! GGUF, the format of llama.cpp: import into a Hugging Face model directory.
+//!
+//! Owns the container, block formats, names and the row order of rotary projections. What comes out of an import is an
+//! ordinary model directory, so nothing else in temper knows that GGUF exists.
+//!
+//! # Source
+//! `ggml/docs/gguf.md` (container and keys) and the block layouts of `ggml-common.h`, both of ggml-org/ggml.
+
+mod blocks;
+mod import;
+mod metadata;
+mod names;
+mod parse;
+mod tokenizer;
+
+pub use import::{ImportSummary, import_gguf};
