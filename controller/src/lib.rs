@@ -1,1 +1,38 @@
-//! Placeholder.
+//! The loop: prompts to samples to rewards to advantages to updates to a new policy version, and again.
+//!
+//! Owns: the order of a run's stages and steps, the run directory, checkpoints and resume, validation, and what is
+//! recorded. Knows workers only by the service traits of `temper-proto`; holds no tensor; names no algorithm (it
+//! follows a [`temper_algos::Plan`]); reads no flag and no environment variable.
+//!
+//! Invariants: every number of a lockstep run is a function of the resolved recipe, its seed, its data and the
+//! weights: no clock, arrival order or thread reaches one · a checkpoint is complete or absent · resuming from one
+//! gives the run that was not interrupted.
+
+mod checkpoint;
+mod clock;
+mod config;
+mod controller;
+mod dataset;
+mod error;
+mod packed;
+mod phase;
+mod policy_step;
+mod record;
+mod record_row;
+mod rollouts;
+mod run_dir;
+mod sft_step;
+mod state;
+mod validation;
+
+pub use checkpoint::{CheckpointInfo, latest_checkpoint, list_checkpoints, verify_checkpoint};
+pub use clock::{Clock, SystemClock};
+pub use config::{
+    CheckpointConfig, DatasetConfig, MemoryConfig, PolicyStage, RunSpec, SftStage, Stage, ValidationConfig,
+};
+pub use controller::{Controller, RunOutcome, Services};
+pub use dataset::load_dataset;
+pub use error::Error;
+pub use phase::{Phase, PhaseObserver};
+pub use run_dir::RunDir;
+pub use state::RunState;

@@ -23,7 +23,8 @@ pub struct TokenSequence {
 pub struct TrainRow {
     /// The tokens.
     pub sequence: TokenSequence,
-    /// log-probs at the start of the step.
+    /// log-probs at the start of the step; empty where no update came since, so that the trainer's own forward gives
+    /// them.
     pub old_log_probs: Vec<f32>,
     /// log-probs by the engine.
     pub rollout_log_probs: Vec<f32>,
@@ -37,6 +38,22 @@ pub struct TrainRow {
     pub values: Vec<f32>,
     /// Importance weights of rollout correction.
     pub rollout_weights: Vec<f64>,
+}
+
+impl TrainRow {
+    /// A row whose objective reads nothing but the tokens.
+    pub fn demonstration(sequence: TokenSequence) -> Self {
+        TrainRow {
+            sequence,
+            old_log_probs: Vec::new(),
+            rollout_log_probs: Vec::new(),
+            ref_log_probs: Vec::new(),
+            advantages: Vec::new(),
+            returns: Vec::new(),
+            values: Vec::new(),
+            rollout_weights: Vec::new(),
+        }
+    }
 }
 
 /// Counts over the whole mini-batch of all ranks, by which losses are normalised.
@@ -78,6 +95,8 @@ pub struct UpdateReport {
     pub num_tokens: u64,
     /// Further numbers by name (`pg_clipfrac`, `ppo_kl`, `kl_loss`, ...).
     pub metrics: BTreeMap<String, f64>,
+    /// log-probs of every row's response under the weights before this step.
+    pub log_probs: Vec<Vec<f32>>,
 }
 
 /// Whose log-probs.
@@ -164,11 +183,11 @@ pub trait TrainerService: Send + Sync {
     /// # Errors
     /// `NonFinite` where the loss or a gradient is: the weights are unchanged then.
     fn update(&self, batch: MiniBatch) -> ServiceResult<UpdateReport>;
-    /// Repack the weights for generation and name them.
+    /// Repack the weights for generation, hash them and name them `number` and hash.
     ///
     /// # Errors
     /// Where hashing or packing fails.
-    fn publish(&self) -> ServiceResult<PolicyVersion>;
+    fn publish(&self, number: u64) -> ServiceResult<PolicyVersion>;
     /// The version last published.
     fn version(&self) -> PolicyVersion;
     /// Write the weights as a Hugging Face directory.

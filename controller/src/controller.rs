@@ -1,0 +1,291 @@
+//! A run from start to end: stages, steps, checkpoints, resume.
+
+use crate::checkpoint::{self, PendingCheckpoint};
+use crate::record::Record;
+use crate::{
+    CheckpointInfo, Clock, Error, Phase, PhaseObserver, RunDir, RunSpec, RunState, Stage, load_dataset,
+    verify_checkpoint,
+};
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use temper_algos::Objective;
+use temper_proto::{RewardService, RolloutService, ServiceError, StageSpec, TextService, TrainerService};
+use temper_telemetry::MetricsRow;
+use temper_types::PromptRow;
+
+/// The workers of a run, known by what they do.
+pub struct Services {
+    /// Generates.
+    pub rollout: Arc<dyn RolloutService>,
+    /// Scores.
+    pub reward: Arc<dyn RewardService>,
+    /// Trains.
+    pub trainer: Arc<dyn TrainerService>,
+    /// Tokenizes.
+    pub text: Arc<dyn TextService>,
+}
+
+/// What is told to whoever watches the run: one row of metrics a step.
+pub type StepSink = Box<dyn FnMut(&MetricsRow) + Send>;
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RunOutcome {
+    /// Every stage is done.
+    Completed {
+        /// The final weights, a Hugging Face directory.
+        model: PathBuf,
+    },
+    /// Asked to stop; everything done so far is in a checkpoint.
+    Interrupted {
+        /// That checkpoint.
+        checkpoint: PathBuf,
+    },
+}
+
+/// Drives one run.
+pub struct Controller {
+    pub(crate) spec: RunSpec,
+    pub(crate) services: Services,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) state: RunState,
+    pub(crate) data: BTreeMap<String, Vec<PromptRow>>,
+    pub(crate) record: Record,
+    dir: RunDir,
+    observer: Box<dyn PhaseObserver>,
+    sink: StepSink,
+    stop: Arc<AtomicBool>,
+    phase: Phase,
+    /// The step that is under way, or was last.
+    current_step: u64,
+    /// True where the trainer's weights are newer than the last published version.
+    pub(crate) unpublished: bool,
+}
+
+impl Controller {
+    /// Load the data and open the run's records. Nothing is computed yet.
+    ///
+    /// # Errors
+    /// Data that cannot be read, or a directory that cannot be written.
+    pub fn new(spec: RunSpec, services: Services, dir: RunDir, clock: Arc<dyn Clock>) -> Result<Self, Error> {
+        let mut data = BTreeMap::new();
+        for (name, config) in &spec.data {
+            data.insert(name.clone(), load_dataset(&format!("data.{name}"), config)?);
+        }
+        let record = Record::open(&dir, &spec.name, &clock)?;
+        let state = RunState::new(&spec.identity);
+        Ok(Controller {
+            spec,
+            services,
+            clock,
+            state,
+            data,
+            record,
+            dir,
+            observer: Box::new(()),
+            sink: Box::new(|_| {}),
+            stop: Arc::new(AtomicBool::new(false)),
+            phase: Phase::BeginStage,
+            current_step: 0,
+            unpublished: true,
+        })
+    }
+
+    /// Tell `observer` of every phase before it begins.
+    pub fn observe_phases(&mut self, observer: Box<dyn PhaseObserver>) {
+        self.observer = observer;
+    }
+
+    /// Tell `sink` of every row of metrics.
+    pub fn observe_steps(&mut self, sink: StepSink) {
+        self.sink = sink;
+    }
+
+    /// When the flag is set, the run ends after the current step with a checkpoint.
+    pub fn stop_on(&mut self, flag: Arc<AtomicBool>) {
+        self.stop = flag;
+    }
+
+    /// Run to the end, or until asked to stop. `resume` goes on from that checkpoint.
+    ///
+    /// # Errors
+    /// A worker's failure, damaged data, or a full disk; what was completed before stays on disk.
+    pub fn run(&mut self, resume: Option<&CheckpointInfo>) -> Result<RunOutcome, Error> {
+        let result = self.run_stages(resume);
+        if let Err(error) = &result {
+            tracing::error!(step = self.current_step, phase = self.phase.name(), %error, "the run failed");
+            let fields = [("step", json!(self.state.step)), ("error", json!(error.to_string()))];
+            self.record.event("failed", &fields)?;
+        }
+        result
+    }
+
+    fn run_stages(&mut self, resume: Option<&CheckpointInfo>) -> Result<RunOutcome, Error> {
+        let mut last = match resume {
+            Some(checkpoint) => Some(self.resume_from(checkpoint)?),
+            None => self.start()?,
+        };
+        while let Some(stage) = self.spec.stages.get(self.state.stage).cloned() {
+            let row = self.step(&stage)?;
+            let stage_ended = self.state.stage_step == stage.steps();
+            if stage_ended {
+                self.enter_next_stage()?;
+            }
+            let every = self.spec.checkpoint.every_steps;
+            let stopping = self.stop.load(Ordering::SeqCst);
+            if stage_ended || stopping || (every > 0 && self.state.stage_step % every == 0) {
+                last = Some(self.checkpoint(&row)?);
+            }
+            if let (true, Some(checkpoint), false) = (stopping, &last, self.is_complete()) {
+                self.record.event("interrupted", &[("step", json!(self.state.step))])?;
+                return Ok(RunOutcome::Interrupted { checkpoint: checkpoint.clone() });
+            }
+        }
+        self.record.event("completed", &[("step", json!(self.state.step))])?;
+        let model = last.unwrap_or_else(|| self.dir.checkpoints()).join("model");
+        Ok(RunOutcome::Completed { model })
+    }
+
+    fn is_complete(&self) -> bool {
+        self.state.stage == self.spec.stages.len()
+    }
+
+    fn start(&mut self) -> Result<Option<PathBuf>, Error> {
+        checkpoint::remove_temporaries(&self.dir.checkpoints())?;
+        self.record.truncate_after(0)?;
+        self.record.event("started", &[("run", json!(self.spec.name)), ("seed", json!(self.spec.seed))])?;
+        self.begin_stage()?;
+        Ok(None)
+    }
+
+    fn resume_from(&mut self, checkpoint: &CheckpointInfo) -> Result<PathBuf, Error> {
+        checkpoint::remove_temporaries(&self.dir.checkpoints())?;
+        verify_checkpoint(&checkpoint.path)?;
+        if checkpoint.state.identity != self.spec.identity {
+            let problem = "it is of another recipe, seed, dtype or data; resume with the run's own recipe.toml, or start in a new directory";
+            return Err(Error::Checkpoint { path: checkpoint.path.clone(), problem: problem.to_owned() });
+        }
+        self.state = checkpoint.state.clone();
+        self.current_step = self.state.step;
+        if !self.is_complete() {
+            self.begin_stage()?;
+        }
+        let (model, optimizer, version) = (checkpoint.model(), checkpoint.optimizer(), self.state.version);
+        let restored = self.services.trainer.restore(&model, &optimizer, version);
+        self.attribute(restored)?;
+        let proven = self.services.rollout.set_version(version);
+        self.attribute(proven)?;
+        self.unpublished = false;
+        self.record.truncate_after(self.state.step)?;
+        self.record.event("resumed", &[("step", json!(self.state.step))])?;
+        Ok(checkpoint.path.clone())
+    }
+
+    /// One step of the current stage, recorded.
+    fn step(&mut self, stage: &Stage) -> Result<MetricsRow, Error> {
+        self.current_step = self.state.step + 1;
+        let row = match stage {
+            Stage::Sft(stage) => self.sft_step(stage)?,
+            Stage::Policy(stage) => self.policy_step(stage)?,
+        };
+        (self.sink)(&row);
+        Ok(row)
+    }
+
+    /// Write a row of metrics and count the step as done.
+    pub(crate) fn finish_step(&mut self, row: &MetricsRow) -> Result<(), Error> {
+        self.record.metrics(row)?;
+        self.state.metric = row.get(&self.spec.checkpoint.best_metric);
+        self.state.step += 1;
+        self.state.stage_step += 1;
+        Ok(())
+    }
+
+    fn enter_next_stage(&mut self) -> Result<(), Error> {
+        self.state.stage += 1;
+        self.state.stage_step = 0;
+        self.state.cursor = temper_data::sampler::PromptCursor::default();
+        self.state.kl_coef = None;
+        if self.is_complete() { Ok(()) } else { self.begin_stage() }
+    }
+
+    fn begin_stage(&mut self) -> Result<(), Error> {
+        self.enter(Phase::BeginStage);
+        let stage = self.spec.stages[self.state.stage].clone();
+        let spec = stage_spec(&stage);
+        let begun = self.services.trainer.begin_stage(spec);
+        self.attribute(begun)?;
+        if let (Stage::Policy(policy), None) = (&stage, self.state.kl_coef) {
+            self.state.kl_coef = Some(policy.algorithm.kl_in_reward.kl_ctrl.kl_coef);
+        }
+        self.record.event("stage", &[("stage", json!(stage.name())), ("step", json!(self.state.step))])
+    }
+
+    /// Name the weights and let the engines prove that they serve them.
+    pub(crate) fn publish(&mut self, number: u64) -> Result<(), Error> {
+        if !self.unpublished {
+            return Ok(());
+        }
+        self.enter(Phase::Publish);
+        let published = self.services.trainer.publish(number);
+        self.state.version = self.attribute(published)?;
+        let proven = self.services.rollout.set_version(self.state.version);
+        self.attribute(proven)?;
+        self.unpublished = false;
+        Ok(())
+    }
+
+    fn checkpoint(&mut self, row: &MetricsRow) -> Result<PathBuf, Error> {
+        self.publish(self.state.step)?;
+        self.state.metric = row.get(&self.spec.checkpoint.best_metric);
+        let dir = self.dir.checkpoints();
+        let pending = PendingCheckpoint::create(&dir, self.state.step)?;
+        self.record.sync()?;
+        self.enter(Phase::CheckpointModel);
+        let saved = self.services.trainer.save_model(&pending.model());
+        self.attribute(saved)?;
+        self.enter(Phase::CheckpointOptimizer);
+        let saved = self.services.trainer.save_state(&pending.optimizer());
+        self.attribute(saved)?;
+        self.enter(Phase::CheckpointManifest);
+        pending.seal(&self.state)?;
+        self.enter(Phase::CheckpointRename);
+        let path = pending.publish()?;
+        self.enter(Phase::CheckpointPrune);
+        checkpoint::prune(&dir, self.spec.checkpoint.keep_last, self.spec.checkpoint.keep_best)?;
+        self.record.event("checkpoint", &[("step", json!(self.state.step)), ("path", json!(path))])?;
+        Ok(path)
+    }
+
+    pub(crate) fn enter(&mut self, phase: Phase) {
+        self.phase = phase;
+        tracing::debug!(step = self.current_step, phase = phase.name(), "phase");
+        self.observer.enter(self.current_step, phase);
+    }
+
+    /// Say in which step and phase a service failed.
+    pub(crate) fn attribute<T>(&self, result: Result<T, ServiceError>) -> Result<T, Error> {
+        result.map_err(|source| Error::Service { step: self.current_step, phase: self.phase.name(), source })
+    }
+}
+
+fn stage_spec(stage: &Stage) -> StageSpec {
+    let (objective, optimizer, needs_reference, memory) = match stage {
+        Stage::Sft(s) => (Objective::Sft(s.loss_type), &s.optimizer, false, &s.memory),
+        Stage::Policy(s) => {
+            let plan = s.algorithm.plan();
+            (Objective::Policy(s.algorithm.policy_loss.clone()), &s.optimizer, plan.ref_log_probs, &s.memory)
+        }
+    };
+    StageSpec {
+        name: stage.name().to_owned(),
+        objective_json: serde_json::to_string(&objective).expect("an objective is plain data"),
+        optimizer: optimizer.clone(),
+        needs_reference,
+        max_micro_batch_tokens: memory.max_micro_batch_tokens,
+        recompute_activations: memory.recompute_activations,
+    }
+}

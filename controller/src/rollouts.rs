@@ -1,0 +1,116 @@
+//! From prompts to responses: requests with their seeds, and results in the order of the requests.
+
+use crate::record_row::StepNumbers;
+use crate::{Controller, Error, Phase, PolicyStage};
+use std::collections::BTreeMap;
+use std::time::Duration;
+use temper_proto::{GeneratedSample, GroupRequest, GroupResult, ServiceError};
+use temper_types::{ErrorCode, GroupId, PromptRow, Sample, Step, derive_seed};
+
+/// Prompts with the pass over the data in which they were drawn.
+type DrawnRows = Vec<(PromptRow, u64)>;
+
+impl Controller {
+    /// Draw the next prompts of the stage and answer each `num_generations` times.
+    pub(crate) fn generate(
+        &mut self,
+        stage: &PolicyStage,
+        num_prompts: usize,
+        numbers: &mut StepNumbers,
+    ) -> Result<Vec<Vec<Sample>>, Error> {
+        self.enter(Phase::Rollout);
+        let begin = self.clock.elapsed();
+        let seed = self.stage_seed();
+        let num_rows = self.data.get(&stage.data).map_or(0, Vec::len) as u64;
+        let draws = self.state.cursor.next_batch(seed, num_rows, num_prompts);
+        let rows: DrawnRows =
+            draws.iter().map(|d| (self.data[&stage.data][d.index as usize].clone(), d.epoch)).collect();
+        let first_group = self.state.next_group_id;
+        self.state.next_group_id += rows.len() as u64;
+        let requests = self.requests(&rows, (first_group, seed), stage)?;
+        let results = self.run_groups(requests.clone())?;
+        numbers.rollout_seconds += (self.clock.elapsed() - begin).as_secs_f64();
+        let groups = rows.iter().zip(&requests).zip(results);
+        Ok(groups.map(|(((row, _), request), result)| self.to_samples(row, request, result)).collect())
+    }
+
+    fn requests(
+        &self,
+        rows: &[(PromptRow, u64)],
+        (first_group, seed): (u64, u64),
+        stage: &PolicyStage,
+    ) -> Result<Vec<GroupRequest>, Error> {
+        let mut sampling = stage.sampling.clone();
+        if sampling.stop_token_ids.is_empty() {
+            sampling.stop_token_ids = self.services.text.stop_token_ids();
+        }
+        let request = |(index, (row, epoch)): (usize, &(PromptRow, u64))| {
+            let prompt_token_ids = self.attribute(self.services.text.encode_prompt(&row.prompt))?;
+            let samples = 0..stage.num_generations as u32;
+            Ok(GroupRequest {
+                group_id: GroupId(first_group + index as u64),
+                prompt_id: row.prompt_id,
+                epoch: *epoch,
+                prompt_token_ids,
+                seeds: samples.map(|i| derive_seed(seed, row.prompt_id.0, i, *epoch)).collect(),
+                sampling: sampling.clone(),
+            })
+        };
+        rows.iter().enumerate().map(request).collect()
+    }
+
+    /// Submit groups and wait for all of them; results stand in the requests' order, whatever order they finish in.
+    pub(crate) fn run_groups(&self, requests: Vec<GroupRequest>) -> Result<Vec<GroupResult>, Error> {
+        let order: Vec<GroupId> = requests.iter().map(|r| r.group_id).collect();
+        self.attribute(self.services.rollout.submit(requests))?;
+        let timeout = Duration::from_secs_f64(self.spec.rollout_timeout_seconds);
+        let mut finished: BTreeMap<GroupId, GroupResult> = BTreeMap::new();
+        while finished.len() < order.len() {
+            let Some(result) = self.attribute(self.services.rollout.next_group(timeout))? else { break };
+            finished.insert(result.group_id, result);
+        }
+        let lost = |id: &GroupId| {
+            let cause = format!("group {id} was submitted and never came back");
+            ServiceError::new(ErrorCode::Internal, "rollout", "next_group", cause)
+        };
+        order.iter().map(|id| self.attribute(finished.remove(id).ok_or_else(|| lost(id)))).collect()
+    }
+
+    fn to_samples(&self, row: &PromptRow, request: &GroupRequest, result: GroupResult) -> Vec<Sample> {
+        let step = Step(self.state.step + 1);
+        let worker = result.worker;
+        let sample = |s: GeneratedSample| Sample {
+            step,
+            prompt_id: row.prompt_id,
+            group_id: request.group_id,
+            sample_index: s.sample_index,
+            epoch: request.epoch,
+            seed: s.seed,
+            data_source: row.data_source.clone(),
+            prompt: row.prompt.clone(),
+            response: self.services.text.decode(&s.token_ids),
+            prompt_token_ids: request.prompt_token_ids.clone(),
+            response_mask: vec![1; s.token_ids.len()],
+            response_token_ids: s.token_ids,
+            rollout_log_probs: s.log_probs,
+            sampled_log_probs: s.sampled_log_probs,
+            surviving_mass: s.surviving_mass,
+            old_log_probs: Vec::new(),
+            ref_log_probs: Vec::new(),
+            values: Vec::new(),
+            advantages: Vec::new(),
+            returns: Vec::new(),
+            outcome: None,
+            ground_truth: row.ground_truth.clone(),
+            extra_info: row.extra_info.clone(),
+            finish_reason: s.finish_reason,
+            policy_versions: s.policy_versions,
+            staleness: 0,
+            num_drafted: s.num_drafted,
+            num_accepted: s.num_accepted,
+            worker: worker.clone(),
+            timings: s.timings,
+        };
+        result.samples.into_iter().map(sample).collect()
+    }
+}

@@ -1,0 +1,110 @@
+//! Held-out prompts: generate, score, and report mean@n, best@n and pass@k by data source.
+
+use crate::record_row::Columns;
+use crate::{Controller, Error, Phase, PolicyStage};
+use std::collections::BTreeMap;
+use temper_algos::metrics::{best_at_k, mean_at_n, pass_at_k};
+use temper_proto::{GroupRequest, GroupResult, ScoreRequest};
+use temper_types::{GroupId, PromptRow, SampleKey, SamplingParams, derive_seed};
+
+/// Keeps the noise of validation apart from that of training.
+const VALIDATION_EPOCH: u64 = u64::MAX;
+
+impl Controller {
+    /// Metrics before the first step of a stage, named `val_start/...`.
+    pub(crate) fn validation_at_start(&mut self, stage: &PolicyStage) -> Result<Columns, Error> {
+        if self.state.stage_step > 0 {
+            return Ok(Columns::new());
+        }
+        self.publish(self.state.step)?;
+        self.validate(stage, "val_start")
+    }
+
+    /// Metrics after the current step where they are due, named `val/...`: every `every_steps`, and after the last.
+    pub(crate) fn validation_after_step(&mut self, stage: &PolicyStage) -> Result<Columns, Error> {
+        let (done, every) = (self.state.stage_step + 1, self.spec.validation.every_steps);
+        let is_due = done == stage.steps || (every > 0 && done % every == 0);
+        if is_due { self.validate(stage, "val") } else { Ok(Columns::new()) }
+    }
+
+    fn validate(&mut self, stage: &PolicyStage, prefix: &str) -> Result<Columns, Error> {
+        if self.spec.validation.data.is_empty() {
+            return Ok(Columns::new());
+        }
+        self.enter(Phase::Validation);
+        let rows = self.data[&self.spec.validation.data].clone();
+        let num_samples = self.spec.validation.num_samples;
+        let greedy = SamplingParams { temperature: 0.0, ..stage.sampling.clone() };
+        let mut sampling = self.spec.validation.sampling.clone().unwrap_or(greedy);
+        if sampling.stop_token_ids.is_empty() {
+            sampling.stop_token_ids = self.services.text.stop_token_ids();
+        }
+        let request = |(index, row): (usize, &PromptRow)| {
+            let noise = |i| derive_seed(self.spec.seed, row.prompt_id.0, i, VALIDATION_EPOCH);
+            Ok(GroupRequest {
+                group_id: GroupId(u64::MAX - index as u64),
+                prompt_id: row.prompt_id,
+                epoch: VALIDATION_EPOCH,
+                prompt_token_ids: self.attribute(self.services.text.encode_prompt(&row.prompt))?,
+                seeds: (0..num_samples as u32).map(noise).collect(),
+                sampling: sampling.clone(),
+            })
+        };
+        let requests = rows.iter().enumerate().map(request).collect::<Result<Vec<_>, Error>>()?;
+        let results = self.run_groups(requests)?;
+        let scores = self.validation_scores(&rows, &results)?;
+        Ok(self.validation_columns(prefix, &rows, &scores))
+    }
+
+    /// Rewards per prompt; a sample whose reward failed is left out and counted by the caller.
+    fn validation_scores(&self, rows: &[PromptRow], results: &[GroupResult]) -> Result<Vec<Vec<Option<f64>>>, Error> {
+        let mut requests = Vec::new();
+        for (row, result) in rows.iter().zip(results) {
+            for sample in &result.samples {
+                requests.push(ScoreRequest {
+                    key: SampleKey {
+                        prompt_id: row.prompt_id,
+                        group_id: result.group_id,
+                        sample_index: sample.sample_index,
+                        epoch: VALIDATION_EPOCH,
+                    },
+                    data_source: row.data_source.clone(),
+                    response: self.services.text.decode(&sample.token_ids),
+                    num_response_tokens: sample.token_ids.len(),
+                    finish_reason: sample.finish_reason,
+                    ground_truth: row.ground_truth.clone(),
+                    extra_info: row.extra_info.clone(),
+                });
+            }
+        }
+        let mut outcomes = self.attribute(self.services.reward.score(&requests))?.into_iter();
+        let per_group =
+            |result: &GroupResult| outcomes.by_ref().take(result.samples.len()).map(|o| o.reward()).collect();
+        Ok(results.iter().map(per_group).collect())
+    }
+
+    fn validation_columns(&self, prefix: &str, rows: &[PromptRow], scores: &[Vec<Option<f64>>]) -> Columns {
+        let n = self.spec.validation.num_samples;
+        let mut sources: BTreeMap<&str, Vec<Vec<f64>>> = BTreeMap::new();
+        let mut failed: BTreeMap<&str, usize> = BTreeMap::new();
+        for (row, scores) in rows.iter().zip(scores) {
+            let scored: Vec<f64> = scores.iter().copied().flatten().collect();
+            *failed.entry(&row.data_source).or_default() += scores.len() - scored.len();
+            if !scored.is_empty() {
+                sources.entry(&row.data_source).or_default().push(scored);
+            }
+        }
+        let mut columns = Columns::new();
+        for (source, groups) in &sources {
+            let over = |f: &dyn Fn(&[f64]) -> f64| groups.iter().map(|g| f(g)).sum::<f64>() / groups.len() as f64;
+            let correct = |g: &[f64]| g.iter().map(|s| *s >= self.spec.validation.correct_at).collect::<Vec<bool>>();
+            columns.push((format!("{prefix}/{source}/mean@{n}"), over(&mean_at_n)));
+            columns.push((format!("{prefix}/{source}/num_reward_errors"), failed[source] as f64));
+            if n > 1 {
+                columns.push((format!("{prefix}/{source}/best@{n}"), over(&|g| best_at_k(g, g.len()))));
+                columns.push((format!("{prefix}/{source}/pass@{n}"), over(&|g| pass_at_k(&correct(g), g.len()))));
+            }
+        }
+        columns
+    }
+}
