@@ -5,12 +5,14 @@
 pub mod config;
 mod error;
 mod exact_math;
+pub mod init;
 pub mod model;
 pub mod tokenizer;
 pub mod weights_io;
 
 pub use config::{Family, Head, ModelConfig, RopeConfig, RopeScaling};
 pub use error::{Error, Result};
+pub use init::{InitConfig, init_model};
 pub use model::{
     Batch, OutputGrads, PackedPolicy, ParamStore, Recompute, Tape, TensorSlot, TrainArena, TrainBatch, Unit, Workspace,
 };

@@ -8,7 +8,7 @@ mod mmap;
 mod names;
 mod reader;
 mod safetensors;
-mod writer;
+pub(crate) mod writer;
 
 pub use names::{TensorKind, TensorSpec, tensor_specs};
 pub use reader::{CheckpointReader, StoredDType, StoredTensor};
