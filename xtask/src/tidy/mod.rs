@@ -1,0 +1,41 @@
+//! House rules over every tracked file, as `STYLE.md` states them.
+
+mod manifests;
+mod rust;
+mod source;
+mod text;
+
+use anyhow::{Context, Result, ensure};
+use source::Source;
+use std::path::Path;
+use std::process::Command;
+
+/// Check every tracked file of the repository at `root`; findings are `path:line: what`, in the order of paths.
+pub fn run(root: &Path) -> Result<Vec<String>> {
+    let output = Command::new("git").args(["ls-files", "-z"]).current_dir(root).output().context("cannot start git")?;
+    ensure!(output.status.success(), "`git ls-files` failed: {}", String::from_utf8_lossy(&output.stderr));
+    let listing = String::from_utf8(output.stdout).context("a tracked path is not UTF-8")?;
+    let mut findings = Vec::new();
+    for path in listing.split_terminator('\0').filter(|path| root.join(path).is_file()) {
+        let bytes = std::fs::read(root.join(path)).with_context(|| format!("cannot read {path}"))?;
+        findings.extend(text::check_size(path, bytes.len()));
+        if let Ok(content) = String::from_utf8(bytes) {
+            findings.extend(check_file(path, &content)?);
+        }
+    }
+    let read = |path: &str| std::fs::read_to_string(root.join(path)).with_context(|| format!("cannot read {path}"));
+    findings.extend(text::check_test_command(&read(".ci/run")?, &read("README.md")?)?);
+    Ok(findings)
+}
+
+fn check_file(path: &str, content: &str) -> Result<Vec<String>> {
+    let mut findings = text::check_lines(path, content);
+    if path.ends_with(".rs") && !source::is_generated(content) {
+        findings.extend(rust::check(&Source::new(path, content)));
+    }
+    if path.ends_with("/Cargo.toml") {
+        let manifest = toml::from_str(content).with_context(|| format!("{path} is no TOML"))?;
+        findings.extend(manifests::check(path, &manifest));
+    }
+    Ok(findings)
+}
