@@ -23,7 +23,11 @@ pub fn run(root: &Path) -> Result<()> {
 fn deny(root: &Path) -> Result<()> {
     let is_there = Command::new("cargo-deny").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
     if is_there.is_ok_and(|status| status.success()) {
-        return cargo(root, &["deny", "--all-features", "check", "licenses", "bans", "sources"], &[]);
+        return cargo(
+            root,
+            &["deny", "--all-features", "check", "--hide-inclusion-graph", "licenses", "bans", "sources"],
+            &[],
+        );
     }
     println!("skipped: cargo-deny is not installed (licences, bans and sources are not checked)");
     Ok(())

@@ -23,8 +23,15 @@ pub fn run(root: &Path) -> Result<Vec<String>> {
             findings.extend(check_file(path, &content)?);
         }
     }
-    let read = |path: &str| std::fs::read_to_string(root.join(path)).with_context(|| format!("cannot read {path}"));
-    findings.extend(text::check_test_command(&read(".ci/run")?, &read("README.md")?)?);
+    let read = |path: &str| std::fs::read_to_string(root.join(path));
+    match (read(".ci/run"), read("README.md")) {
+        (Ok(ci), Ok(readme)) => findings.extend(text::check_test_command(&ci, &readme)?),
+        (ci, readme) => {
+            let missing = [(".ci/run", ci.is_err()), ("README.md", readme.is_err())];
+            findings
+                .extend(missing.iter().filter(|(_, is_missing)| *is_missing).map(|(p, _)| format!("{p}: is missing")));
+        }
+    }
     Ok(findings)
 }
 
