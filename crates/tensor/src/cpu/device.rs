@@ -25,6 +25,8 @@ pub struct CpuDevice {
     pub(crate) isa: Isa,
     /// True where bf16 products run on `vdpbf16ps`.
     pub(crate) native_bf16: bool,
+    /// Memory for chunks of logits, kept between calls.
+    pub(crate) logits: lm_head::LogitsMemory,
 }
 
 impl CpuDevice {
@@ -38,7 +40,7 @@ impl CpuDevice {
         let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let num_threads = if config.num_threads == 0 { cores() } else { config.num_threads };
         let native_bf16 = isa == Isa::Avx512 && Isa::has_native_bf16();
-        CpuDevice { pool: Pool::new(num_threads), isa, native_bf16 }
+        CpuDevice { pool: Pool::new(num_threads), isa, native_bf16, logits: lm_head::LogitsMemory::default() }
     }
 }
 

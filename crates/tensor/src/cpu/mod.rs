@@ -19,6 +19,7 @@ mod kv;
 mod lm_head;
 mod math;
 mod norm;
+mod parallel;
 mod pool;
 mod rope;
 mod sample;

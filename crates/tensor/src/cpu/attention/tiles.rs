@@ -1,0 +1,245 @@
+//! The two products of attention over tiles of 16 keys, shared by forward and backward.
+//!
+//! Every output element is one chain of fused multiply-adds over its ascending inner index, whatever rows and vectors
+//! are computed beside it, so blocking never reaches a number.
+
+use super::super::kv::TILE;
+use super::super::simd::Simd;
+
+/// A number as the cache stores it.
+pub(crate) trait KvElement: Copy + Send + Sync {
+    /// 16 numbers, widened.
+    ///
+    /// # Safety
+    /// As [`Simd::load`].
+    unsafe fn load<S: Simd>(ptr: *const Self) -> S::V;
+}
+
+impl KvElement for f32 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(ptr: *const f32) -> S::V {
+        // SAFETY: passed on to the caller.
+        unsafe { S::load(ptr) }
+    }
+}
+
+impl KvElement for u16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(ptr: *const u16) -> S::V {
+        // SAFETY: passed on to the caller.
+        unsafe { S::load_bf16(ptr) }
+    }
+}
+
+/// The left operand: element (row, k) lies at `ptr + row * row_stride + k * step`.
+#[derive(Clone, Copy)]
+pub(crate) struct Left {
+    pub(crate) ptr: *const f32,
+    pub(crate) rows: usize,
+    pub(crate) row_stride: usize,
+    pub(crate) step: usize,
+}
+
+impl Left {
+    /// The same rows from row `first` on, from inner index `k` on.
+    #[inline(always)]
+    fn at(self, first: usize, k: usize) -> *const f32 {
+        self.ptr.wrapping_add(first * self.row_stride + k * self.step)
+    }
+}
+
+/// The result: element (row, column) lies at `ptr + row * row_stride + column`.
+#[derive(Clone, Copy)]
+pub(crate) struct Out {
+    pub(crate) ptr: *mut f32,
+    pub(crate) row_stride: usize,
+}
+
+impl Out {
+    #[inline(always)]
+    fn at(self, row: usize, column: usize) -> *mut f32 {
+        self.ptr.wrapping_add(row * self.row_stride + column)
+    }
+}
+
+/// The right operand of [`accumulate`]: row k lies at `tiles[k / 16] + (k % 16) * stride`, `vectors` vectors wide.
+#[derive(Clone, Copy)]
+pub(crate) struct Right<'a, E> {
+    pub(crate) tiles: &'a [*const E],
+    pub(crate) stride: usize,
+    pub(crate) vectors: usize,
+}
+
+/// Calls `$body` with the constant `$rows` equal to `$count`, which is 1 to 6.
+macro_rules! with_rows {
+    ($count:expr, $rows:ident => $body:expr) => {
+        match $count {
+            1 => {
+                const $rows: usize = 1;
+                $body
+            }
+            2 => {
+                const $rows: usize = 2;
+                $body
+            }
+            3 => {
+                const $rows: usize = 3;
+                $body
+            }
+            4 => {
+                const $rows: usize = 4;
+                $body
+            }
+            5 => {
+                const $rows: usize = 5;
+                $body
+            }
+            _ => {
+                const $rows: usize = 6;
+                $body
+            }
+        }
+    };
+}
+
+/// `out[row][16 t + lane] = sum over d of left[row][d] * tiles[t][d][lane]`, d ascending over `depth`.
+///
+/// # Safety
+/// Each tile holds `depth` rows of 16 numbers, `left` has `depth` steps, `out` has room for 16 columns per tile.
+#[inline(always)]
+pub(crate) unsafe fn scores<S: Simd, E: KvElement>(left: Left, tiles: &[*const E], depth: usize, out: Out) {
+    // SAFETY: rows and tiles stay inside what the caller promised.
+    unsafe {
+        let mut tile = 0;
+        while tile < tiles.len() {
+            let wide = S::TILE_VECTORS == 4 && tile + 4 <= tiles.len();
+            let mut row = 0;
+            while row < left.rows {
+                let count = (left.rows - row).min(S::TILE_ROWS).min(6);
+                let (from, to) = (left.at(row, 0), out.at(row, tile * TILE));
+                let strides = (left.row_stride, left.step, out.row_stride);
+                if wide {
+                    let at = [tiles[tile], tiles[tile + 1], tiles[tile + 2], tiles[tile + 3]];
+                    with_rows!(count, R => scores_micro::<S, E, R, 4>(from, at, depth, to, strides));
+                } else {
+                    with_rows!(count, R => scores_micro::<S, E, R, 1>(from, [tiles[tile]], depth, to, strides));
+                }
+                row += count;
+            }
+            tile += if wide { 4 } else { 1 };
+        }
+    }
+}
+
+/// # Safety
+/// As [`scores`], for R rows and N tiles.
+#[inline(always)]
+unsafe fn scores_micro<S: Simd, E: KvElement, const R: usize, const N: usize>(
+    left: *const f32,
+    tiles: [*const E; N],
+    depth: usize,
+    out: *mut f32,
+    (row_stride, step, out_stride): (usize, usize, usize),
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut sums = [[S::splat(0.0); N]; R];
+        for d in 0..depth {
+            let mut keys = [S::splat(0.0); N];
+            for n in 0..N {
+                keys[n] = E::load::<S>(tiles[n].add(d * TILE));
+            }
+            for r in 0..R {
+                let x = S::splat(*left.add(r * row_stride + d * step));
+                for n in 0..N {
+                    sums[r][n] = S::fma(x, keys[n], sums[r][n]);
+                }
+            }
+        }
+        for r in 0..R {
+            for n in 0..N {
+                S::store(out.add(r * out_stride + n * 16), sums[r][n]);
+            }
+        }
+    }
+}
+
+/// `out[row][column] += sum over k of left[row][k] * right[k][column]`, k ascending from `first` to before `end`, as
+/// one chain that starts at the old value. Column k = 0 of `left` belongs to row 0 of the first tile.
+///
+/// # Safety
+/// `right` and `left` hold every k named, and `out` has `16 * right.vectors` columns.
+#[inline(always)]
+pub(crate) unsafe fn accumulate<S: Simd, E: KvElement>(
+    left: Left,
+    right: Right<'_, E>,
+    (first, end): (usize, usize),
+    out: Out,
+) {
+    if first >= end {
+        return;
+    }
+    // SAFETY: rows and vectors stay inside what the caller promised.
+    unsafe {
+        let mut vector = 0;
+        while vector < right.vectors {
+            let wide = S::TILE_VECTORS == 4 && vector + 4 <= right.vectors;
+            let mut row = 0;
+            while row < left.rows {
+                let count = (left.rows - row).min(S::TILE_ROWS).min(6);
+                let (from, to) = (Left { ptr: left.at(row, 0), ..left }, Out { ptr: out.at(row, vector * 16), ..out });
+                if wide {
+                    with_rows!(count, R => values_micro::<S, E, R, 4>(from, (right, vector * 16), (first, end), to));
+                } else {
+                    with_rows!(count, R => values_micro::<S, E, R, 1>(from, (right, vector * 16), (first, end), to));
+                }
+                row += count;
+            }
+            vector += if wide { 4 } else { 1 };
+        }
+    }
+}
+
+/// # Safety
+/// As [`accumulate`], for R rows and N vectors from `column` on.
+#[inline(always)]
+unsafe fn values_micro<S: Simd, E: KvElement, const R: usize, const N: usize>(
+    left: Left,
+    (right, column): (Right<'_, E>, usize),
+    (first, end): (usize, usize),
+    out: Out,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut sums = [[S::splat(0.0); N]; R];
+        for r in 0..R {
+            for n in 0..N {
+                sums[r][n] = S::load(out.at(r, n * 16));
+            }
+        }
+        let mut k = first;
+        while k < end {
+            let tile_end = (k / TILE + 1) * TILE;
+            let base = right.tiles[k / TILE].add(column);
+            while k < end.min(tile_end) {
+                let value = base.add((k % TILE) * right.stride);
+                let mut values = [S::splat(0.0); N];
+                for n in 0..N {
+                    values[n] = E::load::<S>(value.add(n * 16));
+                }
+                for r in 0..R {
+                    let x = S::splat(*left.at(r, k));
+                    for n in 0..N {
+                        sums[r][n] = S::fma(x, values[n], sums[r][n]);
+                    }
+                }
+                k += 1;
+            }
+        }
+        for r in 0..R {
+            for n in 0..N {
+                S::store(out.at(r, n * 16), sums[r][n]);
+            }
+        }
+    }
+}

@@ -1,0 +1,371 @@
+//! Backward of attention over whole sequences: probabilities are recomputed from the log-sum-exp, block by block, so
+//! that memory grows with the length of a sequence and not with its square.
+//!
+//! A task is one key/value head of one sequence. It walks over blocks of query rows in ascending order and, for each,
+//! over chunks of keys in ascending order, which fixes every sum. Keys and values are read as the cache rounded them;
+//! their gradients pass the rounding unchanged (straight-through).
+
+use super::CpuDevice;
+use super::attention::{KvElement, Left, Out, Right, accumulate, scores, visible, with_scratch};
+use super::kv::{KvData, KvLayout, TILE, check_spans};
+use super::math::{exp, load_lanes};
+use super::parallel::SharedMut;
+use super::simd::{Kernel, Simd};
+use crate::{AttentionGrad, SeqSpan};
+
+/// (row, head) pairs of a block of query rows.
+const PAIRS: usize = 48;
+/// Keys handled at once.
+const CHUNK: usize = 256;
+const STRIDE: usize = CHUNK + 16;
+
+/// Sizes of one task.
+#[derive(Clone, Copy)]
+struct Sizes {
+    /// Rows of the sequence.
+    rows: usize,
+    /// Its tiles of 16 keys.
+    tiles: usize,
+    /// Query heads of the key/value head.
+    heads: usize,
+    /// Rows of a block.
+    block_rows: usize,
+    dim: usize,
+    /// K rounded up to 16.
+    width: usize,
+}
+
+/// A task's own memory.
+struct Scratch {
+    /// Keys and values dim-major, `[tiles, K, 16]` each, zero behind the last row.
+    keys_by_dim: *mut f32,
+    values_by_dim: *mut f32,
+    /// Keys by slot, `[16 tiles, K']`.
+    keys: *mut f32,
+    /// Gradients of keys and values, `[16 tiles, K']` each.
+    dkeys: *mut f32,
+    dvalues: *mut f32,
+    /// Of the pairs of a block, `[pairs, K']` each.
+    queries: *mut f32,
+    douts: *mut f32,
+    dqueries: *mut f32,
+    /// Probabilities and gradients of scores, `[pairs, STRIDE]` each.
+    probs: *mut f32,
+    dscores: *mut f32,
+    /// `sum(dout * out)` and log-sum-exp of each pair.
+    deltas: *mut f32,
+    lse: *mut f32,
+}
+
+impl Sizes {
+    fn lens(&self) -> [usize; 12] {
+        let (slots, pairs) = (self.tiles * TILE, self.block_rows * self.heads);
+        let (by_dim, by_slot, by_pair) = (slots * self.dim, slots * self.width, pairs * self.width);
+        let chunk = pairs * STRIDE;
+        [by_dim, by_dim, by_slot, by_slot, by_slot, by_pair, by_pair, by_pair, chunk, chunk, pairs, pairs]
+    }
+
+    fn split(&self, mut memory: &mut [f32]) -> Scratch {
+        let [keys_by_dim, values_by_dim, keys, dkeys, dvalues, queries, douts, dqueries, probs, dscores, deltas, lse] =
+            self.lens().map(|len| {
+                let (part, rest) = std::mem::take(&mut memory).split_at_mut(len);
+                memory = rest;
+                part.as_mut_ptr()
+            });
+        Scratch {
+            keys_by_dim,
+            values_by_dim,
+            keys,
+            dkeys,
+            dvalues,
+            queries,
+            douts,
+            dqueries,
+            probs,
+            dscores,
+            deltas,
+            lse,
+        }
+    }
+}
+
+/// Addresses of consecutive tiles of `stride` floats.
+fn tile_table(first: *const f32, tiles: usize, stride: usize) -> Vec<*const f32> {
+    (0..tiles).map(|tile| first.wrapping_add(tile * stride)).collect()
+}
+
+/// One task.
+struct Task<'a, E> {
+    args: &'a AttentionGrad<'a>,
+    span: &'a SeqSpan<'a>,
+    kv_head: usize,
+    data: &'a [E],
+    layout: &'a KvLayout,
+    dqkv: SharedMut<'a, f32>,
+    sizes: Sizes,
+    scratch: Scratch,
+    keys_by_dim: Vec<*const f32>,
+    values_by_dim: Vec<*const f32>,
+    keys: Vec<*const f32>,
+    queries: Vec<*const f32>,
+    douts: Vec<*const f32>,
+}
+
+impl<E: KvElement> Task<'_, E> {
+    /// First query head's element of `row` in a `[T, H*K]` or fused row.
+    fn query_start(&self, row: usize, width: usize) -> usize {
+        (self.span.row_start + row) * width + self.kv_head * self.sizes.heads * self.sizes.dim
+    }
+
+    /// Copy keys and values out of the cache, zero behind the last row, and clear their gradients.
+    ///
+    /// # Safety
+    /// The features of `S` are enabled, and scratch has the task's sizes.
+    #[inline(always)]
+    unsafe fn gather<S: Simd>(&self) {
+        let Sizes { rows, tiles, dim, width, .. } = self.sizes;
+        // SAFETY: tiles lie inside the checked block table; destinations inside scratch.
+        unsafe {
+            let slots = tiles * TILE;
+            std::ptr::write_bytes(self.scratch.dkeys, 0, slots * width);
+            std::ptr::write_bytes(self.scratch.dvalues, 0, slots * width);
+            std::ptr::write_bytes(self.scratch.keys, 0, slots * width);
+            std::ptr::write_bytes(self.scratch.values_by_dim, 0, slots * dim);
+            for tile in 0..tiles {
+                let stored = TILE.min(rows - tile * TILE);
+                let offset = self.layout.keys(self.args.layer, self.span.blocks, tile, self.kv_head);
+                let source = self.data[offset..].as_ptr();
+                let by_dim = self.scratch.keys_by_dim.add(tile * TILE * dim);
+                let mut lanes = [0f32; TILE];
+                for d in 0..dim {
+                    S::store(lanes.as_mut_ptr(), E::load::<S>(source.add(d * TILE)));
+                    lanes[stored..].fill(0.0);
+                    S::store(by_dim.add(d * TILE), S::load(lanes.as_ptr()));
+                    for (slot, x) in lanes.iter().enumerate() {
+                        *self.scratch.keys.add((tile * TILE + slot) * width + d) = *x;
+                    }
+                }
+                let values = source.add(self.layout.values_offset());
+                let by_dim = self.scratch.values_by_dim.add(tile * TILE * dim);
+                for slot in 0..stored {
+                    for first in (0..dim).step_by(16) {
+                        S::store(lanes.as_mut_ptr(), E::load::<S>(values.add(slot * width + first)));
+                        for (d, x) in lanes.iter().enumerate().take(dim - first) {
+                            *by_dim.add((first + d) * TILE + slot) = *x;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Queries, output gradients, deltas and log-sum-exps of the block of `rows` from `first` on.
+    ///
+    /// # Safety
+    /// As [`Task::gather`].
+    #[inline(always)]
+    unsafe fn load_block<S: Simd>(&self, first: usize, rows: usize) {
+        let Sizes { heads, dim, width, .. } = self.sizes;
+        let (args, shape) = (self.args, self.args.shape);
+        for row in 0..rows {
+            let q_row = &args.qkv.data[self.query_start(first + row, shape.qkv_dim())..][..heads * dim];
+            let out_start = self.query_start(first + row, shape.out_dim());
+            let dout_row = &args.dout.data[out_start..][..heads * dim];
+            let out_row = &args.out.data[out_start..][..heads * dim];
+            let lse_start = (self.span.row_start + first + row) * shape.num_heads + self.kv_head * heads;
+            for head in 0..heads {
+                let pair = row * heads + head;
+                // SAFETY: lanes stop at the head's end; `pair` is inside scratch.
+                unsafe {
+                    let mut delta = S::splat(0.0);
+                    for d in (0..dim).step_by(16) {
+                        let source = head * dim + d;
+                        let dout = load_lanes::<S>(dout_row.as_ptr().add(source), dim - d);
+                        let out = load_lanes::<S>(out_row.as_ptr().add(source), dim - d);
+                        delta = S::fma(dout, out, delta);
+                        let query = load_lanes::<S>(q_row.as_ptr().add(source), dim - d);
+                        S::store(self.scratch.queries.add(pair * width + d), query);
+                        S::store(self.scratch.douts.add(pair * width + d), dout);
+                        S::store(self.scratch.dqueries.add(pair * width + d), S::splat(0.0));
+                    }
+                    *self.scratch.deltas.add(pair) = S::reduce_add(delta);
+                    *self.scratch.lse.add(pair) = args.lse.data[lse_start + head];
+                }
+            }
+        }
+    }
+
+    /// One block of query rows against one chunk of keys (`tiles` of the sequence).
+    ///
+    /// # Safety
+    /// As [`Task::gather`], after [`Task::load_block`].
+    #[inline(always)]
+    unsafe fn block_by_chunk<S: Simd>(&self, (first, rows): (usize, usize), tiles: std::ops::Range<usize>) {
+        let Sizes { heads, dim, width, .. } = self.sizes;
+        let (pairs, vectors, keys) = (rows * heads, width / 16, tiles.len() * TILE);
+        let by_pair = |ptr: *mut f32| Left { ptr, rows: pairs, row_stride: width, step: 1 };
+        let by_key = |ptr: *mut f32| Left { ptr, rows: keys, row_stride: 1, step: STRIDE };
+        let chunk = |ptr: *mut f32| Out { ptr, row_stride: STRIDE };
+        let scratch = &self.scratch;
+        // SAFETY: pairs and tiles are inside scratch; keys behind the last row are zero.
+        unsafe {
+            let (k, v) = (&self.keys_by_dim[tiles.clone()], &self.values_by_dim[tiles.clone()]);
+            scores::<S, f32>(by_pair(scratch.queries), k, dim, chunk(scratch.probs));
+            scores::<S, f32>(by_pair(scratch.douts), v, dim, chunk(scratch.dscores));
+            for pair in 0..pairs {
+                let (seen, end) = visible(&self.args.shape, first + pair / heads);
+                let start = tiles.start * TILE;
+                self.score_grads::<S>(pair, (seen as f32 - start as f32, end as f32 - start as f32), keys);
+            }
+            let left = Left { ptr: scratch.dscores, rows: pairs, row_stride: STRIDE, step: 1 };
+            let right = Right { tiles: &self.keys[tiles.clone()], stride: width, vectors };
+            accumulate::<S, f32>(left, right, (0, keys), Out { ptr: scratch.dqueries, row_stride: width });
+            let slots = tiles.start * TILE * width;
+            let right = Right { tiles: &self.queries, stride: width, vectors };
+            let out = Out { ptr: scratch.dkeys.add(slots), row_stride: width };
+            accumulate::<S, f32>(by_key(scratch.dscores), right, (0, pairs), out);
+            let right = Right { tiles: &self.douts, stride: width, vectors };
+            let out = Out { ptr: scratch.dvalues.add(slots), row_stride: width };
+            accumulate::<S, f32>(by_key(scratch.probs), right, (0, pairs), out);
+        }
+    }
+
+    /// From scores and `dout V^T` of a pair: probabilities and gradients of scores; both 0 outside `seen..end`.
+    ///
+    /// # Safety
+    /// As [`Task::block_by_chunk`].
+    #[inline(always)]
+    unsafe fn score_grads<S: Simd>(&self, pair: usize, (seen, end): (f32, f32), keys: usize) {
+        const LANES: [f32; 16] = [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
+        // SAFETY: `keys` columns of row `pair` are inside scratch.
+        unsafe {
+            let (probs, dscores) = (self.scratch.probs.add(pair * STRIDE), self.scratch.dscores.add(pair * STRIDE));
+            let scale = S::splat(self.args.shape.scale);
+            let (lse, delta) = (S::splat(*self.scratch.lse.add(pair)), S::splat(*self.scratch.deltas.add(pair)));
+            let (lanes, zero) = (S::load(LANES.as_ptr()), S::splat(0.0));
+            for key in (0..keys).step_by(TILE) {
+                let index = S::add(lanes, S::splat(key as f32));
+                let prob = exp::<S>(S::sub(S::mul(S::load(probs.add(key)), scale), lse));
+                let dscore = S::mul(S::mul(prob, S::sub(S::load(dscores.add(key)), delta)), scale);
+                for (target, x) in [(probs, prob), (dscores, dscore)] {
+                    let from_first = S::select_lt(index, S::splat(seen), zero, x);
+                    S::store(target.add(key), S::select_lt(index, S::splat(end), from_first, zero));
+                }
+            }
+        }
+    }
+
+    /// Write the block's query gradients to the fused rows.
+    fn store_queries(&self, first: usize, rows: usize) {
+        let Sizes { heads, dim, width, .. } = self.sizes;
+        for row in 0..rows {
+            let start = self.query_start(first + row, self.args.shape.qkv_dim());
+            // SAFETY: the query heads of a key/value head belong to one task; pairs are inside scratch.
+            unsafe {
+                let target = self.dqkv.range(start..start + heads * dim).as_mut_ptr();
+                for head in 0..heads {
+                    let source = self.scratch.dqueries.add((row * heads + head) * width);
+                    std::ptr::copy_nonoverlapping(source, target.add(head * dim), dim);
+                }
+            }
+        }
+    }
+
+    /// Write the gradients of keys and values to the fused rows.
+    fn store_keys_and_values(&self) {
+        let (shape, Sizes { dim, width, .. }) = (self.args.shape, self.sizes);
+        for row in 0..self.sizes.rows {
+            let keys = (self.span.row_start + row) * shape.qkv_dim() + (shape.num_heads + self.kv_head) * dim;
+            for (source, start) in [(self.scratch.dkeys, keys), (self.scratch.dvalues, keys + shape.num_kv_heads * dim)]
+            {
+                // SAFETY: the columns of a key/value head belong to one task; rows are inside scratch.
+                unsafe {
+                    let target = self.dqkv.range(start..start + dim).as_mut_ptr();
+                    std::ptr::copy_nonoverlapping(source.add(row * width), target, dim);
+                }
+            }
+        }
+    }
+}
+
+impl<E: KvElement> Kernel for &Task<'_, E> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Sizes { rows, block_rows, .. } = self.sizes;
+        // SAFETY: the family's features are enabled, and scratch has the task's sizes.
+        unsafe {
+            self.gather::<S>();
+            for first in (0..rows).step_by(block_rows) {
+                let count = block_rows.min(rows - first);
+                self.load_block::<S>(first, count);
+                let (seen, _) = visible(&self.args.shape, first);
+                let end_tile = (first + count).div_ceil(TILE);
+                let mut tile = seen / TILE;
+                while tile < end_tile {
+                    let chunk_end = (tile / (CHUNK / TILE) + 1) * (CHUNK / TILE);
+                    self.block_by_chunk::<S>((first, count), tile..chunk_end.min(end_tile));
+                    tile = chunk_end;
+                }
+                self.store_queries(first, count);
+            }
+        }
+        self.store_keys_and_values();
+    }
+}
+
+fn run_task<E: KvElement>(
+    dev: &CpuDevice,
+    args: &AttentionGrad<'_>,
+    (span, kv_head): (&SeqSpan<'_>, usize),
+    data: &[E],
+    dqkv: SharedMut<'_, f32>,
+) {
+    let layout = &args.cache.pool.layout;
+    let (heads, dim) = (args.shape.num_heads / args.shape.num_kv_heads, args.shape.head_dim);
+    let (rows, block_rows, width) = (span.num_rows, (PAIRS / heads).max(1), layout.value_stride);
+    let sizes = Sizes { rows, tiles: rows.div_ceil(TILE), heads, block_rows, dim, width };
+    with_scratch(sizes.lens().iter().sum(), |memory| {
+        let scratch = sizes.split(memory);
+        let pair_tiles = (block_rows * heads).div_ceil(TILE);
+        let task = Task {
+            keys_by_dim: tile_table(scratch.keys_by_dim, sizes.tiles, TILE * dim),
+            values_by_dim: tile_table(scratch.values_by_dim, sizes.tiles, TILE * dim),
+            keys: tile_table(scratch.keys, sizes.tiles, TILE * width),
+            queries: tile_table(scratch.queries, pair_tiles, TILE * width),
+            douts: tile_table(scratch.douts, pair_tiles, TILE * width),
+            args,
+            span,
+            kv_head,
+            data,
+            layout,
+            dqkv,
+            sizes,
+            scratch,
+        };
+        dev.isa.run(&task);
+    });
+}
+
+/// Gradient with respect to the fused rows (queries, keys and values after RoPE) of every span, written.
+///
+/// # Panics
+/// If a span does not start at slot 0.
+pub(crate) fn attention_grad(dev: &CpuDevice, args: AttentionGrad<'_>, dqkv: &mut [f32]) {
+    let shape = args.shape;
+    let rows = args.qkv.len() / shape.qkv_dim();
+    check_spans(shape, args.spans, rows, (args.cache, args.layer));
+    assert!(args.spans.iter().all(|span| span.first_slot == 0), "a backward needs whole sequences");
+    assert_eq!(dqkv.len(), args.qkv.len(), "gradient of {rows} fused rows");
+    assert!(args.out.len() == rows * shape.out_dim() && args.dout.len() == args.out.len(), "outputs of {rows} rows");
+    assert_eq!(args.lse.len(), rows * shape.num_heads, "log-sum-exps of {rows} rows");
+    let spans: Vec<&SeqSpan<'_>> = args.spans.iter().filter(|span| span.num_rows > 0).collect();
+    let dqkv = SharedMut::new(dqkv);
+    dev.pool.run(spans.len() * shape.num_kv_heads, &|index| {
+        let task = (spans[index / shape.num_kv_heads], index % shape.num_kv_heads);
+        match &args.cache.pool.data {
+            KvData::F32(data) => run_task(dev, &args, task, data, dqkv),
+            KvData::Bf16(data) => run_task(dev, &args, task, data, dqkv),
+        }
+    });
+}

@@ -1,0 +1,196 @@
+//! Storage of the paged cache.
+//!
+//! A block of `block_size` slots is `block_size / 16` tiles, and a tile holds for each key/value head its keys
+//! dim-major, `[K][16 slots]`, then its values, `[16 slots][K']`, with K' = K rounded up to 16. Attention walks over
+//! tiles, so its numbers do not depend on the block size. Memory that was never written is zero or stale; no kernel
+//! reads a slot behind a row's own.
+
+use super::parallel::SharedMut;
+use super::simd::to_bf16;
+use super::{AlignedVec, CpuDevice};
+use crate::{AttnShape, KvCache, KvCacheSpec, SeqSpan};
+use temper_types::DType;
+
+/// Slots in a tile.
+pub(crate) const TILE: usize = 16;
+/// Elements of a job below which appending runs on the caller.
+const INLINE_ELEMENTS: usize = 16 * 1024;
+
+/// The pool's memory in its own format.
+pub(crate) enum KvData {
+    F32(AlignedVec<f32>),
+    Bf16(AlignedVec<u16>),
+}
+
+/// Where things lie, in elements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct KvLayout {
+    /// K.
+    pub(crate) head_dim: usize,
+    /// K rounded up to 16: the distance between two slots' values.
+    pub(crate) value_stride: usize,
+    /// Keys and values of one head in one tile.
+    head_elements: usize,
+    tile_elements: usize,
+    tiles_per_block: usize,
+    num_blocks: usize,
+}
+
+impl KvLayout {
+    fn new(spec: &KvCacheSpec) -> Self {
+        let value_stride = spec.head_dim.next_multiple_of(16);
+        let head_elements = TILE * (spec.head_dim + value_stride);
+        KvLayout {
+            head_dim: spec.head_dim,
+            value_stride,
+            head_elements,
+            tile_elements: spec.num_kv_heads * head_elements,
+            tiles_per_block: spec.block_size / TILE,
+            num_blocks: spec.num_blocks,
+        }
+    }
+
+    fn block_elements(&self) -> usize {
+        self.tiles_per_block * self.tile_elements
+    }
+
+    /// Offset of a head's keys in tile `tile` of a sequence; its values follow [`KvLayout::values_offset`] later.
+    #[inline(always)]
+    pub(crate) fn keys(&self, layer: usize, blocks: &[u32], tile: usize, kv_head: usize) -> usize {
+        let block = blocks[tile / self.tiles_per_block] as usize;
+        debug_assert!(block < self.num_blocks, "block {block} of {}", self.num_blocks);
+        ((layer * self.num_blocks + block) * self.tiles_per_block + tile % self.tiles_per_block) * self.tile_elements
+            + kv_head * self.head_elements
+    }
+
+    /// Distance from a head's keys to its values within a tile.
+    pub(crate) fn values_offset(&self) -> usize {
+        TILE * self.head_dim
+    }
+}
+
+/// The CPU's cache: one allocation for all layers.
+pub(crate) struct CpuKvPool {
+    pub(crate) data: KvData,
+    pub(crate) layout: KvLayout,
+}
+
+impl CpuKvPool {
+    pub(crate) fn new(spec: &KvCacheSpec) -> Self {
+        assert!(spec.block_size > 0 && spec.block_size % TILE == 0, "block_size is a multiple of 16: {spec:?}");
+        let layout = KvLayout::new(spec);
+        let len = spec.num_layers * spec.num_blocks * layout.block_elements();
+        let data = match spec.dtype {
+            DType::F32 => KvData::F32(AlignedVec::zeroed(len)),
+            DType::Bf16 => KvData::Bf16(AlignedVec::zeroed(len)),
+        };
+        CpuKvPool { data, layout }
+    }
+}
+
+/// Assert that spans name rows of the batch and blocks of the cache, so that kernels may trust them.
+pub(crate) fn check_spans(shape: AttnShape, spans: &[SeqSpan<'_>], rows: usize, (cache, layer): (&KvCache, usize)) {
+    let spec = &cache.spec;
+    assert!(layer < spec.num_layers, "layer {layer} of {}", spec.num_layers);
+    assert_eq!((shape.num_kv_heads, shape.head_dim), (spec.num_kv_heads, spec.head_dim), "heads of {spec:?}");
+    assert_eq!(shape.num_heads % shape.num_kv_heads, 0, "query heads per key/value head");
+    for span in spans {
+        assert!(span.row_start + span.num_rows <= rows, "span {span:?} of {rows} rows");
+        let needed = (span.first_slot + span.num_rows).div_ceil(spec.block_size);
+        assert!(span.blocks.len() >= needed, "span needs {needed} blocks of {}: {span:?}", spec.block_size);
+        let known = span.blocks[..needed].iter().all(|&block| (block as usize) < spec.num_blocks);
+        assert!(known, "a block of {span:?} lies behind the cache's {}", spec.num_blocks);
+    }
+}
+
+/// Copies one row's keys and values of all heads to its slot.
+fn store_row<T>(
+    data: &SharedMut<'_, T>,
+    layout: &KvLayout,
+    (shape, layer): (AttnShape, usize),
+    (span, offset): (&SeqSpan<'_>, usize),
+    (row, convert): (&[f32], impl Fn(f32) -> T),
+) {
+    let (slot, head_dim) = (span.first_slot + offset, shape.head_dim);
+    let (keys, values) = row[shape.num_heads * head_dim..].split_at(shape.num_kv_heads * head_dim);
+    for kv_head in 0..shape.num_kv_heads {
+        let head = kv_head * head_dim..(kv_head + 1) * head_dim;
+        let base = layout.keys(layer, span.blocks, slot / TILE, kv_head);
+        for (d, x) in keys[head.clone()].iter().enumerate() {
+            // SAFETY: `ptr_at` checks the bound (a valid element, as the slot's row lies inside the tile), and
+            // every slot belongs to one row.
+            unsafe { data.ptr_at(base + d * TILE + slot % TILE).write(convert(*x)) };
+        }
+        let first = base + layout.values_offset() + (slot % TILE) * layout.value_stride;
+        for (d, x) in values[head].iter().enumerate() {
+            // SAFETY: as above.
+            unsafe { data.ptr_at(first + d).write(convert(*x)) };
+        }
+    }
+}
+
+/// Store keys and values of fused rows at their slots, rounded to the cache's dtype.
+pub(crate) fn append(
+    dev: &CpuDevice,
+    qkv: &[f32],
+    shape: AttnShape,
+    spans: &[SeqSpan<'_>],
+    (cache, layer): (&mut KvCache, usize),
+) {
+    let width = shape.qkv_dim();
+    check_spans(shape, spans, qkv.len() / width, (cache, layer));
+    let layout = cache.pool.layout;
+    // Pieces of at most 16 rows, so that a long prefill is shared among threads.
+    let pieces: Vec<(usize, usize)> = spans
+        .iter()
+        .enumerate()
+        .flat_map(|(index, span)| (0..span.num_rows).step_by(TILE).map(move |offset| (index, offset)))
+        .collect();
+    let each_row = |piece: usize, store: &dyn Fn(&SeqSpan<'_>, usize, &[f32])| {
+        let (index, first) = pieces[piece];
+        let span = &spans[index];
+        for offset in first..(first + TILE).min(span.num_rows) {
+            let row = span.row_start + offset;
+            store(span, offset, &qkv[row * width..(row + 1) * width]);
+        }
+    };
+    let job: Box<dyn Fn(usize) + Sync + '_> = match &mut cache.pool.data {
+        KvData::F32(data) => {
+            let data = SharedMut::new(data);
+            Box::new(move |piece| {
+                each_row(piece, &|span, offset, row| {
+                    store_row(&data, &layout, (shape, layer), (span, offset), (row, |x| x));
+                });
+            })
+        }
+        KvData::Bf16(data) => {
+            let data = SharedMut::new(data);
+            Box::new(move |piece| {
+                each_row(piece, &|span, offset, row| {
+                    store_row(&data, &layout, (shape, layer), (span, offset), (row, to_bf16));
+                });
+            })
+        }
+    };
+    let kv_elements = 2 * shape.num_kv_heads * shape.head_dim * spans.iter().map(|s| s.num_rows).sum::<usize>();
+    if kv_elements < INLINE_ELEMENTS {
+        (0..pieces.len()).for_each(job);
+    } else {
+        dev.pool.run(pieces.len(), &*job);
+    }
+}
+
+/// Copy a block, all layers.
+pub(crate) fn copy_block(cache: &mut KvCache, from: u32, to: u32) {
+    let spec = cache.spec;
+    assert!(from.max(to) < spec.num_blocks as u32, "copy of block {from} to {to} of {}", spec.num_blocks);
+    let block = cache.pool.layout.block_elements();
+    for layer in 0..spec.num_layers {
+        let first = |index: u32| (layer * spec.num_blocks + index as usize) * block;
+        let (source, target) = (first(from)..first(from) + block, first(to));
+        match &mut cache.pool.data {
+            KvData::F32(data) => data.copy_within(source, target),
+            KvData::Bf16(data) => data.copy_within(source, target),
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! The LM head fused with its softmax: logits exist for a chunk of rows at a time.
+
+mod law;
+
+pub(crate) use law::{BLOCK, Laws, MaxOf, Moments, Weights, shifted};
+
+use super::gemm;
+use super::math::{exp, ln, load_lanes, store_lanes};
+use super::parallel::SharedMut;
+use super::simd::{Kernel, Simd};
+use super::{AlignedVec, CpuDevice};
+use crate::{LmHead, LmHeadGrad, PackedLinear, Store, TokenStats};
+use law::{PARTS, part_ids};
+use std::sync::{Mutex, PoisonError};
+
+/// Logits of a chunk: 16 MiB.
+const CHUNK_LOGITS: usize = 4 << 20;
+/// Rows of a chunk at least, so that the matrix product stays efficient.
+const MIN_CHUNK_ROWS: usize = 16;
+
+/// Memory for logits that is kept between calls.
+#[derive(Default)]
+pub(crate) struct LogitsMemory(Mutex<Option<AlignedVec<f32>>>);
+
+impl LogitsMemory {
+    /// Run `f` with `len` floats, contents arbitrary. A second caller at the same time gets memory of its own.
+    pub(crate) fn with<R>(&self, len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
+        let lock = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = lock().take().filter(|memory| memory.len() >= len);
+        let mut memory = kept.unwrap_or_else(|| AlignedVec::zeroed(len));
+        let result = f(&mut memory[..len]);
+        *lock() = Some(memory);
+        result
+    }
+}
+
+/// Rows whose logits are in memory at once; a function of the vocabulary alone.
+pub(crate) fn chunk_rows(vocab: usize) -> usize {
+    (CHUNK_LOGITS / vocab.max(1)).max(MIN_CHUNK_ROWS)
+}
+
+/// Raw logits of `hidden[rows, D]`, masked ids at minus infinity.
+pub(crate) fn masked_logits(
+    dev: &CpuDevice,
+    hidden: &[f32],
+    head: &PackedLinear,
+    masked_ids: &[u32],
+    logits: &mut [f32],
+) {
+    let vocab = head.shape().n;
+    gemm::linear(dev, hidden, head, None, (logits, Store::Write));
+    if masked_ids.is_empty() {
+        return;
+    }
+    for row in logits.chunks_exact_mut(vocab) {
+        for id in masked_ids {
+            row[*id as usize] = f32::NEG_INFINITY;
+        }
+    }
+}
+
+/// Call `f(first row, masked logits of the rows)` for every chunk of rows in ascending order.
+pub(crate) fn for_chunks(
+    dev: &CpuDevice,
+    hidden: &[f32],
+    head: &PackedLinear,
+    masked_ids: &[u32],
+    mut f: impl FnMut(usize, &mut [f32]),
+) {
+    let (vocab, dim) = (head.shape().n, head.shape().k);
+    let rows = hidden.len() / dim;
+    assert_eq!(hidden.len(), rows * dim, "hidden rows of {dim}");
+    let chunk = chunk_rows(vocab).min(rows);
+    dev.logits.with(chunk * vocab, |memory| {
+        for first in (0..rows).step_by(chunk.max(1)) {
+            let count = chunk.min(rows - first);
+            let logits = &mut memory[..count * vocab];
+            masked_logits(dev, &hidden[first * dim..(first + count) * dim], head, masked_ids, logits);
+            f(first, logits);
+        }
+    });
+}
+
+fn check(args: &LmHead<'_>) {
+    let shape = args.head.shape();
+    assert_eq!(args.hidden.len(), args.targets.len() * shape.k, "one target per hidden row of {}", shape.k);
+    assert!(args.temperature > 0.0, "temperature {} of log-probs is more than 0", args.temperature);
+    assert!(args.targets.iter().all(|&id| (id as usize) < shape.n), "a target lies behind the vocabulary {}", shape.n);
+}
+
+/// Log-probs, entropies and sums of squares of targets.
+pub(crate) fn stats(dev: &CpuDevice, args: LmHead<'_>) -> TokenStats {
+    check(&args);
+    let (vocab, inv_temperature) = (args.head.shape().n, 1.0 / args.temperature);
+    let mut stats = TokenStats::default();
+    for_chunks(dev, args.hidden.data, args.head, args.masked_ids, |first, logits| {
+        let rows = logits.len() / vocab;
+        let laws = Laws::new(dev, logits, &vec![inv_temperature; rows], Moments::Take);
+        for row in 0..rows {
+            let logit = logits[row * vocab + args.targets[first + row] as usize];
+            stats.log_probs.push(laws.log_prob(row, logit, inv_temperature));
+            stats.entropies.push(laws.entropy(row) as f32);
+            stats.sum_squares.push(laws.sum_squares(row) as f32);
+        }
+    });
+    stats
+}
+
+/// Logits of a range of ids become the gradient of the loss with respect to them, but for the target's part.
+struct LogitGrads<'a> {
+    logits: &'a mut [f32],
+    inv_temperature: f32,
+    max: f32,
+    log_total: f32,
+    inv_total: f32,
+    entropy: f32,
+    d_log_prob: f32,
+    d_entropy: f32,
+}
+
+impl Kernel for LogitGrads<'_> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        for start in (0..self.logits.len()).step_by(16) {
+            let lanes = self.logits.len() - start;
+            // SAFETY: lanes stop at the slice's end.
+            unsafe {
+                let ptr = self.logits.as_mut_ptr().add(start);
+                let x = shifted::<S>(load_lanes::<S>(ptr, lanes), self.inv_temperature, self.max);
+                let p = S::mul(exp::<S>(x), S::splat(self.inv_total));
+                // -dH p (ln p + H) - dlogp p, where ln p stays finite so that p = 0 gives 0.
+                let log_p = S::sub(S::max(S::splat(-100.0), x), S::splat(self.log_total));
+                let surprise = S::add(log_p, S::splat(self.entropy));
+                let factor = S::fma(S::splat(-self.d_entropy), surprise, S::splat(-self.d_log_prob));
+                store_lanes::<S>(ptr, lanes, S::mul(S::mul(p, factor), S::splat(self.inv_temperature)));
+            }
+        }
+    }
+}
+
+/// `dhidden[T, D]` is written, `dweight[V, D]` added to; logits are recomputed by row chunks.
+pub(crate) fn grad(dev: &CpuDevice, args: LmHeadGrad<'_>, dhidden: &mut [f32], dweight: &mut [f32]) {
+    let forward = args.forward;
+    check(&forward);
+    let (shape, hidden) = (forward.head.shape(), forward.hidden.data);
+    assert_eq!(dhidden.len(), hidden.len(), "gradient of hidden rows");
+    assert_eq!(args.d_log_probs.len(), forward.targets.len(), "one log-prob gradient per row");
+    assert!(
+        args.d_entropies.is_empty() || args.d_entropies.len() == forward.targets.len(),
+        "one entropy gradient per row, or none"
+    );
+    for_chunks(dev, hidden, forward.head, forward.masked_ids, |first, logits| {
+        logit_grads(dev, &args, first, logits);
+        let rows = logits.len() / shape.n;
+        let span = first * shape.k..(first + rows) * shape.k;
+        gemm::input_grad(dev, logits, args.weight.data, forward.head, (&mut dhidden[span.clone()], Store::Write));
+        gemm::weight_grad(dev, (logits, &hidden[span]), shape, forward.head.dtype(), dweight);
+    });
+}
+
+/// Turn a chunk's logits into gradients with respect to them.
+fn logit_grads(dev: &CpuDevice, args: &LmHeadGrad<'_>, first: usize, logits: &mut [f32]) {
+    let forward = &args.forward;
+    let (vocab, inv_temperature) = (forward.head.shape().n, 1.0 / forward.temperature);
+    let rows = logits.len() / vocab;
+    let with_entropy = !args.d_entropies.is_empty();
+    let moments = if with_entropy { Moments::Take } else { Moments::Skip };
+    let laws = Laws::new(dev, logits, &vec![inv_temperature; rows], moments);
+    let shared = SharedMut::new(logits);
+    dev.pool.run(rows * PARTS, &|task| {
+        let (row, ids) = (task / PARTS, part_ids(vocab, task % PARTS));
+        // SAFETY: every (row, part) belongs to one task.
+        let logits = unsafe { shared.range(row * vocab + ids.start..row * vocab + ids.end) };
+        dev.isa.run(LogitGrads {
+            logits,
+            inv_temperature,
+            max: laws.max[row],
+            log_total: ln(laws.total[row]) as f32,
+            inv_total: (1.0 / laws.total[row]) as f32,
+            entropy: if with_entropy { laws.entropy(row) as f32 } else { 0.0 },
+            d_log_prob: args.d_log_probs[first + row],
+            d_entropy: if with_entropy { args.d_entropies[first + row] } else { 0.0 },
+        });
+    });
+    for (row, grads) in logits.chunks_exact_mut(vocab).enumerate() {
+        grads[forward.targets[first + row] as usize] += args.d_log_probs[first + row] * inv_temperature;
+        for id in forward.masked_ids {
+            grads[*id as usize] = 0.0;
+        }
+    }
+}
