@@ -1,2 +1,105 @@
-//! Placeholder.
-fn main() {}
+//! `temper`: the one binary. Reads flags and the environment, assembles the services, prints results.
+//!
+//! Exit codes: 0 done, 1 failed with the cause, 2 bad usage or recipe, 130 interrupted after a clean checkpoint.
+
+mod commands;
+mod env;
+mod kill;
+mod recipe;
+mod runtime;
+
+use clap::{Parser, Subcommand};
+use std::fmt::Display;
+use std::process::ExitCode;
+
+/// RL post-training for language models: a pretrained model, prompts and a reward in, a better model out.
+#[derive(Parser)]
+#[command(
+    name = "temper",
+    version,
+    propagate_version = true,
+    after_help = "Start here:\n  temper recipes                             what there is to run\n  temper check recipes/quickstart.toml       what a recipe would do\n  temper train recipes/quickstart.toml       do it\n  temper inspect runs/quickstart             what happened\n\nExit codes: 0 done, 1 failed, 2 bad usage or recipe, 130 interrupted after a checkpoint."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Train(commands::train::Train),
+    Check(commands::check::Check),
+    Recipes(commands::recipes::Recipes),
+    Generate(commands::generate::Generate),
+    Score(commands::score::Score),
+    Eval(commands::eval::Eval),
+    Inspect(commands::inspect::Inspect),
+    Export(commands::export::Export),
+    Import(commands::import::Import),
+    Algos(commands::algos::Algos),
+    Bench(commands::bench::Bench),
+}
+
+/// The user asked for something that cannot be: exit code 2.
+#[derive(Debug)]
+struct Usage(String);
+
+impl Display for Usage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
+
+/// The run stopped because it was asked to, after a checkpoint: exit code 130.
+#[derive(Debug)]
+struct Interrupted;
+
+impl Display for Interrupted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("interrupted")
+    }
+}
+
+impl std::error::Error for Interrupted {}
+
+/// An error of usage.
+pub fn usage(message: impl Display) -> anyhow::Error {
+    anyhow::Error::new(Usage(message.to_string()))
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let filter = env::read(env::LOG).unwrap_or_else(|| "warn".to_owned());
+    if let Err(error) = temper_telemetry::init_tracing(&filter) {
+        eprintln!("error: {}: {error}", env::LOG);
+        return ExitCode::from(2);
+    }
+    match cli.command.run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<Interrupted>() => ExitCode::from(130),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
+        }
+    }
+}
+
+impl Command {
+    fn run(self) -> anyhow::Result<()> {
+        match self {
+            Command::Train(command) => command.run(),
+            Command::Check(command) => command.run(),
+            Command::Recipes(command) => command.run(),
+            Command::Generate(command) => command.run(),
+            Command::Score(command) => command.run(),
+            Command::Eval(command) => command.run(),
+            Command::Inspect(command) => command.run(),
+            Command::Export(command) => command.run(),
+            Command::Import(command) => command.run(),
+            Command::Algos(command) => command.run(),
+            Command::Bench(command) => command.run(),
+        }
+    }
+}

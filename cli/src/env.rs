@@ -1,0 +1,13 @@
+//! Every environment variable that temper reads, in one place.
+
+/// `TEMPER_LOG`: filter of log messages on stderr (`info` where it is not set).
+pub const LOG: &str = "TEMPER_LOG";
+
+/// `TEMPER_KILL_AT=STEP:PHASE`: the process kills itself with SIGKILL when that phase of that step begins. For tests
+/// of resume.
+pub const KILL_AT: &str = "TEMPER_KILL_AT";
+
+/// Value of a variable, where it is set to valid text.
+pub fn read(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}

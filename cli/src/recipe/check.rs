@@ -1,0 +1,240 @@
+//! Whether a typed recipe can run: against itself, its data and its model. Nothing is computed and nothing written.
+
+use super::render::to_table;
+use super::{ModelSource, Recipe, RecipeError, Source};
+use std::collections::BTreeMap;
+use std::path::Path;
+use temper_actor::{ModelConfig, Tokenizer};
+use temper_algos::{AdvEstimator, Plan};
+use temper_controller::{PolicyStage, SftStage, Stage, load_dataset};
+use temper_types::{PromptRow, did_you_mean};
+
+/// What a check found out.
+#[derive(Debug)]
+pub struct CheckReport {
+    /// Rows of every dataset.
+    pub num_rows: BTreeMap<String, usize>,
+    /// What the recipe does, in words.
+    pub summary: String,
+    /// Hash of what decides the run's numbers, but for the initial weights.
+    pub identity: String,
+}
+
+/// Check everything that can be known before the first step.
+///
+/// # Errors
+/// The first thing that cannot work, by file, line and key, with what would be right.
+pub fn check(recipe: &Recipe, source: &Source) -> Result<CheckReport, RecipeError> {
+    check_model(&recipe.model, source)?;
+    if recipe.stages.is_empty() {
+        return Err(source.error("stage", "there is no stage: expected at least one [[stage]] table"));
+    }
+    recipe.engine.validate().map_err(|e| source.error("engine", e))?;
+    let data = load_data(recipe, source)?;
+    for (index, stage) in recipe.stages.iter().enumerate() {
+        check_stage(recipe, source, &data, (index, stage))?;
+    }
+    check_validation(recipe, source, &data)?;
+    if recipe.checkpoint.keep_last == 0 {
+        return Err(source.error("checkpoint.keep_last", "0 is out of range: expected at least 1, or nothing could be resumed"));
+    }
+    let timeout = recipe.rollout_timeout_seconds;
+    if !(timeout > 0.0 && timeout.is_finite()) {
+        return Err(source.error("rollout_timeout_seconds", format!("{timeout} is out of range: expected more than 0")));
+    }
+    let identity = identity(recipe, &data);
+    let num_rows: BTreeMap<String, usize> = data.into_iter().map(|(name, rows)| (name, rows.len())).collect();
+    Ok(CheckReport { summary: summary(recipe, &num_rows), num_rows, identity })
+}
+
+fn check_model(model: &ModelSource, source: &Source) -> Result<(), RecipeError> {
+    match (&model.path, &model.init) {
+        (None, None) => Err(source.error("model", "there is no model: expected `path` (a Hugging Face directory) or [model.init]")),
+        (Some(_), Some(_)) => Err(source.error("model.init", "excludes `path`: expected one of them")),
+        (None, Some(init)) => init.validate().map_err(|e| source.error("model.init", e)),
+        (Some(path), None) => check_model_dir(path).map_err(|problem| source.error("model.path", problem)),
+    }
+}
+
+fn check_model_dir(path: &Path) -> Result<(), String> {
+    if !path.is_dir() {
+        return Err(format!("{} is no directory: expected a Hugging Face model directory", path.display()));
+    }
+    let config = ModelConfig::load(path).map_err(|e| e.to_string())?;
+    Tokenizer::load(path).map_err(|e| e.to_string())?;
+    let reader = temper_actor::CheckpointReader::open(path).map_err(|e| e.to_string())?;
+    reader.validate(&config).map(|_extra_tensors| ()).map_err(|e| e.to_string())
+}
+
+type Data = BTreeMap<String, Vec<PromptRow>>;
+
+fn load_data(recipe: &Recipe, source: &Source) -> Result<Data, RecipeError> {
+    let load = |(name, config)| {
+        let key = format!("data.{name}");
+        let rows = load_dataset(&key, config).map_err(|e| source.error(&key, e))?;
+        Ok((String::clone(name), rows))
+    };
+    recipe.data.iter().map(load).collect()
+}
+
+fn dataset<'a>(data: &'a Data, source: &Source, key: &str, name: &str) -> Result<&'a [PromptRow], RecipeError> {
+    data.get(name).map(Vec::as_slice).ok_or_else(|| {
+        let near = did_you_mean(name, data.keys().map(String::as_str));
+        let hint = near.map_or_else(
+            || format!("expected one of: {}", data.keys().cloned().collect::<Vec<_>>().join(", ")),
+            |near| format!("did you mean `{near}`?"),
+        );
+        source.error(key, format!("there is no dataset `{name}`: {hint}"))
+    })
+}
+
+fn check_stage(
+    recipe: &Recipe,
+    source: &Source,
+    data: &Data,
+    (index, stage): (usize, &Stage),
+) -> Result<(), RecipeError> {
+    let key = format!("stage.{index}");
+    stage.validate(&key).map_err(|e| match e {
+        temper_controller::Error::Config { key, problem } => source.error(&key, problem),
+        other => source.error(&key, other),
+    })?;
+    let rows = dataset(data, source, &format!("{key}.data"), stage.data())?;
+    match stage {
+        Stage::Sft(stage) => check_sft(source, &key, stage, rows),
+        Stage::Policy(stage) => check_policy(recipe, source, &key, (stage, rows)),
+    }
+}
+
+fn check_sft(source: &Source, key: &str, stage: &SftStage, rows: &[PromptRow]) -> Result<(), RecipeError> {
+    match rows.iter().find(|row| row.completion.is_none()) {
+        Some(row) => {
+            let problem = format!("row {} of `{}` has no `completion`: supervised stages need one in every row", row.prompt_id, stage.data);
+            Err(source.error(&format!("{key}.data"), problem))
+        }
+        None => Ok(()),
+    }
+}
+
+fn check_policy(
+    recipe: &Recipe,
+    source: &Source,
+    key: &str,
+    (stage, rows): (&PolicyStage, &[PromptRow]),
+) -> Result<(), RecipeError> {
+    if recipe.reward.components.is_empty() {
+        return Err(source.error("reward", "there is no reward: expected [[reward.components]] with a `kind`"));
+    }
+    recipe.reward.validate().map_err(|e| source.error("reward", e))?;
+    check_ground_truth(recipe, source, &format!("{key}.data"), rows)?;
+    check_plan(source, key, stage)?;
+    check_lengths(recipe, source, key, stage)
+}
+
+fn check_ground_truth(recipe: &Recipe, source: &Source, key: &str, rows: &[PromptRow]) -> Result<(), RecipeError> {
+    match rows.iter().find(|row| row.ground_truth.is_none()) {
+        Some(row) if recipe.reward.needs_ground_truth() => {
+            Err(source.error(key, format!("row {} has no ground truth, which the reward compares with", row.prompt_id)))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What the loop cannot provide yet is refused before the first step, not in it.
+fn check_plan(source: &Source, key: &str, stage: &PolicyStage) -> Result<(), RecipeError> {
+    let Plan { values, sum_pi_squared, greedy_baseline, .. } = stage.algorithm.plan();
+    let missing = [(values, "a critic"), (sum_pi_squared, "sums of squared probabilities"), (greedy_baseline, "greedy baseline responses")];
+    match missing.into_iter().find(|(needed, _)| *needed) {
+        Some((_, what)) => {
+            let estimator: AdvEstimator = stage.algorithm.advantage.adv_estimator;
+            let problem = format!("{estimator:?} needs {what}, which this loop does not provide");
+            Err(source.error(&format!("{key}.algorithm.advantage.adv_estimator"), problem))
+        }
+        None => Ok(()),
+    }
+}
+
+fn check_lengths(recipe: &Recipe, source: &Source, key: &str, stage: &PolicyStage) -> Result<(), RecipeError> {
+    let max_len = match (&recipe.model.init, &recipe.model.path) {
+        (Some(init), _) => init.max_position_embeddings,
+        (None, Some(path)) => ModelConfig::load(path).map_or(usize::MAX, |config| config.max_position_embeddings),
+        (None, None) => usize::MAX,
+    };
+    let new_tokens = stage.sampling.max_new_tokens as usize;
+    if new_tokens >= max_len {
+        let problem = format!("{new_tokens} new tokens do not fit the model's {max_len} positions with a prompt");
+        return Err(source.error(&format!("{key}.sampling.max_new_tokens"), problem));
+    }
+    Ok(())
+}
+
+fn check_validation(recipe: &Recipe, source: &Source, data: &Data) -> Result<(), RecipeError> {
+    let validation = &recipe.validation;
+    if validation.data.is_empty() {
+        return Ok(());
+    }
+    if validation.num_samples == 0 {
+        return Err(source.error("validation.num_samples", "0 is out of range: expected at least 1"));
+    }
+    let rows = dataset(data, source, "validation.data", &validation.data)?;
+    check_ground_truth(recipe, source, "validation.data", rows)
+}
+
+/// Hash of all that decides the run's numbers: the recipe without what never changes one (limits of the engine,
+/// placement, checkpoints, names), and the data.
+fn identity(recipe: &Recipe, data: &Data) -> String {
+    let mut table = to_table(recipe);
+    for key in ["name", "description", "engine", "placement", "checkpoint", "rollout_timeout_seconds"] {
+        table.remove(key);
+    }
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(table.to_string().as_bytes());
+    for rows in data.values() {
+        hasher.update(format!("{rows:?}").as_bytes());
+    }
+    hasher.finalize().to_hex()[..32].to_owned()
+}
+
+/// What the recipe does, in words: batch arithmetic in prompts and samples.
+pub fn summary(recipe: &Recipe, num_rows: &BTreeMap<String, usize>) -> String {
+    let model = match (&recipe.model.path, &recipe.model.init) {
+        (Some(path), _) => format!("model: {}", path.display()),
+        (None, _) => "model: a new one, made with the run's seed".to_owned(),
+    };
+    let mut lines = vec![format!("{}: {}", recipe.name, recipe.description), model];
+    for (index, stage) in recipe.stages.iter().enumerate() {
+        let rows = num_rows.get(stage.data()).copied().unwrap_or(0);
+        lines.push(format!("stage {} `{}`: {}", index + 1, stage.name(), stage_summary(stage, rows)));
+    }
+    if let Some(rows) = num_rows.get(&recipe.validation.data) {
+        lines.push(format!("validation: {rows} held-out prompts x {} samples", recipe.validation.num_samples));
+    }
+    lines.join("\n")
+}
+
+fn stage_summary(stage: &Stage, rows: usize) -> String {
+    let passes = |taken: u64| taken as f64 / rows.max(1) as f64;
+    match stage {
+        Stage::Sft(s) => {
+            let taken = s.steps * s.batch_size as u64;
+            format!("{} steps of {} demonstrations; {rows} rows, {:.1} passes over them", s.steps, s.batch_size, passes(taken))
+        }
+        Stage::Policy(s) => {
+            let samples = s.prompts_per_step * s.num_generations;
+            let taken = s.steps * s.prompts_per_step as u64;
+            format!(
+                "{} steps; each {} prompts x {} samples = {samples} samples of at most {} tokens, in {} optimizer step(s) \
+                 of {} samples, {} epoch(s); {rows} rows, {:.1} passes over them",
+                s.steps,
+                s.prompts_per_step,
+                s.num_generations,
+                s.sampling.max_new_tokens,
+                s.mini_batches,
+                samples / s.mini_batches,
+                s.epochs,
+                passes(taken)
+            )
+        }
+    }
+}
+

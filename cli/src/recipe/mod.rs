@@ -1,0 +1,20 @@
+//! Recipes: from TOML text to a run that can start, each step its own type.
+//!
+//! ```text
+//! file(s), --set  ->  Source (merged table, origin of every value)
+//!                 ->  Recipe (typed, every key known)
+//!                 ->  Recipe checked against itself, its data and its model (check)
+//! ```
+
+mod check;
+mod error;
+mod render;
+mod source;
+mod stage;
+mod typed;
+
+pub use check::{CheckReport, check, summary};
+pub use error::RecipeError;
+pub use render::render;
+pub use source::{Origin, Source};
+pub use typed::{ModelSource, Placement, PlacementMode, Recipe};

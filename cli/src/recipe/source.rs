@@ -1,0 +1,292 @@
+//! The merged text of a recipe: files joined by `extends`, then `--set`, with the origin of every value.
+
+use super::RecipeError;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use toml::{Table, Value};
+
+/// Where a value comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// A line of a file.
+    File {
+        /// The file as it was named.
+        path: PathBuf,
+        /// Line, from 1.
+        line: usize,
+    },
+    /// The command line.
+    Set,
+    /// Nobody said anything.
+    Default,
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Origin::File { path, line } => write!(f, "{}:{line}", path.display()),
+            Origin::Set => f.write_str("--set"),
+            Origin::Default => f.write_str("default"),
+        }
+    }
+}
+
+/// A merged table and the origin of every key in it, by dotted path (`stage.0.optimizer.learning_rate`).
+#[derive(Debug, Clone)]
+pub struct Source {
+    /// The recipe's own file.
+    pub path: PathBuf,
+    /// The merged table, without `extends`.
+    pub table: Table,
+    origins: BTreeMap<String, Origin>,
+}
+
+impl Source {
+    /// Read a recipe and everything it extends, then apply `--set` assignments in order.
+    ///
+    /// # Errors
+    /// A file that cannot be read or parsed, a cycle, or an assignment that is none.
+    pub fn read(path: &Path, assignments: &[String]) -> Result<Self, RecipeError> {
+        let mut source = Source { path: path.to_path_buf(), table: Table::new(), origins: BTreeMap::new() };
+        source.extend_from(path, &mut Vec::new())?;
+        for assignment in assignments {
+            source.set(assignment)?;
+        }
+        Ok(source)
+    }
+
+    /// Origin of a key, or of the nearest table that holds it.
+    pub fn origin(&self, key: &str) -> Origin {
+        let mut key = key;
+        loop {
+            if let Some(origin) = self.origins.get(key) {
+                return origin.clone();
+            }
+            match key.rsplit_once('.') {
+                Some((parent, _)) => key = parent,
+                None => return Origin::Default,
+            }
+        }
+    }
+
+    /// Origin of exactly this key; `Default` where nobody gave it.
+    pub fn exact_origin(&self, key: &str) -> Origin {
+        self.origins.get(key).cloned().unwrap_or(Origin::Default)
+    }
+
+    /// An error about a key, naming where it was given.
+    pub fn error(&self, key: &str, problem: impl fmt::Display) -> RecipeError {
+        let at = match self.origin(key) {
+            Origin::Default => self.path.display().to_string(),
+            origin => origin.to_string(),
+        };
+        RecipeError::Key { at, key: key.to_owned(), problem: problem.to_string() }
+    }
+
+    fn extend_from(&mut self, path: &Path, seen: &mut Vec<PathBuf>) -> Result<(), RecipeError> {
+        let read_error = |source| RecipeError::Read { path: path.to_path_buf(), source };
+        let canonical = path.canonicalize().map_err(read_error)?;
+        if seen.contains(&canonical) {
+            return Err(RecipeError::Cycle { path: path.to_path_buf() });
+        }
+        seen.push(canonical);
+        let text = std::fs::read_to_string(path).map_err(read_error)?;
+        let mut table: Table = text.parse().map_err(|e| syntax(path, &text, &e))?;
+        match table.remove("extends") {
+            None => {}
+            Some(Value::String(base)) => {
+                self.extend_from(&path.parent().unwrap_or(Path::new("")).join(base), seen)?;
+            }
+            Some(_) => {
+                let problem = "expected the path of another recipe, as a string".to_owned();
+                return Err(RecipeError::Key { at: path.display().to_string(), key: "extends".to_owned(), problem });
+            }
+        }
+        for (key, line) in lines_of_keys(&text) {
+            // Arrays are replaced whole, so what an extended file said of their elements is gone.
+            if key.ends_with(".0") {
+                let prefix = key.trim_end_matches('0').to_owned();
+                self.origins.retain(|k, o| !k.starts_with(&prefix) || matches!(o, Origin::File { path: p, .. } if p == path));
+            }
+            self.origins.insert(key, Origin::File { path: path.to_path_buf(), line });
+        }
+        merge(&mut self.table, table);
+        Ok(())
+    }
+
+    fn set(&mut self, assignment: &str) -> Result<(), RecipeError> {
+        let fail = |problem: &str| RecipeError::Set { argument: assignment.to_owned(), problem: problem.to_owned() };
+        let (key, text) = assignment.split_once('=').ok_or_else(|| fail("expected key=value, such as seed=7"))?;
+        let (key, text) = (key.trim(), text.trim());
+        let value = parse_value(text);
+        let mut parts: Vec<&str> = key.split('.').collect();
+        let last = parts.pop().filter(|p| !p.is_empty()).ok_or_else(|| fail("the key is empty"))?;
+        let mut path = Vec::new();
+        let mut at = &mut Value::Table(std::mem::take(&mut self.table));
+        let mut root = std::mem::replace(at, Value::Boolean(false));
+        at = &mut root;
+        let mut outcome = Ok(());
+        for part in parts {
+            match descend(at, part) {
+                Ok((next, name)) => {
+                    at = next;
+                    path.push(name);
+                }
+                Err(problem) => {
+                    outcome = Err(fail(&problem));
+                    break;
+                }
+            }
+            if outcome.is_err() {
+                break;
+            }
+        }
+        if outcome.is_ok() {
+            outcome = match at {
+                Value::Table(table) => {
+                    table.insert(last.to_owned(), value);
+                    path.push(last.to_owned());
+                    self.origins.insert(path.join("."), Origin::Set);
+                    Ok(())
+                }
+                _ => Err(fail("the key's parent is no table")),
+            };
+        }
+        if let Value::Table(table) = root {
+            self.table = table;
+        }
+        outcome
+    }
+}
+
+/// A TOML value, or, where it is none, the text itself: `--set name=first` needs no quotes.
+fn parse_value(text: &str) -> Value {
+    match format!("value = {text}").parse::<Table>() {
+        Ok(mut table) if table.len() == 1 => table.remove("value").unwrap_or(Value::String(text.to_owned())),
+        _ => Value::String(text.to_owned()),
+    }
+}
+
+/// One level down: a table's key (made where it is missing), an array's index, or the `name` of a stage.
+fn descend<'a>(at: &'a mut Value, part: &str) -> Result<(&'a mut Value, String), String> {
+    match at {
+        Value::Table(table) => {
+            let next = table.entry(part.to_owned()).or_insert_with(|| Value::Table(Table::new()));
+            Ok((next, part.to_owned()))
+        }
+        Value::Array(items) => {
+            let named = |v: &Value| v.get("name").or_else(|| v.get("kind")).and_then(Value::as_str) == Some(part);
+            let index = part.parse().ok().or_else(|| items.iter().position(named));
+            let len = items.len();
+            match index.and_then(|i: usize| items.get_mut(i).map(|v| (v, i.to_string()))) {
+                Some(found) => Ok(found),
+                None => Err(format!("`{part}` names none of the {len} entries: expected an index or a stage's name")),
+            }
+        }
+        _ => Err(format!("`{part}` lies below a value that is no table")),
+    }
+}
+
+/// Tables merge, everything else is replaced.
+pub(super) fn merge(into: &mut Table, from: Table) {
+    for (key, value) in from {
+        match (into.get_mut(&key), value) {
+            (Some(Value::Table(old)), Value::Table(new)) => merge(old, new),
+            (_, value) => {
+                into.insert(key, value);
+            }
+        }
+    }
+}
+
+fn syntax(path: &Path, text: &str, error: &toml::de::Error) -> RecipeError {
+    let offset = error.span().map_or(0, |span| span.start);
+    let line = text[..offset.min(text.len())].matches('\n').count() + 1;
+    RecipeError::Syntax { path: path.to_path_buf(), line, problem: error.message().to_owned() }
+}
+
+/// Line of every key of a parsed document, by dotted path.
+fn lines_of_keys(text: &str) -> Vec<(String, usize)> {
+    let mut keys = Vec::new();
+    if let Ok(table) = toml::de::DeTable::parse(text) {
+        collect_table(table.get_ref(), String::new(), text, &mut keys);
+    }
+    keys
+}
+
+fn collect_table(table: &toml::de::DeTable<'_>, prefix: String, text: &str, keys: &mut Vec<(String, usize)>) {
+    for (key, value) in table.iter() {
+        let path = if prefix.is_empty() { key.get_ref().to_string() } else { format!("{prefix}.{}", key.get_ref()) };
+        let line = text[..key.span().start.min(text.len())].matches('\n').count() + 1;
+        keys.push((path.clone(), line));
+        collect_value(value.get_ref(), path, text, keys);
+    }
+}
+
+fn collect_value(value: &toml::de::DeValue<'_>, path: String, text: &str, keys: &mut Vec<(String, usize)>) {
+    match value {
+        toml::de::DeValue::Table(table) => collect_table(table, path, text, keys),
+        toml::de::DeValue::Array(items) => {
+            for (index, item) in items.iter().enumerate() {
+                let path = format!("{path}.{index}");
+                keys.push((path.clone(), text[..item.span().start.min(text.len())].matches('\n').count() + 1));
+                collect_value(item.get_ref(), path, text, keys);
+            }
+        }
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(dir: &Path, name: &str, text: &str) -> PathBuf {
+        let path = dir.join(name);
+        std::fs::write(&path, text).expect("writable");
+        path
+    }
+
+    #[test]
+    fn later_sources_win_and_origins_say_who_did() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let base = write(dir.path(), "base.toml", "seed = 1\n[model]\npath = \"m\"\n");
+        let child = write(dir.path(), "child.toml", "extends = \"base.toml\"\n\n[model]\npath = \"n\"\n[[stage]]\nkind = \"sft\"\n");
+        let sets = ["seed=9".to_owned(), "stage.sft.steps=3".to_owned(), "model.note=plain words".to_owned()];
+        let source = Source::read(&child, &sets).expect("a good recipe");
+        assert_eq!(source.table["seed"].as_integer(), Some(9));
+        assert_eq!(source.table["model"]["path"].as_str(), Some("n"));
+        assert_eq!(source.table["model"]["note"].as_str(), Some("plain words"));
+        assert_eq!(source.table["stage"][0]["steps"].as_integer(), Some(3));
+        assert_eq!(source.origin("seed"), Origin::Set);
+        assert_eq!(source.origin("model.path"), Origin::File { path: child, line: 4 });
+        assert_eq!(source.exact_origin("model.other"), Origin::Default);
+        assert!(base.exists());
+    }
+
+    #[test]
+    fn a_chain_that_comes_back_is_refused() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        write(dir.path(), "a.toml", "extends = \"b.toml\"\n");
+        let b = write(dir.path(), "b.toml", "extends = \"a.toml\"\n");
+        assert!(matches!(Source::read(&b, &[]), Err(RecipeError::Cycle { .. })));
+    }
+
+    #[test]
+    fn a_syntax_error_names_its_line() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = write(dir.path(), "bad.toml", "seed = 1\nname = \n");
+        let error = Source::read(&path, &[]).expect_err("no TOML").to_string();
+        assert!(error.contains("bad.toml:2:"), "{error}");
+    }
+
+    #[test]
+    fn an_assignment_needs_a_key_that_can_be_reached() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = write(dir.path(), "r.toml", "seed = 1\n[[stage]]\nkind = \"sft\"\n");
+        for bad in ["seed", "=3", "seed.x=1", "stage.7.steps=1", "stage.grpo.steps=1"] {
+            assert!(Source::read(&path, &[bad.to_owned()]).is_err(), "{bad}");
+        }
+    }
+}

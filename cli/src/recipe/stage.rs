@@ -1,0 +1,80 @@
+//! `[[stage]]` tables: the kind decides which keys there are and what the algorithm is where nothing is said.
+
+use super::source::merge;
+use super::typed::{typed, unknown_key};
+use super::{RecipeError, Source};
+use temper_algos::{AdvEstimator, AlgorithmConfig, LossAggMode};
+use temper_controller::{PolicyStage, SftStage, Stage};
+use temper_types::did_you_mean;
+use toml::{Table, Value};
+
+/// Kinds of stages.
+const KINDS: [&str; 8] =
+    ["sft", "grpo", "dr_grpo", "dapo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gpg"];
+
+/// Every stage of a recipe, typed.
+pub(super) fn stages(source: &Source) -> Result<Vec<Stage>, RecipeError> {
+    let tables = match source.table.get("stage") {
+        None => return Ok(Vec::new()),
+        Some(Value::Array(tables)) => tables,
+        Some(_) => return Err(source.error("stage", "expected tables: write [[stage]] with two brackets")),
+    };
+    tables.iter().enumerate().map(|(index, value)| stage(source, &format!("stage.{index}"), value)).collect()
+}
+
+fn stage(source: &Source, key: &str, value: &Value) -> Result<Stage, RecipeError> {
+    let Value::Table(table) = value else {
+        return Err(source.error(key, "expected a table"));
+    };
+    let mut table = table.clone();
+    let kind = match table.remove("kind") {
+        Some(Value::String(kind)) => kind,
+        Some(_) => return Err(source.error(&format!("{key}.kind"), "expected a string")),
+        None => return Err(source.error(key, format!("`kind` is missing: expected one of {}", KINDS.join(", ")))),
+    };
+    if !KINDS.contains(&kind.as_str()) {
+        let near = did_you_mean(&kind, KINDS).map_or_else(String::new, |near| format!(" did you mean `{near}`?"));
+        let problem = format!("unknown kind `{kind}`:{near} expected one of {}", KINDS.join(", "));
+        return Err(source.error(&format!("{key}.kind"), problem));
+    }
+    table.entry("name").or_insert_with(|| Value::String(kind.clone()));
+    if kind == "sft" {
+        return Ok(Stage::Sft(typed::<SftStage>(source, key, Value::Table(table))?));
+    }
+    if let Some(estimator) = table.get("adv_estimator") {
+        let problem = format!("{}: `adv_estimator` stands in [stage.algorithm.advantage] = {estimator}", unknown_key("adv_estimator", []));
+        return Err(source.error(&format!("{key}.adv_estimator"), problem));
+    }
+    let mut with_preset = Table::new();
+    with_preset.insert("algorithm".to_owned(), Value::Table(preset(&kind)));
+    merge(&mut with_preset, table);
+    Ok(Stage::Policy(Box::new(typed::<PolicyStage>(source, key, Value::Table(with_preset))?)))
+}
+
+/// What a kind means where the recipe says nothing else.
+fn preset(kind: &str) -> Table {
+    let mut algorithm = AlgorithmConfig::default();
+    match kind {
+        "dr_grpo" => {
+            algorithm.advantage.norm_adv_by_std_in_grpo = false;
+            algorithm.policy_loss.loss_agg_mode = LossAggMode::SeqMeanTokenSumNorm;
+        }
+        "dapo" => {
+            algorithm.policy_loss.clip_ratio_low = Some(0.2);
+            algorithm.policy_loss.clip_ratio_high = Some(0.28);
+            algorithm.filter_groups.enable = true;
+            algorithm.filter_groups.max_num_gen_batches = 10;
+        }
+        "rloo" => algorithm.advantage.adv_estimator = AdvEstimator::Rloo,
+        "reinforce_plus_plus" => algorithm.advantage.adv_estimator = AdvEstimator::ReinforcePlusPlus,
+        "reinforce_plus_plus_baseline" => {
+            algorithm.advantage.adv_estimator = AdvEstimator::ReinforcePlusPlusBaseline;
+        }
+        "gpg" => algorithm.advantage.adv_estimator = AdvEstimator::Gpg,
+        _ => {}
+    }
+    match Value::try_from(algorithm) {
+        Ok(Value::Table(table)) => table,
+        _ => Table::new(),
+    }
+}

@@ -1,0 +1,177 @@
+//! The recipe with every key known and every value of its type.
+
+use super::stage::stages;
+use super::{RecipeError, Source};
+use schemars::JsonSchema;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use temper_actor::init::InitConfig;
+use temper_controller::{CheckpointConfig, DatasetConfig, Stage, ValidationConfig};
+use temper_reward::RewardConfig;
+use temper_rollout::EngineConfig;
+use temper_types::{DTypeChoice, did_you_mean};
+use toml::Value;
+
+/// Where the pretrained model comes from: exactly one of the two.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ModelSource {
+    /// A Hugging Face model directory.
+    pub path: Option<PathBuf>,
+    /// A new model, made from scratch with the run's seed.
+    pub init: Option<InitConfig>,
+}
+
+/// Where the parts of a run live.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum PlacementMode {
+    /// All in this process.
+    #[default]
+    Embedded,
+}
+
+/// Where things run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Placement {
+    /// How the parts are joined.
+    pub mode: PlacementMode,
+    /// Compute threads; 0: one per core. Never changes a number.
+    pub threads: usize,
+    /// Threads that score responses. Never changes a number.
+    pub reward_threads: usize,
+}
+
+impl Default for Placement {
+    fn default() -> Self {
+        Placement { mode: PlacementMode::Embedded, threads: 0, reward_threads: 1 }
+    }
+}
+
+/// A recipe, typed. [`super::check`] says whether it can run.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Recipe {
+    /// Name of the run.
+    pub name: String,
+    /// What it shows, in a sentence.
+    pub description: String,
+    /// Seed of everything.
+    pub seed: u64,
+    /// Number format of matrix products and K/V.
+    pub dtype: DTypeChoice,
+    /// The model.
+    pub model: ModelSource,
+    /// Datasets by name.
+    pub data: BTreeMap<String, DatasetConfig>,
+    /// How responses are scored.
+    pub reward: RewardConfig,
+    /// Limits of the rollout engine.
+    pub engine: EngineConfig,
+    /// Stages in order.
+    pub stages: Vec<Stage>,
+    /// Held-out prompts.
+    pub validation: ValidationConfig,
+    /// Checkpoints.
+    pub checkpoint: CheckpointConfig,
+    /// Where things run.
+    pub placement: Placement,
+    /// Longest wait for one finished group, in seconds.
+    pub rollout_timeout_seconds: f64,
+}
+
+const KEYS: [&str; 13] = [
+    "name",
+    "description",
+    "seed",
+    "dtype",
+    "model",
+    "data",
+    "reward",
+    "engine",
+    "stage",
+    "validation",
+    "checkpoint",
+    "placement",
+    "rollout_timeout_seconds",
+];
+
+impl Recipe {
+    /// Give every value of `source` its type.
+    ///
+    /// # Errors
+    /// An unknown key (with the nearest known one), a missing one, or a value of the wrong type, by file and line.
+    pub fn from_source(source: &Source) -> Result<Self, RecipeError> {
+        if let Some(unknown) = source.table.keys().find(|key| !KEYS.contains(&key.as_str())) {
+            return Err(source.error(unknown, unknown_key(unknown, KEYS)));
+        }
+        let file_name = source.path.file_stem().map_or_else(String::new, |s| s.to_string_lossy().into_owned());
+        let data: BTreeMap<String, Value> = read(source, "data")?.unwrap_or_default();
+        let dataset = |name: String, value| Ok((name.clone(), typed(source, &format!("data.{name}"), value)?));
+        Ok(Recipe {
+            name: read(source, "name")?.unwrap_or(file_name),
+            description: read(source, "description")?.unwrap_or_default(),
+            seed: read(source, "seed")?.unwrap_or(0),
+            dtype: read(source, "dtype")?.unwrap_or_default(),
+            model: read(source, "model")?.unwrap_or_default(),
+            data: data.into_iter().map(|(name, value)| dataset(name, value)).collect::<Result<_, _>>()?,
+            reward: read(source, "reward")?.unwrap_or(RewardConfig { components: Vec::new() }),
+            engine: read(source, "engine")?.unwrap_or_default(),
+            stages: stages(source)?,
+            validation: read(source, "validation")?.unwrap_or_default(),
+            checkpoint: read(source, "checkpoint")?.unwrap_or_default(),
+            placement: read(source, "placement")?.unwrap_or_default(),
+            rollout_timeout_seconds: read(source, "rollout_timeout_seconds")?.unwrap_or(600.0),
+        })
+    }
+}
+
+fn read<T: DeserializeOwned>(source: &Source, key: &str) -> Result<Option<T>, RecipeError> {
+    source.table.get(key).cloned().map(|value| typed(source, key, value)).transpose()
+}
+
+/// Deserialize the value at `key`; errors name the innermost key and where it was given.
+pub(super) fn typed<T: DeserializeOwned>(source: &Source, key: &str, value: Value) -> Result<T, RecipeError> {
+    serde_path_to_error::deserialize(value).map_err(|error| {
+        let inner = error.path().to_string().replace('[', ".").replace(']', "");
+        let mut path = if inner == "." { key.to_owned() } else { format!("{key}.{inner}") };
+        let message = error.inner().message().to_owned();
+        if let Some(unknown) = quoted_after(&message, "unknown field `").filter(|u| !path.ends_with(&format!(".{u}"))) {
+            path = format!("{path}.{unknown}");
+        }
+        source.error(&path, with_suggestion(&message))
+    })
+}
+
+/// serde's message, with the nearest known name where a name is unknown.
+fn with_suggestion(message: &str) -> String {
+    for kind in ["unknown field `", "unknown variant `"] {
+        let Some(given) = quoted_after(message, kind) else { continue };
+        let rest = message.split_once("expected").map_or("", |(_, rest)| rest);
+        let candidates = rest.split('`').skip(1).step_by(2);
+        let what = if kind.contains("field") { "key" } else { "value" };
+        let all: Vec<&str> = candidates.clone().collect();
+        let list = if all.is_empty() { String::new() } else { format!("; known: {}", all.join(", ")) };
+        return match did_you_mean(given, candidates) {
+            Some(near) => format!("unknown {what} `{given}`: did you mean `{near}`?{list}"),
+            None => format!("unknown {what} `{given}`{list}"),
+        };
+    }
+    message.to_owned()
+}
+
+fn quoted_after<'a>(message: &'a str, prefix: &str) -> Option<&'a str> {
+    message.split_once(prefix).and_then(|(_, rest)| rest.split_once('`')).map(|(name, _)| name)
+}
+
+/// What to say of an unknown key.
+pub(super) fn unknown_key<'a>(given: &str, known: impl IntoIterator<Item = &'a str> + Clone) -> String {
+    let list: Vec<&str> = known.clone().into_iter().collect();
+    match did_you_mean(given, known) {
+        Some(near) => format!("unknown key: did you mean `{near}`?"),
+        None => format!("unknown key; known: {}", list.join(", ")),
+    }
+}
+

@@ -1,0 +1,146 @@
+//! Assembly: from a checked recipe to the services of one process.
+
+use crate::recipe::{CheckReport, Recipe};
+use anyhow::{Context, Result};
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use temper_actor::{SpecialTokens, Tokenizer};
+use temper_controller::{RunSpec, Services};
+use temper_proto::{ServiceError, ServiceResult, TextService};
+use temper_reward::{LocalRewardService, Scorer};
+use temper_rollout::{LocalRolloutService, TokenByteTable};
+use temper_tensor::{CpuConfig, CpuDevice, Device};
+use temper_trainer::{LocalTrainerService, Trainer};
+use temper_types::{DType, ErrorCode, PromptContent};
+
+/// The compute device of the process.
+pub fn device(threads: usize) -> Arc<dyn Device> {
+    Arc::new(CpuDevice::new(CpuConfig { num_threads: threads, isa: None }))
+}
+
+/// Tokenizer and chat template behind the service trait.
+pub struct LocalText {
+    tokenizer: Tokenizer,
+    stop_token_ids: Vec<u32>,
+}
+
+impl LocalText {
+    /// Load the tokenizer of a model directory; `stop_token_ids` are the model's own.
+    ///
+    /// # Errors
+    /// A file that is missing or damaged, by name.
+    pub fn load(model_dir: &Path) -> Result<Self> {
+        let tokenizer = Tokenizer::load(model_dir)?;
+        let config = temper_actor::ModelConfig::load(model_dir)?;
+        let mut stop_token_ids: Vec<u32> = tokenizer.eos_token_id().into_iter().chain(config.eos_token_ids).collect();
+        stop_token_ids.sort_unstable();
+        stop_token_ids.dedup();
+        Ok(LocalText { tokenizer, stop_token_ids })
+    }
+
+    /// Bytes of every id, for stop strings.
+    pub fn token_byte_table(&self, vocab_size: usize) -> TokenByteTable {
+        let bytes = |id| self.tokenizer.token_bytes(id).unwrap_or_default().to_vec();
+        TokenByteTable((0..vocab_size as u32).map(bytes).collect())
+    }
+
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+}
+
+fn text_error(operation: &'static str) -> impl FnOnce(temper_actor::Error) -> ServiceError {
+    move |error| ServiceError::new(ErrorCode::InvalidArgument, "tokenizer", operation, error)
+}
+
+impl TextService for LocalText {
+    fn encode_prompt(&self, prompt: &PromptContent) -> ServiceResult<Vec<u32>> {
+        self.tokenizer.encode_prompt(prompt).map_err(text_error("encode_prompt"))
+    }
+
+    fn encode_response(&self, response: &PromptContent) -> ServiceResult<Vec<u32>> {
+        let encode = |text: &str| self.tokenizer.encode(text, SpecialTokens::Omit).map_err(text_error("encode_response"));
+        let mut ids = match response {
+            PromptContent::TokenIds(ids) => return Ok(ids.clone()),
+            PromptContent::Text(text) => encode(text)?,
+            PromptContent::Messages(messages) => {
+                encode(&messages.iter().map(|m| m.content.as_str()).collect::<Vec<_>>().join("\n"))?
+            }
+        };
+        ids.extend(self.tokenizer.eos_token_id());
+        Ok(ids)
+    }
+
+    fn decode(&self, token_ids: &[u32]) -> String {
+        self.tokenizer.decode(token_ids, SpecialTokens::Omit).unwrap_or_default()
+    }
+
+    fn stop_token_ids(&self) -> Vec<u32> {
+        self.stop_token_ids.clone()
+    }
+}
+
+/// The model directory that a run starts from: the recipe's own, or a new one made below `run_dir`.
+///
+/// # Errors
+/// Where the new model cannot be written.
+pub fn initial_model(recipe: &Recipe, run_dir: &Path) -> Result<PathBuf> {
+    match (&recipe.model.path, &recipe.model.init) {
+        (Some(path), _) => Ok(path.clone()),
+        (None, Some(init)) => {
+            let dir = run_dir.join("init");
+            temper_actor::init::init_model(&dir, init, recipe.seed).context("making the initial model")?;
+            Ok(dir)
+        }
+        (None, None) => anyhow::bail!("the recipe has no model"),
+    }
+}
+
+/// Everything that a run needs, in this process.
+pub struct Runtime {
+    /// The services.
+    pub services: Services,
+    /// The resolved run.
+    pub spec: RunSpec,
+    /// Number format that `auto` became.
+    pub dtype: DType,
+    /// What computes.
+    pub device: Arc<dyn Device>,
+}
+
+/// Load the model and start the services of embedded mode.
+///
+/// # Errors
+/// A model file that is missing or damaged, or a reward that cannot be compiled.
+pub fn embedded(recipe: &Recipe, report: &CheckReport, model_dir: &Path) -> Result<Runtime> {
+    let device = device(recipe.placement.threads);
+    let dtype = recipe.dtype.resolve(device.info().native_bf16);
+    let text = Arc::new(LocalText::load(model_dir)?);
+    let vocab_size = temper_actor::ModelConfig::load(model_dir)?.vocab_size;
+    let masked = text.tokenizer().missing_ids(vocab_size);
+    let trainer = Trainer::load(Arc::clone(&device), model_dir, dtype, masked)?;
+    let initial = trainer.version().hash;
+    let bytes = text.token_byte_table(vocab_size);
+    let rollout =
+        LocalRolloutService::new(Arc::clone(&device), trainer.policy(), recipe.engine.clone(), Arc::new(bytes))?;
+    let reward_threads = NonZeroUsize::new(recipe.placement.reward_threads).unwrap_or(NonZeroUsize::MIN);
+    let services = Services {
+        rollout: Arc::new(rollout),
+        reward: Arc::new(LocalRewardService::new(Scorer::new(recipe.reward.clone())?, reward_threads)),
+        trainer: Arc::new(LocalTrainerService::new(trainer)),
+        text,
+    };
+    let spec = RunSpec {
+        name: recipe.name.clone(),
+        seed: recipe.seed,
+        identity: format!("{}-{dtype}-{initial}", report.identity),
+        data: recipe.data.clone(),
+        stages: recipe.stages.clone(),
+        validation: recipe.validation.clone(),
+        checkpoint: recipe.checkpoint.clone(),
+        rollout_timeout_seconds: recipe.rollout_timeout_seconds,
+    };
+    Ok(Runtime { services, spec, dtype, device })
+}
