@@ -22,6 +22,7 @@ pub mod metrics;
 mod objective;
 pub mod optim;
 mod plan;
+pub mod preference;
 pub mod rollout_correction;
 mod schedule;
 mod sft;

@@ -17,6 +17,7 @@ mod token_baseline;
 use crate::batch::require_tokens;
 use crate::masked::broadcast;
 use crate::{Error, TokenBatch};
+pub(crate) use groups::{group_rows, mean_of, std_of};
 use grpo::Scale;
 use rloo::Singleton;
 use schemars::JsonSchema;

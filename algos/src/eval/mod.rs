@@ -6,8 +6,10 @@
 //! `{"error": {"type", "message"}}` as its outputs.
 
 mod case;
+mod logits;
 mod rollout;
 mod suite;
+mod trl_preference;
 mod verl_advantages;
 mod verl_kl;
 mod verl_losses;

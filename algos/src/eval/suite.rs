@@ -1,7 +1,7 @@
 //! Which function of which peer a document means.
 
 use super::case::{Case, Results};
-use super::{rollout, verl_advantages, verl_kl, verl_losses, verl_misc};
+use super::{rollout, trl_preference, verl_advantages, verl_kl, verl_losses, verl_misc};
 use crate::Error;
 
 /// A peer's function, or a family of functions that one document holds.
@@ -27,6 +27,15 @@ pub(super) enum Suite {
     VerlPfPpo,
     VerlResponseMask,
     VerlDistill,
+    TrlDpo,
+    TrlCpo,
+    TrlCpoFull,
+    TrlOdds,
+    TrlOrpoFull,
+    TrlKto,
+    TrlOnlineDpo,
+    TrlReward,
+    Gdpo,
 }
 
 impl Suite {
@@ -63,6 +72,15 @@ impl Suite {
             ("verl", "compute_pf_ppo_reweight_data.compute_weights") => Suite::VerlPfPpo,
             ("verl", "get_response_mask") => Suite::VerlResponseMask,
             ("verl", "compute_forward_kl_topk") => Suite::VerlDistill,
+            ("trl", "DPOTrainer._compute_loss") => Suite::TrlDpo,
+            ("trl", "CPOTrainer.cpo_loss") => Suite::TrlCpo,
+            ("trl", "CPOTrainer.get_batch_loss_metrics") => Suite::TrlCpoFull,
+            ("trl", "ORPOTrainer.odds_ratio_loss") => Suite::TrlOdds,
+            ("trl", "ORPOTrainer.get_batch_loss_metrics") => Suite::TrlOrpoFull,
+            ("trl", "KTOTrainer._compute_loss") => Suite::TrlKto,
+            ("trl", "OnlineDPOTrainer.training_step") => Suite::TrlOnlineDpo,
+            ("trl", "RewardTrainer.compute_loss") => Suite::TrlReward,
+            ("BigBinnie/GDPO", "_CE_loss") => Suite::Gdpo,
             _ => {
                 let cause = format!("no function `{first}` of `{peer}` is known");
                 return Err(Error::Case { case: String::new(), key: "function".to_owned(), cause });
@@ -93,6 +111,15 @@ impl Suite {
             Suite::VerlPfPpo => verl_misc::pf_ppo(case),
             Suite::VerlResponseMask => verl_misc::response(case),
             Suite::VerlDistill => verl_misc::distill(case),
+            Suite::TrlDpo => trl_preference::dpo(case),
+            Suite::TrlCpo => trl_preference::cpo(case),
+            Suite::TrlCpoFull => trl_preference::cpo_full(case),
+            Suite::TrlOdds => trl_preference::odds(case),
+            Suite::TrlOrpoFull => trl_preference::orpo_full(case),
+            Suite::TrlKto => trl_preference::kto(case),
+            Suite::TrlOnlineDpo => trl_preference::online(case),
+            Suite::TrlReward => trl_preference::reward(case),
+            Suite::Gdpo => trl_preference::gdpo(case),
         }
     }
 }
