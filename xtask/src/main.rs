@@ -8,9 +8,9 @@ mod layers;
 mod readme;
 mod tidy;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 const USAGE: &str = "usage: cargo xtask COMMAND
 
@@ -54,6 +54,14 @@ fn report(check: &str, findings: Vec<String>) -> Result<()> {
         return Ok(());
     }
     bail!("{check}: {} findings", findings.len())
+}
+
+/// Paths of all tracked files that are there, from the root of the repository.
+fn tracked_files(root: &Path) -> Result<Vec<String>> {
+    let output = Command::new("git").args(["ls-files", "-z"]).current_dir(root).output().context("cannot start git")?;
+    ensure!(output.status.success(), "`git ls-files` failed: {}", String::from_utf8_lossy(&output.stderr));
+    let listing = String::from_utf8(output.stdout).context("a tracked path is not UTF-8")?;
+    Ok(listing.split_terminator('\0').filter(|path| root.join(path).is_file()).map(str::to_owned).collect())
 }
 
 fn workspace_root() -> Result<PathBuf> {

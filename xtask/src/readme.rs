@@ -1,10 +1,12 @@
 //! The commands of README.md are commands: every `sh` block parses, and those marked are run as written.
 //!
 //! A block is run where the line before its fence is `<!-- ci: run -->`. Each marked block is a script of its own, run
-//! by `bash -euo pipefail -c` from the root of the repository.
+//! by `bash -euo pipefail -c` from the root of a copy of the tracked files: what a newcomer has after cloning, without
+//! the runs and models that lie in a working copy. The copy shares the build directory.
 
+use crate::tracked_files;
 use anyhow::{Context, Result, bail, ensure};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// The line before a block that is run.
@@ -27,24 +29,46 @@ pub struct Block {
 pub fn run(root: &Path) -> Result<()> {
     let text = std::fs::read_to_string(root.join("README.md")).context("cannot read README.md")?;
     let blocks = blocks(&text)?;
+    let target = target_directory(root);
     for block in &blocks {
-        bash(root, block, &["-n"]).with_context(|| format!("README.md:{}: does not parse", block.line))?;
-    }
-    for block in blocks.iter().filter(|block| block.is_run) {
-        println!("README.md:{}: running\n{}", block.line, block.script.trim_end());
-        bash(root, block, &["-euo", "pipefail"]).with_context(|| format!("README.md:{}: failed", block.line))?;
+        bash(root, &target, block, &["-n"]).with_context(|| format!("README.md:{}: does not parse", block.line))?;
     }
     let num_run = blocks.iter().filter(|block| block.is_run).count();
+    let copy = if num_run > 0 { copy_tracked_files(root, &target)? } else { root.to_owned() };
+    for block in blocks.iter().filter(|block| block.is_run) {
+        println!("README.md:{}: running\n{}", block.line, block.script.trim_end());
+        bash(&copy, &target, block, &["-euo", "pipefail"])
+            .with_context(|| format!("README.md:{}: failed", block.line))?;
+    }
     println!("readme: ok ({} blocks parsed, {num_run} run)", blocks.len());
     Ok(())
 }
 
-fn bash(root: &Path, block: &Block, options: &[&str]) -> Result<()> {
+/// A fresh copy of the tracked files, as they stand in the working copy.
+fn copy_tracked_files(root: &Path, target: &Path) -> Result<PathBuf> {
+    let copy = target.join("readme-check");
+    if copy.exists() {
+        std::fs::remove_dir_all(&copy).with_context(|| format!("cannot remove {}", copy.display()))?;
+    }
+    for path in tracked_files(root)? {
+        let to = copy.join(&path);
+        std::fs::create_dir_all(to.parent().context("a tracked path has no parent")?)?;
+        std::fs::copy(root.join(&path), &to).with_context(|| format!("cannot copy {path}"))?;
+    }
+    Ok(copy)
+}
+
+fn target_directory(root: &Path) -> PathBuf {
+    root.join(std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()))
+}
+
+fn bash(directory: &Path, target: &Path, block: &Block, options: &[&str]) -> Result<()> {
     let status = Command::new("timeout")
         .args(["--foreground", BLOCK_TIMEOUT_SECONDS, "bash"])
         .args(options)
         .args(["-c", &block.script])
-        .current_dir(root)
+        .current_dir(directory)
+        .env("CARGO_TARGET_DIR", target)
         .stdin(Stdio::null())
         .status()
         .context("cannot start `timeout bash`")?;
@@ -118,9 +142,9 @@ mod tests {
     fn a_failing_block_is_an_error_and_a_passing_one_is_not() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let block = |script: &str| Block { line: 1, script: script.to_owned(), is_run: true };
-        assert!(bash(root, &block("test -f Cargo.toml\n"), &["-euo", "pipefail"]).is_ok());
-        assert!(bash(root, &block("false\ntrue\n"), &["-euo", "pipefail"]).is_err());
-        assert!(bash(root, &block("if then\n"), &["-n"]).is_err());
-        assert!(bash(root, &block("exit 3\n"), &["-n"]).is_ok());
+        assert!(bash(root, root, &block("test -f Cargo.toml\n"), &["-euo", "pipefail"]).is_ok());
+        assert!(bash(root, root, &block("false\ntrue\n"), &["-euo", "pipefail"]).is_err());
+        assert!(bash(root, root, &block("if then\n"), &["-n"]).is_err());
+        assert!(bash(root, root, &block("exit 3\n"), &["-n"]).is_ok());
     }
 }

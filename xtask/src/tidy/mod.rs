@@ -5,22 +5,21 @@ mod rust;
 mod source;
 mod text;
 
-use anyhow::{Context, Result, ensure};
+use crate::tracked_files;
+use anyhow::{Context, Result};
 use source::Source;
 use std::path::Path;
-use std::process::Command;
 
 /// Check every tracked file of the repository at `root`; findings are `path:line: what`, in the order of paths.
 pub fn run(root: &Path) -> Result<Vec<String>> {
-    let output = Command::new("git").args(["ls-files", "-z"]).current_dir(root).output().context("cannot start git")?;
-    ensure!(output.status.success(), "`git ls-files` failed: {}", String::from_utf8_lossy(&output.stderr));
-    let listing = String::from_utf8(output.stdout).context("a tracked path is not UTF-8")?;
     let mut findings = Vec::new();
-    for path in listing.split_terminator('\0').filter(|path| root.join(path).is_file()) {
-        let bytes = std::fs::read(root.join(path)).with_context(|| format!("cannot read {path}"))?;
-        findings.extend(text::check_size(path, bytes.len()));
+    for path in tracked_files(root)? {
+        let bytes = std::fs::read(root.join(&path)).with_context(|| format!("cannot read {path}"))?;
+        findings.extend(text::check_size(&path, bytes.len()));
         if let Ok(content) = String::from_utf8(bytes) {
-            findings.extend(check_file(path, &content)?);
+            findings.extend(check_file(&path, &content)?);
+            let directory = root.join(&path).parent().map(Path::to_owned).unwrap_or_default();
+            findings.extend(text::check_links(&path, &content, |link| directory.join(link).exists()));
         }
     }
     let read = |path: &str| std::fs::read_to_string(root.join(path));

@@ -19,6 +19,7 @@ static MACHINE_PATH: LazyLock<Regex> = LazyLock::new(|| {
     Regex::new(r#"(?:^|[\s"'`(=:>])(?:/(?:home|root|Users|work|mnt|tmp/t)/\w|[A-Z]:\\Users\\)"#)
         .expect("the pattern is a constant")
 });
+static LINK: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"\]\(([^)\s]+)\)").expect("the pattern is a constant"));
 static WORD: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"\b[A-Z]+\b").expect("the pattern is a constant"));
 
 /// A tracked file that is too large to be source.
@@ -53,6 +54,18 @@ pub fn check_lines(path: &str, content: &str) -> Vec<String> {
     findings
 }
 
+/// Links of a Markdown file to files of the repository lead somewhere. `exists` is asked from the file's directory.
+pub fn check_links(path: &str, content: &str, exists: impl Fn(&str) -> bool) -> Vec<String> {
+    if !path.ends_with(".md") {
+        return Vec::new();
+    }
+    let links = LINK.captures_iter(content).map(|found| found.extract::<1>().1[0]);
+    let local =
+        links.filter(|link| !link.contains("://") && !link.starts_with(['#', '<']) && !link.starts_with("mailto:"));
+    let missing = local.filter(|link| !exists(link.split('#').next().unwrap_or(link)));
+    missing.map(|link| format!("{path}: the link to `{link}` leads nowhere")).collect()
+}
+
 /// `.ci/run` runs the test command that the README tells a newcomer to run.
 pub fn check_test_command(ci: &str, readme: &str) -> Result<Vec<String>> {
     let line = ci.lines().find_map(|line| line.strip_prefix(TEST_COMMAND));
@@ -85,6 +98,14 @@ mod tests {
         assert_eq!(check_lines("a.md", "no line break").len(), 1);
         assert_eq!(check_lines("a.md", "https://x.org/home/page and a/work/b\n"), Vec::<String>::new());
         assert!(check_size("a.bin", MAX_FILE_BYTES + 1).is_some() && check_size("a.bin", 10).is_none());
+    }
+
+    #[test]
+    fn links_lead_to_files() {
+        let content = "[a](A.md) [b](docs/b.md#part) [c](https://x.org) [d](#here) [e](gone.md)\n";
+        let found = check_links("README.md", content, |link| ["A.md", "docs/b.md"].contains(&link));
+        assert_eq!(found, ["README.md: the link to `gone.md` leads nowhere"]);
+        assert_eq!(check_links("x.rs", content, |_| false), Vec::<String>::new());
     }
 
     #[test]
