@@ -48,26 +48,9 @@ pub(super) fn special_token<'a>(settings: &'a Value, key: &str) -> Option<&'a st
 impl ChatTemplate {
     /// The template of a model directory, where it has one.
     pub(super) fn find(model_dir: &Path, settings: &Value) -> Result<Option<Self>> {
-        let file = model_dir.join(TEMPLATE_FILE);
-        if file.is_file() {
-            let source = std::fs::read_to_string(&file).map_err(Error::io("read", &file))?;
-            return Self::compile(&source, &file).map(Some);
-        }
-        let file = model_dir.join(TOKENIZER_CONFIG_FILE);
-        match settings.get("chat_template") {
-            None | Some(Value::Null) => Ok(None),
-            Some(Value::String(source)) => Self::compile(source, &file).map(Some),
-            Some(Value::Array(list)) => {
-                let default = list.iter().find(|entry| entry["name"] == "default").or_else(|| match list.as_slice() {
-                    [only] => Some(only),
-                    _ => None,
-                });
-                let source = default.and_then(|entry| entry["template"].as_str());
-                let expected = "a text, or a list of {name, template} with one named default";
-                let source = source.ok_or_else(|| Error::config(&file, "chat_template", "another list", expected))?;
-                Self::compile(source, &file).map(Some)
-            }
-            Some(other) => Err(Error::config(&file, "chat_template", other, "a text or a list of {name, template}")),
+        match find_source(model_dir, settings)? {
+            Some((source, file)) => Self::compile(&source, &file).map(Some),
+            None => Ok(None),
         }
     }
 
@@ -109,6 +92,40 @@ impl ChatTemplate {
         }
         let template = self.environment.get_template(NAME).map_err(|cause| template_error(&self.file, &cause))?;
         template.render(minijinja::value::Serde(context)).map_err(|cause| template_error(&self.file, &cause))
+    }
+}
+
+/// Text of a model directory's chat template, where it has one.
+///
+/// # Errors
+/// `tokenizer_config.json` is damaged, or its `chat_template` is neither a text nor a list with a default.
+pub(crate) fn chat_template_source(model_dir: &Path) -> Result<Option<String>> {
+    let settings = read_settings(model_dir)?;
+    Ok(find_source(model_dir, &settings)?.map(|(source, _)| source))
+}
+
+/// The text and the file it stands in.
+fn find_source(model_dir: &Path, settings: &Value) -> Result<Option<(String, PathBuf)>> {
+    let file = model_dir.join(TEMPLATE_FILE);
+    if file.is_file() {
+        let source = std::fs::read_to_string(&file).map_err(Error::io("read", &file))?;
+        return Ok(Some((source, file)));
+    }
+    let file = model_dir.join(TOKENIZER_CONFIG_FILE);
+    match settings.get("chat_template") {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(source)) => Ok(Some((source.clone(), file))),
+        Some(Value::Array(list)) => {
+            let default = list.iter().find(|entry| entry["name"] == "default").or(match list.as_slice() {
+                [only] => Some(only),
+                _ => None,
+            });
+            let source = default.and_then(|entry| entry["template"].as_str());
+            let expected = "a text, or a list of {name, template} with one named default";
+            let source = source.ok_or_else(|| Error::config(&file, "chat_template", "another list", expected))?;
+            Ok(Some((source.to_owned(), file)))
+        }
+        Some(other) => Err(Error::config(&file, "chat_template", other, "a text or a list of {name, template}")),
     }
 }
 

@@ -8,6 +8,7 @@ mod chat;
 mod token_bytes;
 
 pub use chat::ChatTemplate;
+pub(crate) use chat::chat_template_source;
 
 use crate::error::{Error, Result};
 use serde_json::Value;
@@ -187,12 +188,15 @@ impl Tokenizer {
     }
 
     fn check_nothing_dropped(&self, text: &str, ids: &[u32]) -> Result<()> {
-        let encoded: usize = ids.iter().filter_map(|id| self.token_bytes(*id)).map(<[u8]>::len).sum();
-        if encoded >= text.len() {
+        let num_bytes = |ids: &[u32]| ids.iter().filter_map(|id| self.token_bytes(*id)).map(<[u8]>::len).sum::<usize>();
+        if num_bytes(ids) >= text.len() {
             return Ok(());
         }
-        let mut buffer = [0; 4];
-        let unknown = text.char_indices().find(|(_, c)| self.inner.token_to_id(c.encode_utf8(&mut buffer)).is_none());
+        let vanishes = |c: &char| {
+            let ids = self.encode_unchecked(c.encode_utf8(&mut [0; 4]), SpecialTokens::Omit);
+            ids.is_ok_and(|ids| num_bytes(&ids) < c.len_utf8())
+        };
+        let unknown = text.char_indices().find(|(_, c)| vanishes(c));
         let problem = match unknown {
             Some((at, c)) => format!("character {c:?} at byte {at} is not in the vocabulary"),
             None => "a character is not in the vocabulary".to_owned(),

@@ -74,6 +74,10 @@ fn a_character_outside_the_vocabulary_is_an_error_not_a_gap() {
     assert_eq!(tokenizer.encode("hi!", SpecialTokens::Omit).unwrap(), [3, 9]);
     let message = tokenizer.encode("hi?!", SpecialTokens::Omit).unwrap_err().to_string();
     assert!(message.contains("'?' at byte 2"), "{message}");
+    // A byte-level vocabulary that lacks bytes drops as well.
+    let tokenizer = load(&byte_level(), None).unwrap();
+    let message = tokenizer.encode("hi hi, hi", SpecialTokens::Omit).unwrap_err().to_string();
+    assert!(message.contains("',' at byte 5"), "{message}");
 }
 
 #[test]

@@ -35,16 +35,25 @@ pub(super) fn table(tokenizer: &tokenizers::Tokenizer, json: &Value, file: &Path
     Ok(table)
 }
 
-/// True for a BPE vocabulary without unknown token, byte fallback or byte-level alphabet: there, `tokenizers` leaves
-/// out what it does not know.
+/// True for a BPE vocabulary that has no way to express some text (no unknown token, no byte fallback, no complete
+/// byte-level alphabet): `tokenizers` leaves out what it does not know.
 pub(super) fn drops_unknown(json: &Value) -> bool {
     let model = &json["model"];
     let byte_fallback = model["byte_fallback"].as_bool().unwrap_or(false);
-    model["type"] == "BPE"
-        && model["unk_token"].is_null()
-        && !byte_fallback
-        && !mentions(&json["pre_tokenizer"], "ByteLevel")
-        && json["normalizer"].is_null()
+    let expressible = match encoding(json) {
+        Encoding::ByteLevel => has_every_byte(&model["vocab"]),
+        Encoding::SentencePiece | Encoding::Plain => false,
+    };
+    let may_drop = model["type"] == "BPE" && model["unk_token"].is_null() && !byte_fallback && !expressible;
+    may_drop && json["normalizer"].is_null()
+}
+
+fn has_every_byte(vocab: &Value) -> bool {
+    let single = |token: &String| {
+        let mut characters = token.chars();
+        characters.next().filter(|_| characters.next().is_none()).and_then(byte_of_char)
+    };
+    vocab.as_object().is_some_and(|map| map.keys().filter_map(single).count() == 256)
 }
 
 fn encoding(json: &Value) -> Encoding {

@@ -175,7 +175,7 @@ fn encode(data: &TensorData, dtype: DType, out: &mut impl Write) -> std::io::Res
 }
 
 /// Write through a temporary file beside `path`, sync it and rename it; nothing is left behind on failure.
-fn write_atomically(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
+pub(crate) fn write_atomically(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_os_string();
     name.push(format!(".tmp-{}", std::process::id()));
     let temporary = path.with_file_name(name);

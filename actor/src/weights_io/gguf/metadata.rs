@@ -15,6 +15,20 @@ pub(super) enum MetaValue {
 }
 
 impl MetaValue {
+    fn as_text(&self) -> Option<&str> {
+        match self {
+            MetaValue::Text(text) => Some(text),
+            _ => None,
+        }
+    }
+
+    fn as_integer(&self) -> Option<i128> {
+        match self {
+            MetaValue::Integer(n) => Some(*n),
+            _ => None,
+        }
+    }
+
     fn describe(&self) -> String {
         match self {
             MetaValue::Integer(n) => n.to_string(),
@@ -85,31 +99,20 @@ impl Metadata {
     }
 
     pub(super) fn text(&self, key: &str) -> Result<Option<&str>> {
-        self.convert(key, "a text", |value| match value {
-            MetaValue::Text(text) => Some(text.as_str()),
-            _ => None,
-        })
+        self.convert(key, "a text", MetaValue::as_text)
     }
 
     pub(super) fn texts(&self, key: &str) -> Result<Vec<&str>> {
-        let text = |value| match value {
-            &MetaValue::Text(ref text) => Some(text.as_str()),
-            _ => None,
-        };
         let list = self.convert(key, "a list of texts", |value| match value {
-            MetaValue::List(list) => list.iter().map(text).collect(),
+            MetaValue::List(list) => list.iter().map(MetaValue::as_text).collect(),
             _ => None,
         })?;
         list.ok_or_else(|| self.error(key, "a list of texts"))
     }
 
     pub(super) fn integers(&self, key: &str) -> Result<Vec<i128>> {
-        let integer = |value: &MetaValue| match value {
-            MetaValue::Integer(n) => Some(*n),
-            _ => None,
-        };
         let list = self.convert(key, "a list of integers", |value| match value {
-            MetaValue::List(list) => list.iter().map(integer).collect(),
+            MetaValue::List(list) => list.iter().map(MetaValue::as_integer).collect(),
             _ => None,
         })?;
         list.ok_or_else(|| self.error(key, "a list of integers"))

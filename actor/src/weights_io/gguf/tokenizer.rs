@@ -6,10 +6,11 @@ use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 
 /// Codes of `tokenizer.ggml.token_type`.
+pub(super) const TYPE_NORMAL: i128 = 1;
 const TYPE_UNKNOWN: i128 = 2;
-const TYPE_CONTROL: i128 = 3;
-const TYPE_USER_DEFINED: i128 = 4;
-const TYPE_UNUSED: i128 = 5;
+pub(super) const TYPE_CONTROL: i128 = 3;
+pub(super) const TYPE_USER_DEFINED: i128 = 4;
+pub(super) const TYPE_UNUSED: i128 = 5;
 
 /// How Llama 3 cuts text into words: the regular expression of its `tokenizer.json`.
 const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -25,7 +26,7 @@ pub(super) struct TokenizerFiles {
 
 /// How text is cut before merging.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum PreTokenizer {
+pub(super) enum PreTokenizer {
     Gpt2,
     /// GPT-2 with every digit apart.
     SmolLm,
@@ -34,6 +35,27 @@ enum PreTokenizer {
 }
 
 impl PreTokenizer {
+    pub(super) const ALL: [PreTokenizer; 4] =
+        [PreTokenizer::Gpt2, PreTokenizer::SmolLm, PreTokenizer::Llama3, PreTokenizer::Qwen2];
+
+    /// The value of `tokenizer.ggml.pre`.
+    pub(super) fn gguf_name(self) -> &'static str {
+        match self {
+            PreTokenizer::Gpt2 => "gpt-2",
+            PreTokenizer::SmolLm => "smollm",
+            PreTokenizer::Llama3 => "llama-bpe",
+            PreTokenizer::Qwen2 => "qwen2",
+        }
+    }
+
+    /// True where a word that is a token as a whole is never built from merges.
+    pub(super) fn ignore_merges(self) -> bool {
+        match self {
+            PreTokenizer::Llama3 => true,
+            PreTokenizer::Gpt2 | PreTokenizer::SmolLm | PreTokenizer::Qwen2 => false,
+        }
+    }
+
     fn from_metadata(meta: &Metadata) -> Result<Self> {
         let key = "tokenizer.ggml.pre";
         match meta.text(key)? {
@@ -45,7 +67,8 @@ impl PreTokenizer {
         }
     }
 
-    fn json(self) -> Value {
+    /// `pre_tokenizer` of `tokenizer.json`.
+    pub(super) fn json(self) -> Value {
         let byte_level = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
         let split = |pattern: &str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
         let first = match self {
@@ -73,7 +96,7 @@ pub(super) fn files(meta: &Metadata, vocab_size: usize, max_length: usize) -> Re
     let pre = PreTokenizer::from_metadata(meta)?;
     let tokens = meta.texts("tokenizer.ggml.tokens")?;
     let key = "tokenizer.ggml.token_type";
-    let types = if meta.contains(key) { meta.integers(key)? } else { vec![1; tokens.len()] };
+    let types = if meta.contains(key) { meta.integers(key)? } else { vec![TYPE_NORMAL; tokens.len()] };
     if types.len() != tokens.len() {
         return Err(meta.error(key, &format!("a list of {}, one for each token", tokens.len())));
     }
@@ -95,7 +118,7 @@ pub(super) fn files(meta: &Metadata, vocab_size: usize, max_length: usize) -> Re
         "model": {
             "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
             "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
-            "ignore_merges": pre == PreTokenizer::Llama3,
+            "ignore_merges": pre.ignore_merges(),
             "vocab": vocabulary(meta, &tokens, &types)?,
             "merges": meta.texts("tokenizer.ggml.merges")?,
         },
