@@ -31,14 +31,13 @@ pub fn run(root: &Path) -> Result<()> {
     let blocks = blocks(&text)?;
     let target = target_directory(root);
     for block in &blocks {
-        bash(root, &target, block, &["-n"]).with_context(|| format!("README.md:{}: does not parse", block.line))?;
+        parse(block).with_context(|| format!("README.md:{}: does not parse", block.line))?;
     }
     let num_run = blocks.iter().filter(|block| block.is_run).count();
     let copy = if num_run > 0 { copy_tracked_files(root, &target)? } else { root.to_owned() };
     for block in blocks.iter().filter(|block| block.is_run) {
         println!("README.md:{}: running\n{}", block.line, block.script.trim_end());
-        bash(&copy, &target, block, &["-euo", "pipefail"])
-            .with_context(|| format!("README.md:{}: failed", block.line))?;
+        execute(block, &copy, &target).with_context(|| format!("README.md:{}: failed", block.line))?;
     }
     println!("readme: ok ({} blocks parsed, {num_run} run)", blocks.len());
     Ok(())
@@ -62,11 +61,17 @@ fn target_directory(root: &Path) -> PathBuf {
     root.join(std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()))
 }
 
-fn bash(directory: &Path, target: &Path, block: &Block, options: &[&str]) -> Result<()> {
+/// Check that bash can read a block, without running it.
+fn parse(block: &Block) -> Result<()> {
+    let output = Command::new("bash").args(["-n", "-c", &block.script]).output().context("cannot start bash")?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr).trim_end());
+    Ok(())
+}
+
+/// Run a block in `directory`, building into `target`.
+fn execute(block: &Block, directory: &Path, target: &Path) -> Result<()> {
     let status = Command::new("timeout")
-        .args(["--foreground", BLOCK_TIMEOUT_SECONDS, "bash"])
-        .args(options)
-        .args(["-c", &block.script])
+        .args(["--foreground", BLOCK_TIMEOUT_SECONDS, "bash", "-euo", "pipefail", "-c", &block.script])
         .current_dir(directory)
         .env("CARGO_TARGET_DIR", target)
         .stdin(Stdio::null())
@@ -142,9 +147,10 @@ mod tests {
     fn a_failing_block_is_an_error_and_a_passing_one_is_not() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let block = |script: &str| Block { line: 1, script: script.to_owned(), is_run: true };
-        assert!(bash(root, root, &block("test -f Cargo.toml\n"), &["-euo", "pipefail"]).is_ok());
-        assert!(bash(root, root, &block("false\ntrue\n"), &["-euo", "pipefail"]).is_err());
-        assert!(bash(root, root, &block("if then\n"), &["-n"]).is_err());
-        assert!(bash(root, root, &block("exit 3\n"), &["-n"]).is_ok());
+        assert!(execute(&block("test -f Cargo.toml\n"), root, root).is_ok());
+        assert!(execute(&block("false\ntrue\n"), root, root).is_err());
+        assert!(execute(&block("false | true\n"), root, root).is_err());
+        assert!(parse(&block("if then\n")).is_err());
+        assert!(parse(&block("exit 3\n")).is_ok());
     }
 }
