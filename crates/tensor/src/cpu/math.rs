@@ -128,3 +128,6 @@ fn sin_cos_near_zero(r: f64) -> (f64, f64) {
     }
     (sin * r, cos)
 }
+
+#[cfg(test)]
+mod tests;

@@ -191,3 +191,6 @@ fn argmax(logits: &[f32]) -> usize {
     }
     best
 }
+
+#[cfg(test)]
+mod tests;

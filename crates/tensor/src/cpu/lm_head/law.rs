@@ -52,7 +52,7 @@ fn part_blocks(vocab: usize, part: usize) -> std::ops::Range<usize> {
 /// Ids of part `part`.
 pub(crate) fn part_ids(vocab: usize, part: usize) -> std::ops::Range<usize> {
     let blocks = part_blocks(vocab, part);
-    blocks.start * BLOCK..(blocks.end * BLOCK).min(vocab)
+    (blocks.start * BLOCK).min(vocab)..(blocks.end * BLOCK).min(vocab)
 }
 
 fn join(parts: [f64; PARTS]) -> f64 {
