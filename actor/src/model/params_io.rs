@@ -1,7 +1,8 @@
 //! Masters from checkpoints and into them.
 
 use super::params::{ParamStore, Unit};
-use crate::weights_io::{TensorData, WriteOptions, write_checkpoint};
+use crate::init::fill_tensor;
+use crate::weights_io::{TensorData, TensorSpec, WriteOptions, tensor_specs, write_checkpoint};
 use crate::{CheckpointReader, Error, ModelConfig, Result};
 use std::path::Path;
 use temper_tensor::Device;
@@ -17,6 +18,38 @@ impl ParamStore {
             read_unit(dev, reader, unit)?;
         }
         Ok(store)
+    }
+
+    /// Fresh weights: a function of the seed and each tensor's name, see [`fill_tensor`].
+    pub fn init(dev: &dyn Device, config: &ModelConfig, seed: u64) -> Self {
+        Self::init_around(dev, config, seed, |_| None)
+    }
+
+    /// The tensors of `body`, and fresh ones where it has none or one of another shape: a value or reward model made
+    /// from a policy by [`ModelConfig::with_head`].
+    pub fn init_on(dev: &dyn Device, config: &ModelConfig, body: &ParamStore, seed: u64) -> Self {
+        Self::init_around(dev, config, seed, |spec| {
+            let (_, slot) = body.find(&spec.name).filter(|(_, slot)| slot.shape == spec.shape)?;
+            body.read_tensor(dev, &slot.name)
+        })
+    }
+
+    fn init_around(
+        dev: &dyn Device,
+        config: &ModelConfig,
+        seed: u64,
+        given: impl Fn(&TensorSpec) -> Option<Vec<f32>>,
+    ) -> Self {
+        let mut store = ParamStore::zeros(dev, config);
+        for spec in tensor_specs(config) {
+            let values = given(&spec).unwrap_or_else(|| {
+                let mut fresh = vec![0.0; spec.num_elements()];
+                fill_tensor(&spec, config.initializer_range, seed, &mut fresh);
+                fresh
+            });
+            store.write_tensor(dev, &spec.name, &values).expect("a store has every canonical tensor of its model");
+        }
+        store
     }
 
     /// Write a Hugging Face model directory that transformers loads; `config` is this store's model.

@@ -1,7 +1,7 @@
 //! Forward results against transformers.
 
 use crate::support::{Fixture, Paged, assert_close, ids, numbers};
-use temper_actor::{CheckpointReader, PackedPolicy, TrainArena, TrainBatch};
+use temper_actor::{CheckpointReader, OutputGrads, PackedPolicy, ParamStore, Recompute, TrainArena, TrainBatch};
 use temper_tensor::{DType, SampleRow};
 
 const POLICIES: [&str; 5] = ["llama", "llama_mha_v5cfg", "qwen2", "qwen3", "mistral_swa"];
@@ -104,7 +104,7 @@ fn loading_packing_and_saving_keep_every_bit() {
     let reader = CheckpointReader::open(dir.path()).unwrap();
     let direct = PackedPolicy::load(&dev, &config, &reader, DType::F32).unwrap();
     assert_eq!(direct.score_only(&batch, 1.0, &mut arena), want);
-    let reloaded = temper_actor::ParamStore::load(&*dev, &config, &reader).unwrap();
+    let reloaded = ParamStore::load(&*dev, &config, &reader).unwrap();
     let hash = fixture.params.content_hash(&*dev);
     assert_eq!(reloaded.content_hash(&*dev), hash);
 
@@ -150,4 +150,39 @@ fn a_moving_average_moves_by_its_decay() {
     average.copy_from(dev, &fixture.params);
     assert_eq!(average.content_hash(dev), fixture.params.content_hash(dev));
     assert_eq!(fixture.params.num_parameters(), average.num_parameters());
+}
+
+/// Fresh weights depend on the seed alone; a critic made from a policy keeps its body and gets a new head.
+#[test]
+fn a_critic_is_made_from_a_policy() {
+    let fixture = Fixture::load("qwen2");
+    let dev = &*fixture.dev;
+    let config = fixture.policy.config().with_head(temper_actor::Head::TokenValue).unwrap();
+    let fresh = |seed| ParamStore::init(dev, &config, seed);
+    assert_eq!(fresh(1).content_hash(dev), fresh(1).content_hash(dev));
+    assert_ne!(fresh(1).content_hash(dev), fresh(2).content_hash(dev));
+    let critic = ParamStore::init_on(dev, &config, &fixture.params, 1);
+    for name in ["model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.bias", "model.norm.weight"] {
+        assert_eq!(critic.read_tensor(dev, name), fixture.params.read_tensor(dev, name), "{name}");
+    }
+    assert_eq!(critic.read_tensor(dev, "score.weight"), fresh(1).read_tensor(dev, "score.weight"));
+    assert_eq!(critic.read_tensor(dev, "score.bias"), Some(vec![0.0]));
+}
+
+/// Batches without rows or without targets are no special case.
+#[test]
+fn empty_batches_give_empty_results() {
+    let fixture = Fixture::load("llama");
+    let mut arena = TrainArena::new();
+    let mut no_targets = TrainBatch::new();
+    no_targets.push_values(&[1, 2, 3], &[0, 1, 2], []);
+    for batch in [TrainBatch::new(), no_targets] {
+        let stats = fixture.policy.score_only(&batch, 1.0, &mut arena);
+        assert_eq!(stats, Default::default());
+        let tape = fixture.policy.train_forward(&batch, Recompute::None, &mut arena);
+        let outputs = OutputGrads::LogProbs { d_log_probs: &[], d_entropies: &[], temperature: 1.0 };
+        let mut grads = fixture.params.zeros_like(&*fixture.dev);
+        fixture.policy.backward(&fixture.params, tape, outputs, &mut grads);
+        assert_eq!(grads.sum_squares(&*fixture.dev), 0.0);
+    }
 }
