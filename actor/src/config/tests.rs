@@ -1,4 +1,5 @@
 use super::{Family, Head, ModelConfig, RopeScaling};
+use proptest::prelude::*;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 use temper_types::DType;
@@ -144,4 +145,41 @@ fn what_is_not_supported_is_refused_by_name() {
         let message = edited(name, edits.clone()).expect_err(&format!("{name} {edits} is accepted"));
         assert!(message.starts_with("m/config.json: ") && message.contains(expected), "{edits}: {message}");
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Any values under the keys that are read: an error or a usable configuration, never a panic.
+    #[test]
+    fn mutated_configurations_never_panic(
+        name in prop::sample::select(vec!["llama", "qwen2", "qwen3", "mistral_swa", "reward_llama"]),
+        edits in prop::collection::vec((any::<prop::sample::Index>(), any_value()), 1..4),
+    ) {
+        let mut map = source(name);
+        for (at, value) in edits {
+            let key = map.keys().nth(at.index(map.len())).unwrap().clone();
+            map.insert(key, value);
+        }
+        if let Ok(config) = ModelConfig::from_json(map, Path::new("m/config.json")) {
+            prop_assert_eq!(config.inv_frequencies().len(), config.head_dim / 2);
+            prop_assert!(config.inv_frequencies().iter().all(|f| f.is_finite()));
+            prop_assert_eq!(config.windows.len(), config.num_hidden_layers);
+            prop_assert!(config.num_attention_heads.is_multiple_of(config.num_key_value_heads));
+        }
+    }
+}
+
+fn any_value() -> impl Strategy<Value = Value> {
+    prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        (0i64..64).prop_map(Value::from),
+        any::<f64>().prop_map(Value::from),
+        "[a-z_]{0,8}".prop_map(Value::from),
+        Just(json!(["full_attention", "sliding_attention"])),
+        (any::<f64>(), any::<f64>()).prop_map(|(factor, low)| json!({"rope_type": "llama3", "factor": factor,
+            "low_freq_factor": low, "high_freq_factor": low + 1.0, "original_max_position_embeddings": 8})),
+    ]
 }

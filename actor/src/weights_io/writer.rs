@@ -165,13 +165,27 @@ fn write_shard<'a>(
 
 fn encode(data: &TensorData, dtype: DType, out: &mut impl Write) -> std::io::Result<()> {
     match (data, dtype) {
-        (TensorData::F32(data), DType::F32) => data.iter().try_for_each(|x| out.write_all(&x.to_le_bytes())),
-        (TensorData::F32(data), DType::Bf16) => {
-            data.iter().try_for_each(|x| out.write_all(&bf16::from_f32(*x).to_le_bytes()))
-        }
-        (TensorData::Bf16(data), DType::F32) => data.iter().try_for_each(|x| out.write_all(&x.to_f32().to_le_bytes())),
-        (TensorData::Bf16(data), DType::Bf16) => data.iter().try_for_each(|x| out.write_all(&x.to_le_bytes())),
+        (TensorData::F32(data), DType::F32) => encode_chunks(data, |x| x.to_le_bytes(), out),
+        (TensorData::F32(data), DType::Bf16) => encode_chunks(data, |x| bf16::from_f32(x).to_le_bytes(), out),
+        (TensorData::Bf16(data), DType::F32) => encode_chunks(data, |x| x.to_f32().to_le_bytes(), out),
+        (TensorData::Bf16(data), DType::Bf16) => encode_chunks(data, bf16::to_le_bytes, out),
     }
+}
+
+/// Convert a chunk at a time, so that the writer sees few large pieces.
+fn encode_chunks<T: Copy, const N: usize>(
+    data: &[T],
+    bytes: impl Fn(T) -> [u8; N],
+    out: &mut impl Write,
+) -> std::io::Result<()> {
+    const CHUNK: usize = 16_384;
+    let mut buffer = vec![[0u8; N]; CHUNK.min(data.len())];
+    for chunk in data.chunks(CHUNK) {
+        let buffer = &mut buffer[..chunk.len()];
+        buffer.iter_mut().zip(chunk).for_each(|(out, x)| *out = bytes(*x));
+        out.write_all(buffer.as_flattened())?;
+    }
+    Ok(())
 }
 
 /// Write through a temporary file beside `path`, sync it and rename it; nothing is left behind on failure.
