@@ -228,4 +228,3 @@ pub struct AdamWStep {
     /// Factor on the gradient before use (global-norm clipping).
     pub grad_scale: f32,
 }
-

@@ -48,14 +48,7 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     fn linear(&self, x: View<'_>, w: &PackedLinear, bias: Option<View<'_>>, out: ViewMut<'_>, store: Store);
     /// `dx[T, k] (=|+=) dy[T, n] W`, from the f32 master `[n, k]`, operands rounded to `packed.dtype()`. `packed` is
     /// the packed form of the same weight, for shape and dtype.
-    fn linear_input_grad(
-        &self,
-        dy: View<'_>,
-        weight: View<'_>,
-        packed: &PackedLinear,
-        dx: ViewMut<'_>,
-        store: Store,
-    );
+    fn linear_input_grad(&self, dy: View<'_>, weight: View<'_>, packed: &PackedLinear, dx: ViewMut<'_>, store: Store);
     /// `dw[n, k] += dy[T, n]^T x[T, k]`, operands rounded to `dtype`.
     fn linear_weight_grad(&self, dy: View<'_>, x: View<'_>, shape: LinearShape, dtype: DType, dw: ViewMut<'_>);
     /// `db[n] += sum over rows of dy[T, n]`.
@@ -68,14 +61,7 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     /// `dtable[ids] += dout`, in ascending row order.
     fn embed_grad(&self, ids: &[u32], dout: View<'_>, dtable: ViewMut<'_>);
     /// `out = x / sqrt(mean(x^2) + eps) * weight`; `rstd[T]` is written where asked for.
-    fn rms_norm(
-        &self,
-        x: View<'_>,
-        weight: View<'_>,
-        shape: NormShape,
-        out: ViewMut<'_>,
-        rstd: Option<ViewMut<'_>>,
-    );
+    fn rms_norm(&self, x: View<'_>, weight: View<'_>, shape: NormShape, out: ViewMut<'_>, rstd: Option<ViewMut<'_>>);
     /// `dx += ...`, `dweight += ...`.
     fn rms_norm_grad(&self, args: NormGrad<'_>, dx: ViewMut<'_>, dweight: ViewMut<'_>);
     /// Norm every query and key head of fused rows into `out` (values are copied); `rstd` is `[T, H + G]`.
@@ -135,11 +121,5 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     // ---- optimizer ----------------------------------------------------------------------------------------------
 
     /// One AdamW step in place over a flat range; all four have equal lengths.
-    fn adamw(
-        &self,
-        step: AdamWStep,
-        grad: View<'_>,
-        param: ViewMut<'_>,
-        moments: (ViewMut<'_>, ViewMut<'_>),
-    );
+    fn adamw(&self, step: AdamWStep, grad: View<'_>, param: ViewMut<'_>, moments: (ViewMut<'_>, ViewMut<'_>));
 }

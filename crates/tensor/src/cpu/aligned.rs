@@ -63,6 +63,12 @@ fn advise_huge_pages(ptr: *mut u8, bytes: usize) {
 #[cfg(not(target_os = "linux"))]
 fn advise_huge_pages(_ptr: *mut u8, _bytes: usize) {}
 
+impl<T: Zeroable> Default for AlignedVec<T> {
+    fn default() -> Self {
+        Self::zeroed(0)
+    }
+}
+
 impl<T: Zeroable> Drop for AlignedVec<T> {
     fn drop(&mut self) {
         if self.len > 0 {

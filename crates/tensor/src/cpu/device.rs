@@ -123,14 +123,7 @@ impl Device for CpuDevice {
         gemm::linear(self, x.data, w, bias.map(|b| b.data), (out.data, store));
     }
 
-    fn linear_input_grad(
-        &self,
-        dy: View<'_>,
-        weight: View<'_>,
-        packed: &PackedLinear,
-        dx: ViewMut<'_>,
-        store: Store,
-    ) {
+    fn linear_input_grad(&self, dy: View<'_>, weight: View<'_>, packed: &PackedLinear, dx: ViewMut<'_>, store: Store) {
         gemm::input_grad(self, dy.data, weight.data, packed, (dx.data, store));
     }
 
@@ -151,14 +144,7 @@ impl Device for CpuDevice {
         embed::scatter_add_rows(self, dout.data, ids, dim, dtable.data);
     }
 
-    fn rms_norm(
-        &self,
-        x: View<'_>,
-        weight: View<'_>,
-        shape: NormShape,
-        out: ViewMut<'_>,
-        rstd: Option<ViewMut<'_>>,
-    ) {
+    fn rms_norm(&self, x: View<'_>, weight: View<'_>, shape: NormShape, out: ViewMut<'_>, rstd: Option<ViewMut<'_>>) {
         norm::rms_norm(self, (x.data, weight.data), shape, out.data, rstd.map(|r| r.data));
     }
 
@@ -246,13 +232,7 @@ impl Device for CpuDevice {
         logits
     }
 
-    fn adamw(
-        &self,
-        step: AdamWStep,
-        grad: View<'_>,
-        param: ViewMut<'_>,
-        moments: (ViewMut<'_>, ViewMut<'_>),
-    ) {
+    fn adamw(&self, step: AdamWStep, grad: View<'_>, param: ViewMut<'_>, moments: (ViewMut<'_>, ViewMut<'_>)) {
         adamw::step(self, step, grad.data, param.data, (moments.0.data, moments.1.data));
     }
 }

@@ -9,6 +9,9 @@ mod portable;
 
 use serde::Serialize;
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx512::Avx512;
+
 /// A vector of 16 f32 lanes. Every operation gives the same bits in every implementation.
 ///
 /// # Safety
@@ -22,6 +25,8 @@ pub(crate) trait Simd: Copy + 'static {
     /// Vectors per row of a matrix tile; divides 4.
     const TILE_VECTORS: usize;
 
+    /// Ask for the cache line at `ptr`, which need not be valid.
+    unsafe fn prefetch(ptr: *const f32);
     unsafe fn splat(x: f32) -> Self::V;
     unsafe fn load(ptr: *const f32) -> Self::V;
     /// The first `lanes` (at most 16) lanes from memory, the others 0.

@@ -33,6 +33,8 @@ impl Simd for Portable {
     const TILE_VECTORS: usize = 1;
 
     #[inline(always)]
+    unsafe fn prefetch(_ptr: *const f32) {}
+    #[inline(always)]
     unsafe fn splat(x: f32) -> Lanes {
         [x; 16]
     }

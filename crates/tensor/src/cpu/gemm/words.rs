@@ -1,0 +1,242 @@
+//! Packing of operands into the words that the matrix kernel reads.
+//!
+//! A *word* has 32 bits: an f32, or two bf16 numbers of which the even one is in the low half. In bf16 without the
+//! native instruction, words are f32 that hold rounded numbers, with the odd number of each pair first, so that a chain
+//! over ascending words multiplies in the order of `vdpbf16ps`.
+
+use super::block::PANEL;
+use crate::cpu::simd::{Kernel, Simd, round_bf16, to_bf16};
+use std::ops::Range;
+
+/// What the words of an operand are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Format {
+    /// f32 as given.
+    Exact,
+    /// f32 rounded to bf16, odd number of each pair first, padded to whole pairs.
+    Swapped,
+    /// bf16 pairs, padded to whole pairs.
+    Pairs,
+}
+
+impl Format {
+    /// Words that hold `k` numbers of the summed dimension.
+    pub(super) const fn num_words(self, k: usize) -> usize {
+        match self {
+            Format::Exact => k,
+            Format::Swapped => k.next_multiple_of(2),
+            Format::Pairs => k.div_ceil(2),
+        }
+    }
+
+    /// Numbers in a word.
+    pub(super) const fn numbers_per_word(self) -> usize {
+        match self {
+            Format::Exact | Format::Swapped => 1,
+            Format::Pairs => 2,
+        }
+    }
+}
+
+/// Two bf16 numbers in one word, as the bits of an f32 that no arithmetic ever touches.
+#[inline(always)]
+fn pair_word(even: f32, odd: f32) -> f32 {
+    f32::from_bits(u32::from(to_bf16(even)) | (u32::from(to_bf16(odd)) << 16))
+}
+
+/// Widen pairs `[num_pairs][64]` to words `[2 num_pairs][64]`, odd number first.
+///
+/// # Safety
+/// Pointers are valid for those words.
+#[inline(always)]
+pub(super) unsafe fn widen_pairs<S: Simd>(pairs: *const f32, num_pairs: usize, out: *mut f32) {
+    for pair in 0..num_pairs {
+        for vector in 0..PANEL / 16 {
+            // SAFETY: the caller's contract.
+            unsafe {
+                let (even, odd) = S::load_bf16_pairs(pairs.add(pair * PANEL + vector * 16).cast());
+                S::store(out.add(2 * pair * PANEL + vector * 16), odd);
+                S::store(out.add((2 * pair + 1) * PANEL + vector * 16), even);
+            }
+        }
+    }
+}
+
+/// Columns of a row-major f32 matrix whose rows are the summed dimension.
+#[derive(Clone, Copy)]
+pub(super) struct Gather {
+    /// Row 0, first column.
+    pub(super) ptr: *const f32,
+    /// Distance of rows.
+    pub(super) ld: usize,
+    /// Rows, the numbers of the summed dimension.
+    pub(super) num_rows: usize,
+    /// Columns that exist.
+    pub(super) columns: usize,
+    /// Columns of the packed words, the ones that do not exist being zero.
+    pub(super) width: usize,
+    /// What the words are.
+    pub(super) format: Format,
+}
+
+impl Gather {
+    /// Write word rows `range` to `out[range.len()][width]`.
+    ///
+    /// # Safety
+    /// The matrix and `out` are valid for the range, which is made of whole pairs where the format is swapped.
+    #[inline(always)]
+    pub(super) unsafe fn pack<S: Simd>(&self, range: Range<usize>, out: *mut f32) {
+        for (index, word_row) in range.enumerate() {
+            // SAFETY: the row exists or is treated as zero; `out` holds the row.
+            unsafe {
+                let out = out.add(index * self.width);
+                match self.format {
+                    Format::Exact => self.pack_row::<S>(word_row, out),
+                    Format::Swapped => self.pack_rounded(word_row ^ 1, out),
+                    Format::Pairs => self.pack_pairs(word_row, out),
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn pack_row<S: Simd>(&self, row: usize, out: *mut f32) {
+        let whole = self.columns / 16 * 16;
+        // SAFETY: the caller's contract.
+        unsafe {
+            let from = self.ptr.add(row * self.ld);
+            for column in (0..whole).step_by(16) {
+                S::store(out.add(column), S::load(from.add(column)));
+            }
+            for column in whole..self.columns {
+                *out.add(column) = *from.add(column);
+            }
+            for column in self.columns..self.width {
+                *out.add(column) = 0.0;
+            }
+        }
+    }
+
+    /// The number at `(row, column)`, or 0 behind the last row.
+    #[inline(always)]
+    unsafe fn number(&self, row: usize, column: usize) -> f32 {
+        // SAFETY: the row exists.
+        if row < self.num_rows { unsafe { *self.ptr.add(row * self.ld + column) } } else { 0.0 }
+    }
+
+    #[inline(always)]
+    unsafe fn pack_rounded(&self, row: usize, out: *mut f32) {
+        // SAFETY: the caller's contract.
+        unsafe {
+            for column in 0..self.columns {
+                *out.add(column) = round_bf16(self.number(row, column));
+            }
+            for column in self.columns..self.width {
+                *out.add(column) = 0.0;
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn pack_pairs(&self, pair: usize, out: *mut f32) {
+        // SAFETY: the caller's contract.
+        unsafe {
+            for column in 0..self.columns {
+                *out.add(column) = pair_word(self.number(2 * pair, column), self.number(2 * pair + 1, column));
+            }
+            for column in self.columns..self.width {
+                *out.add(column) = 0.0;
+            }
+        }
+    }
+}
+
+/// Every word row of a [`Gather`] into memory of the caller.
+pub(super) struct GatherAll<'a>(pub(super) Gather, pub(super) &'a mut [f32]);
+
+impl Kernel for GatherAll<'_> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let num_words = self.0.format.num_words(self.0.num_rows);
+        assert!(self.1.len() >= num_words * self.0.width, "the packed operand fits its memory");
+        // SAFETY: the matrix is valid by the caller's contract, the memory by the assertion.
+        unsafe { self.0.pack::<S>(0..num_words, self.1.as_mut_ptr()) }
+    }
+}
+
+/// Words of rows whose summed dimension is contiguous (inputs of a forward, gradients of outputs).
+pub(super) struct RowWords<'a> {
+    /// Rows of `k` numbers.
+    pub(super) rows: &'a [f32],
+    /// Numbers of a row.
+    pub(super) k: usize,
+    /// Format of the words.
+    pub(super) format: Format,
+    /// Rows of `format.num_words(k)` words.
+    pub(super) out: &'a mut [f32],
+}
+
+impl Kernel for RowWords<'_> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let words = self.format.num_words(self.k);
+        for (row, out) in self.rows.chunks_exact(self.k).zip(self.out.chunks_exact_mut(words)) {
+            match self.format {
+                Format::Exact => out.copy_from_slice(row),
+                Format::Swapped => {
+                    let (pairs, tail) = row.as_chunks::<2>();
+                    let (out_pairs, out_tail) = out.split_at_mut(pairs.len() * 2);
+                    for (&[even, odd], out) in pairs.iter().zip(out_pairs.chunks_exact_mut(2)) {
+                        (out[0], out[1]) = (round_bf16(odd), round_bf16(even));
+                    }
+                    if let ([even], [first, second]) = (tail, out_tail) {
+                        (*first, *second) = (0.0, round_bf16(*even));
+                    }
+                }
+                Format::Pairs => {
+                    for (numbers, out) in row.chunks(2).zip(out.iter_mut()) {
+                        *out = pair_word(numbers[0], numbers.get(1).copied().unwrap_or(0.0));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// One panel of a weight `[n, k]`: words `[steps][64]` of 64 output rows, rows that do not exist being zero.
+pub(super) struct WeightPanel<'a> {
+    /// The rows of the panel that exist, each of `k` numbers.
+    pub(super) rows: &'a [f32],
+    /// Numbers of a row.
+    pub(super) k: usize,
+    /// [`Format::Exact`] or [`Format::Pairs`].
+    pub(super) format: Format,
+    /// `format.num_words(k) * 64` words.
+    pub(super) out: &'a mut [f32],
+}
+
+impl Kernel for WeightPanel<'_> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        /// Numbers of each row that are moved before the next row: one cache line.
+        const STRIP: usize = 16;
+        for start in (0..self.k).step_by(STRIP) {
+            let end = (start + STRIP).min(self.k);
+            for (j, row) in self.rows.chunks_exact(self.k).enumerate() {
+                if self.format == Format::Exact {
+                    for (step, number) in (start..end).zip(&row[start..end]) {
+                        self.out[step * PANEL + j] = *number;
+                    }
+                } else {
+                    for (pair, numbers) in (start / 2..).zip(row[start..end].chunks(2)) {
+                        let odd = numbers.get(1).copied().unwrap_or(0.0);
+                        self.out[pair * PANEL + j] = pair_word(numbers[0], odd);
+                    }
+                }
+            }
+        }
+    }
+}
