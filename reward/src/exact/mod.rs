@@ -5,7 +5,7 @@ mod decimal;
 mod rational;
 
 pub(crate) use decimal::{Decimal, Number, digits_end, scan_decimal, small_integer};
-pub(crate) use rational::Rational;
+pub(crate) use rational::{Rational, common_divisor};
 
 /// A result that does not fit the arithmetic it was asked of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

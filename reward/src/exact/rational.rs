@@ -22,8 +22,7 @@ impl Rational {
     /// # Errors
     /// Where a sign cannot be turned within the range. The denominator is not zero.
     fn reduced(num: i128, den: i128) -> Result<Self, Overflow> {
-        let divisor = gcd(num.unsigned_abs(), den.unsigned_abs());
-        let divisor = i128::try_from(divisor).map_err(|_| Overflow)?;
+        let divisor = common_divisor(num, den);
         let (num, den) = (num / divisor, den / divisor);
         if den > 0 {
             return Ok(Rational { num, den });
@@ -89,11 +88,14 @@ impl Rational {
     }
 }
 
-fn gcd(mut a: u128, mut b: u128) -> u128 {
+/// The greatest common divisor of two sizes, at least 1. Where it is 2^127, which no `i128` holds, 1 stands in:
+/// a common divisor all the same.
+pub(crate) fn common_divisor(a: i128, b: i128) -> i128 {
+    let (mut a, mut b) = (a.unsigned_abs(), b.unsigned_abs());
     while b != 0 {
         (a, b) = (b, a % b);
     }
-    a.max(1)
+    i128::try_from(a.max(1)).unwrap_or(1)
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! Exact values: sums of rational multiples of square roots and powers of symbols.
 
-use crate::exact::{Overflow, Rational};
+use crate::exact::{Overflow, Rational, common_divisor};
 use std::collections::BTreeMap;
 
 /// Terms of a value beyond which it is no simple answer.
@@ -171,7 +171,7 @@ impl Value {
 
 /// The product of two monomials and the rational that comes out of the roots: `√a √b = g √(ab / g²)`, `g = gcd(a, b)`.
 fn multiply_monomials(a: &Monomial, b: &Monomial) -> Result<(Monomial, Rational), EvalError> {
-    let common = gcd(a.radicand, b.radicand);
+    let common = common_divisor(a.radicand, b.radicand);
     let radicand = (a.radicand / common).checked_mul(b.radicand / common).ok_or(EvalError::Overflow)?;
     let mut symbols = a.symbols.clone();
     for (&name, &power) in &b.symbols {
@@ -230,11 +230,4 @@ fn exact_root(n: i128, index: i128) -> Result<i128, EvalError> {
         }
     }
     if low.checked_pow(power) == Some(target) { Ok(low * n.signum()) } else { Err(EvalError::NotSimple) }
-}
-
-fn gcd(mut a: i128, mut b: i128) -> i128 {
-    while b != 0 {
-        (a, b) = (b, a % b);
-    }
-    a
 }
