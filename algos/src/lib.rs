@@ -28,7 +28,10 @@ mod schedule;
 mod sft;
 mod value;
 
-pub use advantages::{AdvEstimator, AdvantageConfig, AdvantageInput, AdvantageOutput, Rewards, compute_advantages};
+pub use advantages::{
+    AdvEstimator, AdvantageConfig, AdvantageInput, AdvantageOutput, FunctionAdvantages, FunctionRewards,
+    MultiObjective, Rewards, RlooOptions, ScaleRewards, compute_advantages, function_advantages, function_rloo,
+};
 pub use batch::{TokenBatch, widen};
 pub use error::Error;
 pub use kl::{
@@ -36,8 +39,8 @@ pub use kl::{
     apply_kl_penalty, kl_penalty,
 };
 pub use loss::{
-    GlobalCounts, LossAggMode, LossMetrics, LossMode, LossOutput, PolicyLossConfig, PolicyLossInput, agg_loss,
-    policy_loss,
+    GlobalCounts, ImportanceLevel, LossAggMode, LossMetrics, LossMode, LossOutput, PolicyLossConfig, PolicyLossInput,
+    TrlConfig, TrlLossType, TrlReport, agg_loss, policy_loss, trl_loss,
 };
 pub use objective::{Objective, ObjectiveInput, ObjectiveOutput};
 pub use plan::{AlgorithmConfig, Grouping, Plan, Scope};

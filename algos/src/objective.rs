@@ -93,6 +93,7 @@ impl Objective {
                     ref_log_probs: input.ref_log_probs,
                     entropies: Some(input.entropies),
                     rollout_is_weights: input.rollout_is_weights,
+                    rollout_log_probs: None,
                     noise_seed: noise_seed(input.log_probs),
                 };
                 let out = policy_loss(config, &policy_input, counts)?;

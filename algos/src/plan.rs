@@ -106,7 +106,7 @@ impl AlgorithmConfig {
             rollout_correction: !bypass && self.policy_loss.rollout_correction.is_active(),
             ref_log_probs: self.policy_loss.use_kl_loss || self.kl_in_reward.use_kl_in_reward,
             values: estimator == AdvEstimator::Gae,
-            entropies: self.policy_loss.entropy_coeff > 0.0,
+            entropies: self.policy_loss.needs_entropies(),
             sum_pi_squared: token_baseline,
             greedy_baseline: estimator == AdvEstimator::Remax,
             reward_components: estimator == AdvEstimator::Gdpo,

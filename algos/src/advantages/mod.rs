@@ -13,16 +13,21 @@ mod reinforce_plus_plus;
 mod remax;
 mod rloo;
 mod token_baseline;
+mod trl;
 
 use crate::batch::require_tokens;
 use crate::masked::broadcast;
 use crate::{Error, TokenBatch};
-pub(crate) use groups::{group_rows, mean_of, std_of};
+pub(crate) use groups::group_rows;
 use grpo::Scale;
 use rloo::Singleton;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use token_baseline::{TimeAxis, TokenBaseline, ZeroTail};
+pub(crate) use trl::nan_statistics;
+pub use trl::{
+    FunctionAdvantages, FunctionRewards, MultiObjective, RlooOptions, ScaleRewards, function_advantages, function_rloo,
+};
 
 /// Which estimator turns rewards into advantages. Names are verl's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize, JsonSchema)]

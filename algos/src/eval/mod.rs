@@ -9,6 +9,8 @@ mod case;
 mod logits;
 mod rollout;
 mod suite;
+mod trl;
+mod trl_loss;
 mod trl_preference;
 mod verl_advantages;
 mod verl_kl;

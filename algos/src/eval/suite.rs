@@ -1,7 +1,7 @@
 //! Which function of which peer a document means.
 
 use super::case::{Case, Results};
-use super::{rollout, trl_preference, verl_advantages, verl_kl, verl_losses, verl_misc};
+use super::{rollout, trl, trl_loss, trl_preference, verl_advantages, verl_kl, verl_losses, verl_misc};
 use crate::Error;
 
 /// A peer's function, or a family of functions that one document holds.
@@ -28,6 +28,15 @@ pub(super) enum Suite {
     VerlResponseMask,
     VerlDistill,
     TrlDpo,
+    TrlRatio,
+    TrlGrpoAdvantages,
+    TrlRlooAdvantages,
+    TrlSft,
+    TrlJsd,
+    TrlUtils,
+    TrlGrpo,
+    TrlGmpo,
+    TrlRloo,
     TrlCpo,
     TrlCpoFull,
     TrlOdds,
@@ -52,6 +61,9 @@ impl Suite {
         }
         if let (true, Some(loss)) = (peer == "verl", verl_losses::Function::find(first)) {
             return Ok(Suite::VerlPolicyLoss(loss));
+        }
+        if function.contains("vLLM importance ratio") {
+            return Ok(Suite::TrlRatio);
         }
         Ok(match (peer, first) {
             ("verl", "agg_loss") => Suite::VerlAggLoss,
@@ -81,6 +93,14 @@ impl Suite {
             ("trl", "OnlineDPOTrainer.training_step") => Suite::TrlOnlineDpo,
             ("trl", "RewardTrainer.compute_loss") => Suite::TrlReward,
             ("BigBinnie/GDPO", "_CE_loss") => Suite::Gdpo,
+            ("trl", "GRPOTrainer._generate_and_score_completions") => Suite::TrlGrpoAdvantages,
+            ("trl", "RLOOTrainer._generate_and_score_completions") => Suite::TrlRlooAdvantages,
+            ("trl", "SFTTrainer.compute_loss") => Suite::TrlSft,
+            ("trl", "GKDTrainer.generalized_jsd_loss") => Suite::TrlJsd,
+            ("trl", "selective_log_softmax") => Suite::TrlUtils,
+            ("trl", "GRPOTrainer._compute_loss") => Suite::TrlGrpo,
+            ("trl", "GMPOTrainer._compute_loss") => Suite::TrlGmpo,
+            ("trl", "RLOOTrainer._compute_loss") => Suite::TrlRloo,
             _ => {
                 let cause = format!("no function `{first}` of `{peer}` is known");
                 return Err(Error::Case { case: String::new(), key: "function".to_owned(), cause });
@@ -111,6 +131,15 @@ impl Suite {
             Suite::VerlPfPpo => verl_misc::pf_ppo(case),
             Suite::VerlResponseMask => verl_misc::response(case),
             Suite::VerlDistill => verl_misc::distill(case),
+            Suite::TrlRatio => trl::ratio(case),
+            Suite::TrlGrpoAdvantages => trl::grpo_advantages(case),
+            Suite::TrlRlooAdvantages => trl::rloo_advantages(case),
+            Suite::TrlSft => trl::sft(case),
+            Suite::TrlJsd => trl::jsd(case),
+            Suite::TrlUtils => trl::utils(case),
+            Suite::TrlGrpo => trl_loss::grpo(case),
+            Suite::TrlGmpo => trl_loss::gmpo(case),
+            Suite::TrlRloo => trl_loss::rloo(case),
             Suite::TrlDpo => trl_preference::dpo(case),
             Suite::TrlCpo => trl_preference::cpo(case),
             Suite::TrlCpoFull => trl_preference::cpo_full(case),

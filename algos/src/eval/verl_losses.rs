@@ -82,6 +82,7 @@ fn config(mode: LossMode, case: &Case<'_>) -> Result<PolicyLossConfig, Error> {
         ppo_kl_coef: case.num("ppo_kl_coef", default.ppo_kl_coef)?,
         dro_beta: case.num("dro_beta", default.dro_beta)?,
         rollout_correction: rollout::config(case)?,
+        trl: default.trl,
     })
 }
 
@@ -99,6 +100,7 @@ fn loss(config: &PolicyLossConfig, case: &Case<'_>, mask: &Mask, counted: &Count
         ref_log_probs: reference.as_deref(),
         entropies: entropies.as_deref(),
         rollout_is_weights: weights.as_deref(),
+        rollout_log_probs: None,
         noise_seed: 0,
     };
     policy_loss(config, &input, &counted.counts)
@@ -134,6 +136,8 @@ fn metrics(mode: LossMode, out: &LossOutput) -> Vec<(&'static str, f64)> {
         | LossMode::GeoMean
         | LossMode::DppoTv
         | LossMode::DppoKl
+        | LossMode::Trl
+        | LossMode::SequencePpo
         | LossMode::BypassMode => vec![clipfrac, ppo_kl, lower],
     }
 }

@@ -1,6 +1,6 @@
 //! Settings of the policy losses, with verl's names and defaults.
 
-use super::LossAggMode;
+use super::{LossAggMode, TrlConfig};
 use crate::kl::KlType;
 use crate::rollout_correction::RolloutCorrectionConfig;
 use crate::{Error, Scope};
@@ -36,6 +36,10 @@ pub enum LossMode {
     DppoKl,
     /// Policy gradient with a quadratic pull towards the old policy.
     Dro,
+    /// TRL's losses: see `trl.loss_type`.
+    Trl,
+    /// PPO on whole sequences.
+    SequencePpo,
     /// Correction inside the loss, against the engine's log-probs.
     BypassMode,
 }
@@ -82,6 +86,8 @@ pub struct PolicyLossConfig {
     pub dro_beta: f64,
     /// Correction of the gap between engine and trainer: applied once a step, or inside the loss in bypass mode.
     pub rollout_correction: RolloutCorrectionConfig,
+    /// Settings of TRL's losses.
+    pub trl: TrlConfig,
 }
 
 impl Default for PolicyLossConfig {
@@ -106,6 +112,7 @@ impl Default for PolicyLossConfig {
             ppo_kl_coef: 0.1,
             dro_beta: 0.0,
             rollout_correction: RolloutCorrectionConfig::default(),
+            trl: TrlConfig::default(),
         }
     }
 }
@@ -125,6 +132,16 @@ impl PolicyLossConfig {
         }
     }
 
+    pub(crate) fn taus(&self) -> (f64, f64) {
+        (self.tau_pos, self.tau_neg)
+    }
+
+    /// True where entropies enter the loss.
+    pub fn needs_entropies(&self) -> bool {
+        let masks = self.loss_mode == LossMode::Trl && self.trl.top_entropy_quantile < 1.0;
+        self.entropy_coeff > 0.0 || masks
+    }
+
     /// What the loss has to see at once.
     pub fn scope(&self) -> Scope {
         match self.loss_mode {
@@ -136,7 +153,9 @@ impl PolicyLossConfig {
             | LossMode::DppoTv
             | LossMode::DppoKl
             | LossMode::Dro => Scope::Token,
-            LossMode::Gspo | LossMode::GeoMean => Scope::Sequence,
+            LossMode::Gspo | LossMode::GeoMean | LossMode::SequencePpo => Scope::Sequence,
+            LossMode::Trl if self.trl.top_entropy_quantile < 1.0 => Scope::MiniBatch,
+            LossMode::Trl => Scope::Sequence,
             LossMode::ClipCov | LossMode::KlCov | LossMode::BypassMode => Scope::MiniBatch,
         }
     }
@@ -167,6 +186,7 @@ impl PolicyLossConfig {
         share("clip_cov_ratio", self.clip_cov_ratio)?;
         share("kl_cov_ratio", self.kl_cov_ratio)?;
         self.rollout_correction.validate()?;
+        self.trl.validate()?;
         if self.loss_mode == LossMode::Dro {
             above_zero("dro_beta", self.dro_beta)?;
         }

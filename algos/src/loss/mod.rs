@@ -14,21 +14,29 @@ mod dro;
 mod geo_mean;
 mod gpg;
 mod gspo;
+mod masks;
 mod metrics;
 mod sapo;
+mod sequence_ppo;
 mod terms;
+mod trl;
+mod trl_config;
 mod vanilla;
 
 pub use agg::{GlobalCounts, LossAggMode, agg_loss};
 pub use config::{LossMode, PolicyLossConfig};
 pub use metrics::LossMetrics;
+pub use trl::{TrlReport, trl_loss};
+pub use trl_config::{ImportanceLevel, TrlConfig, TrlLossType};
 
 use crate::batch::require_tokens;
 use crate::kl::kl_penalty;
 use crate::masked::broadcast;
 use crate::{Error, TokenBatch};
+pub(crate) use masks::{gamma_weight, high_entropy, off_policy_rows};
+pub(crate) use terms::larger;
 use terms::{Terms, TokenTerm};
-pub(crate) use terms::{larger, smaller};
+pub(crate) use vanilla::clipped_surrogate;
 
 /// Everything a policy loss may read; `..Default::default()` leaves out what the plan does not ask for.
 #[derive(Debug, Clone, Copy, Default)]
@@ -47,6 +55,8 @@ pub struct PolicyLossInput<'a> {
     pub entropies: Option<&'a [f64]>,
     /// `[T]`: importance weights of the rollout correction; each multiplies its token's loss.
     pub rollout_is_weights: Option<&'a [f64]>,
+    /// `[T]`: log-probs by the engine (TRL's off-policy mask).
+    pub rollout_log_probs: Option<&'a [f64]>,
     /// Seed of clip_cov's random choice.
     pub noise_seed: u64,
 }
@@ -79,6 +89,11 @@ pub fn policy_loss(
     config.validate()?;
     check(input)?;
     let batch = &input.batch;
+    if config.loss_mode == LossMode::Trl {
+        let (out, _) = trl_loss(config, input, counts)?;
+        finite(batch, &out)?;
+        return Ok(out);
+    }
     let mut out = match config.loss_mode {
         LossMode::BypassMode => bypass::loss(config, input, counts)?,
         _ => pg_part(config, input, counts)?,
@@ -97,7 +112,7 @@ pub fn policy_loss(
 fn pg_part(config: &PolicyLossConfig, input: &PolicyLossInput<'_>, counts: &GlobalCounts) -> Result<LossOutput, Error> {
     let batch = &input.batch;
     let weights = match config.loss_mode {
-        LossMode::GeoMean => vec![1.0 / counts.num_rows.max(1) as f64; batch.num_slots()],
+        LossMode::GeoMean | LossMode::SequencePpo => vec![1.0 / counts.num_rows.max(1) as f64; batch.num_slots()],
         LossMode::Sapo => broadcast(batch, &LossAggMode::SeqMeanTokenMean.row_weights(batch, counts)?),
         _ => broadcast(batch, &config.loss_agg_mode.row_weights(batch, counts)?),
     };
@@ -121,6 +136,8 @@ fn ppo_kl_sum(mode: LossMode, input: &PolicyLossInput<'_>) -> f64 {
         | LossMode::Reinforce
         | LossMode::ClipCov
         | LossMode::Dro
+        | LossMode::Trl
+        | LossMode::SequencePpo
         | LossMode::BypassMode => gaps.sum(),
     }
 }
@@ -139,9 +156,10 @@ fn surrogate(config: &PolicyLossConfig, input: &PolicyLossInput<'_>) -> Terms {
         LossMode::Vanilla => per_token(&|t| vanilla::term(log_ratio(t), advantages[t], range, config.clip_ratio_c)),
         LossMode::Gspo => gspo::terms(input, range),
         LossMode::Cispo => per_token(&|t| cispo::term(log_probs[t], log_ratio(t), advantages[t], range)),
-        LossMode::Sapo => per_token(&|t| sapo::term(log_ratio(t), advantages[t], (config.tau_pos, config.tau_neg))),
+        LossMode::Sapo => per_token(&|t| sapo::term(log_ratio(t), advantages[t], config.taus())),
         LossMode::GeoMean => return geo_mean::terms(input, range),
-        LossMode::Gpg | LossMode::Reinforce | LossMode::BypassMode => {
+        LossMode::SequencePpo => sequence_ppo::terms(input, range),
+        LossMode::Gpg | LossMode::Reinforce | LossMode::Trl | LossMode::BypassMode => {
             per_token(&|t| gpg::term(log_probs[t], advantages[t]))
         }
         LossMode::ClipCov => cov::clip_cov(config, input, range),

@@ -7,11 +7,16 @@
 //! arXiv 2511.20347.
 
 use super::terms::{TokenTerm, clamped_exp};
+use crate::kl::Dual;
 use crate::math::sigmoid;
 
 /// Loss of one token; `taus` are those of positive and of other advantages.
 pub(crate) fn term(log_ratio: f64, advantage: f64, taus: (f64, f64)) -> TokenTerm {
-    let ratio = clamped_exp(log_ratio, -20.0, 20.0);
+    gate(clamped_exp(log_ratio, -20.0, 20.0), advantage, taus)
+}
+
+/// The gate at a given ratio and its derivative.
+pub(crate) fn gate(ratio: Dual, advantage: f64, taus: (f64, f64)) -> TokenTerm {
     let tau = if advantage > 0.0 { taus.0 } else { taus.1 };
     let gate = sigmoid(tau * (ratio.value - 1.0));
     TokenTerm {

@@ -7,10 +7,12 @@
 //! # Source
 //! verl's `rollout_corr_helper`: truncated importance sampling, IcePop (masked ranges), geometric rejection.
 
+mod engine_ratio;
 mod off_policy;
 mod rejection;
 mod weights;
 
+pub use engine_ratio::{EngineRange, OutOfRange, engine_ratio};
 pub use off_policy::{OffPolicyMetrics, off_policy_metrics};
 pub use rejection::{
     Level, OptionReport, RejectionOption, RejectionOutput, RejectionReport, Statistic, rejection_mask,

@@ -1,0 +1,257 @@
+//! TRL's losses on per-token log-probs: GRPO's types, GMPO, RLOO.
+
+use super::case::{Case, Mask, Results};
+use super::trl::spread;
+use crate::kl::Dual;
+use crate::loss::{clipped_surrogate, high_entropy};
+use crate::masked::masked_mean;
+use crate::{
+    Error, GlobalCounts, KlType, LossAggMode, LossMode, PolicyLossConfig, PolicyLossInput, TokenBatch, TrlConfig,
+    TrlLossType, TrlReport, policy_loss, trl_loss,
+};
+
+/// Longest completion where a case does not say it: that of the trainer which the reference vectors were made with.
+const MAX_COMPLETION_LENGTH: f64 = 16.0;
+
+fn config(case: &Case<'_>) -> Result<PolicyLossConfig, Error> {
+    let default = TrlConfig::default();
+    let beta = case.num("beta", 0.0)?;
+    let low = case.num("epsilon_low", case.num("epsilon", 0.2)?)?;
+    Ok(PolicyLossConfig {
+        loss_mode: LossMode::Trl,
+        clip_ratio_low: Some(low),
+        clip_ratio_high: Some(case.num("epsilon_high", low)?),
+        use_kl_loss: beta != 0.0,
+        kl_loss_coef: beta,
+        entropy_coeff: case.num("entropy_coef", 0.0)?,
+        tau_pos: case.num("sapo_temperature_pos", 1.0)?,
+        tau_neg: case.num("sapo_temperature_neg", 1.05)?,
+        trl: TrlConfig {
+            loss_type: case.parse("loss_type", "dapo")?,
+            importance_sampling_level: case.parse("importance_sampling_level", "token")?,
+            delta: case.num("delta", 0.0)?,
+            use_bias_correction_kl: case.flag("use_bias_correction_kl", false)?,
+            top_entropy_quantile: case.num("top_entropy_quantile", 1.0)?,
+            off_policy_mask_threshold: case.opt_num("off_policy_mask_threshold")?,
+            vespo_k_pos: case.num("vespo_k_pos", default.vespo_k_pos)?,
+            vespo_lambda_pos: case.num("vespo_lambda_pos", default.vespo_lambda_pos)?,
+            vespo_k_neg: case.num("vespo_k_neg", default.vespo_k_neg)?,
+            vespo_lambda_neg: case.num("vespo_lambda_neg", default.vespo_lambda_neg)?,
+        },
+        ..PolicyLossConfig::default()
+    })
+}
+
+/// Counts of TRL's normalisers: dapo's family divides by the items of the global batch, the rest by the batch's own.
+fn counts(case: &Case<'_>, config: &PolicyLossConfig, mask: &Mask) -> Result<GlobalCounts, Error> {
+    let batch = mask.batch()?;
+    let own = GlobalCounts::of(&batch, case.num("max_completion_length", MAX_COMPLETION_LENGTH)?);
+    let global = matches!(config.trl.loss_type, TrlLossType::Dapo | TrlLossType::Cispo | TrlLossType::Vespo);
+    let items = case.opt_num("num_items_in_batch")?.filter(|_| global);
+    Ok(GlobalCounts { num_tokens: items.map_or(own.num_tokens, |n| n as u64), ..own })
+}
+
+/// `GRPOTrainer._compute_loss`.
+pub(super) fn grpo(case: &Case<'_>) -> Result<Results, Error> {
+    let mask = case.mask("completion_mask")?;
+    let batch = mask.batch()?;
+    let log_probs = case.vector("per_token_logps")?;
+    let old = case.opt_vector("old_per_token_logps")?.unwrap_or_else(|| log_probs.clone());
+    let advantages = spread(&batch, &case.vector("advantages")?)?;
+    let (reference, entropies) = (case.opt_vector("ref_per_token_logps")?, case.opt_vector("entropies")?);
+    let sampling = case.opt_vector("sampling_per_token_logps")?;
+    let config = config(case)?;
+    let mut ratio = engine_weights(case, &batch)?;
+    if let (Some(ratio), TrlLossType::Vespo) = (&mut ratio, config.trl.loss_type) {
+        gather_masked(&batch, ratio);
+    }
+    config.validate()?;
+    let input = PolicyLossInput {
+        batch,
+        log_probs: &log_probs,
+        old_log_probs: &old,
+        advantages: &advantages,
+        ref_log_probs: reference.as_deref(),
+        entropies: None,
+        rollout_is_weights: ratio.as_deref(),
+        rollout_log_probs: sampling.as_deref().or(Some(&old)),
+        noise_seed: 0,
+    };
+    let masked = PolicyLossInput { entropies: entropies.as_deref(), ..input };
+    let without_entropy = PolicyLossConfig { entropy_coeff: 0.0, ..config.clone() };
+    let (out, report) = trl_loss(&without_entropy, &masked, &counts(case, &config, &mask)?)?;
+    let accumulation = case.num("gradient_accumulation_steps", 1.0)?;
+    let scale = normaliser(case, &config, accumulation)?;
+    // TRL's bonus is the mean over the tokens of the micro-batch, divided by the accumulation steps alone.
+    let entropies = entropies.unwrap_or_default();
+    let mean_entropy = masked_mean(&entropies, batch.response_mask());
+    let bonus = config.entropy_coeff / accumulation;
+    let loss = out.loss * scale - bonus * mean_entropy;
+    let d_log_probs: Vec<f64> = out.d_log_probs.iter().map(|d| d * scale).collect();
+    let per_token = bonus / batch.num_tokens().max(1) as f64;
+    let d_entropies: Vec<f64> = batch.response_mask().iter().map(|m| -per_token * f64::from(*m)).collect();
+    let mut metrics = report_metrics(&config, &batch, &report);
+    metrics.push(("entropy", mean_entropy));
+    if config.entropy_coeff > 0.0 {
+        metrics.push(("policy_loss", out.loss * scale));
+        metrics.push(("entropy_coef", config.entropy_coeff));
+    }
+    Ok(Results::default()
+        .num("loss", loss)
+        .metrics(&metrics)
+        .grad_grid("per_token_logps", mask.cols, &d_log_probs)
+        .grad_grid("entropies", mask.cols, &d_entropies))
+}
+
+/// `[T]` weights from a `[B, T]` or `[B, 1]` ratio.
+fn engine_weights(case: &Case<'_>, batch: &TokenBatch) -> Result<Option<Vec<f64>>, Error> {
+    let Some(ratio) = case.opt_grid("importance_sampling_ratio")? else { return Ok(None) };
+    if ratio.cols == 1 && ratio.data.len() != batch.num_slots() {
+        return spread(batch, &ratio.data).map(Some);
+    }
+    Ok(Some(ratio.data))
+}
+
+/// TRL's vespo adds up the engine's log-ratios over masked slots too (where they are 0); move them to a token.
+fn gather_masked(batch: &TokenBatch, ratio: &mut [f64]) {
+    for row in 0..batch.num_rows() {
+        let masked: f64 = batch.row(row).filter(|t| !batch.is_active(*t)).map(|t| ratio[t].max(1e-8).ln()).sum();
+        if let Some(first) = batch.active(row).next() {
+            ratio[first] *= masked.exp();
+        }
+    }
+}
+
+/// What TRL divides by beyond the counts.
+fn normaliser(case: &Case<'_>, config: &PolicyLossConfig, accumulation: f64) -> Result<f64, Error> {
+    match config.trl.loss_type {
+        TrlLossType::Dapo | TrlLossType::Cispo | TrlLossType::Vespo => {
+            Ok(case.num("steps_per_generation", accumulation)? / accumulation)
+        }
+        TrlLossType::Grpo | TrlLossType::Bnpo | TrlLossType::DrGrpo | TrlLossType::Luspo | TrlLossType::Sapo => {
+            Ok(1.0 / accumulation)
+        }
+    }
+}
+
+fn report_metrics(config: &PolicyLossConfig, batch: &TokenBatch, report: &TrlReport) -> Vec<(&'static str, f64)> {
+    let mask = batch.response_mask();
+    let widen = |bits: &[u8]| -> Vec<f64> { bits.iter().map(|b| f64::from(*b)).collect() };
+    let (low, high) = (widen(&report.low_clipped), widen(&report.high_clipped));
+    let mut metrics = Vec::new();
+    if config.use_kl_loss {
+        metrics.push(("kl", report.kl));
+    }
+    match config.trl.loss_type {
+        TrlLossType::Cispo => metrics.push(("cispo_clip_ratio", masked_mean(&high, mask))),
+        TrlLossType::Vespo => {
+            let mean = report.phi.iter().sum::<f64>() / report.phi.len().max(1) as f64;
+            metrics.push(("vespo/phi_seq_mean", mean));
+        }
+        TrlLossType::Sapo => {}
+        TrlLossType::Grpo | TrlLossType::Bnpo | TrlLossType::DrGrpo | TrlLossType::Dapo | TrlLossType::Luspo => {
+            let per_row = |values: &[f64]| -> Vec<f64> {
+                let rows = (0..batch.num_rows()).filter(|row| batch.row_len(*row) > 0);
+                rows.map(|row| masked_mean(&values[batch.row(row)], &mask[batch.row(row)])).collect()
+            };
+            let (low_rows, high_rows) = (per_row(&low), per_row(&high));
+            let sequence = config.trl.importance_sampling_level == crate::ImportanceLevel::Sequence;
+            let mean = |values: &[f64], rows: &[f64]| {
+                if sequence { rows.iter().sum::<f64>() / batch.num_rows() as f64 } else { masked_mean(values, mask) }
+            };
+            let (low_mean, high_mean) = (mean(&low, &low_rows), mean(&high, &high_rows));
+            metrics.push(("clip_ratio/low_mean", low_mean));
+            metrics.push(("clip_ratio/high_mean", high_mean));
+            metrics.push(("clip_ratio/region_mean", low_mean + high_mean));
+            metrics.push(("clip_ratio/low_min", low_rows.iter().copied().fold(f64::INFINITY, f64::min)));
+            metrics.push(("clip_ratio/high_max", high_rows.iter().copied().fold(f64::NEG_INFINITY, f64::max)));
+        }
+    }
+    metrics
+}
+
+/// `GMPOTrainer._compute_loss`.
+pub(super) fn gmpo(case: &Case<'_>) -> Result<Results, Error> {
+    let mask = case.mask("completion_mask")?;
+    let batch = mask.batch()?;
+    let (log_probs, old) = (case.vector("per_token_logps")?, case.vector("old_per_token_logps")?);
+    let advantages = spread(&batch, &case.vector("advantages")?)?;
+    let quantile = case.num("top_entropy_quantile", 1.0)?;
+    let kept = if quantile < 1.0 {
+        high_entropy(&batch, &case.vector("entropies")?, 1.0 - quantile)
+    } else {
+        batch.response_mask().to_vec()
+    };
+    let low = case.num("epsilon_low", 0.4)?;
+    let config = PolicyLossConfig {
+        loss_mode: LossMode::GeoMean,
+        clip_ratio_low: Some(low),
+        clip_ratio_high: Some(case.num("epsilon_high", low)?),
+        ..PolicyLossConfig::default()
+    };
+    let counts = GlobalCounts::of(&batch, mask.cols as f64);
+    let input = PolicyLossInput {
+        batch: batch.with_mask(&kept)?,
+        log_probs: &log_probs,
+        old_log_probs: &old,
+        advantages: &advantages,
+        ..PolicyLossInput::default()
+    };
+    let mut out = policy_loss(&config, &input, &counts)?;
+    // TRL counts a row without tokens as ratio 1; it has no gradient.
+    for row in (0..batch.num_rows()).filter(|row| input.batch.row_len(*row) == 0) {
+        out.loss -= advantages[row * mask.cols] / counts.num_rows as f64;
+    }
+    let beta = case.num("beta", 0.0)?;
+    if beta > 0.0 {
+        let reference = case.vector("ref_per_token_logps")?;
+        let per_row = GlobalCounts { num_sequences: counts.num_rows, ..counts };
+        let weights = LossAggMode::SeqMeanTokenMean.row_weights(&batch, &per_row)?;
+        for (row, weight) in weights.iter().enumerate() {
+            for t in batch.active(row) {
+                let kl = KlType::K3.estimate(log_probs[t], reference[t]);
+                out.loss += beta * weight * kl.value;
+                out.d_log_probs[t] += beta * weight * kl.d;
+            }
+        }
+    }
+    Ok(Results::default().num("loss", out.loss).grad_grid("per_token_logps", mask.cols, &out.d_log_probs))
+}
+
+/// `RLOOTrainer._compute_loss`: the old log-probs are sums over rows.
+pub(super) fn rloo(case: &Case<'_>) -> Result<Results, Error> {
+    let mask = case.mask("completion_mask")?;
+    let batch = mask.batch()?;
+    let log_probs = case.vector("per_token_logps")?;
+    let advantages = spread(&batch, &case.vector("advantages")?)?;
+    // A row's sum of old log-probs stands on its first token; only the sum is read.
+    let mut old = vec![0.0; batch.num_slots()];
+    let sums = case.vector("old_logps")?;
+    for (row, sum) in sums.iter().enumerate() {
+        if let Some(first) = batch.active(row).next() {
+            old[first] = *sum;
+        }
+    }
+    let low = case.num("epsilon_low", 0.2)?;
+    let config = PolicyLossConfig {
+        loss_mode: LossMode::SequencePpo,
+        clip_ratio_low: Some(low),
+        clip_ratio_high: Some(case.num("epsilon_high", low)?),
+        ..PolicyLossConfig::default()
+    };
+    let input = PolicyLossInput {
+        batch,
+        log_probs: &log_probs,
+        old_log_probs: &old,
+        advantages: &advantages,
+        ..PolicyLossInput::default()
+    };
+    let mut out = policy_loss(&config, &input, &GlobalCounts::of(&batch, mask.cols as f64))?;
+    // TRL counts a row without tokens by the ratio of an empty sum to its old log-prob; it has no gradient.
+    for row in (0..batch.num_rows()).filter(|row| batch.row_len(*row) == 0) {
+        let ratio = Dual { value: (-sums[row]).exp(), d: 0.0 };
+        let term = clipped_surrogate(ratio, advantages[row * mask.cols], config.clip_range(), 0.0);
+        out.loss += term.loss / batch.num_rows() as f64;
+    }
+    Ok(Results::default().num("loss", out.loss).grad_grid("per_token_logps", mask.cols, &out.d_log_probs))
+}
