@@ -86,10 +86,11 @@ pub(super) fn grpo(case: &Case<'_>) -> Result<Results, Error> {
     let entropies = entropies.unwrap_or_default();
     let mean_entropy = masked_mean(&entropies, batch.response_mask());
     let bonus = config.entropy_coeff / accumulation;
-    let loss = out.loss * scale - bonus * mean_entropy;
+    let kept = high_entropy_tokens(&config, &batch, &entropies);
+    let loss = out.loss * scale - bonus * masked_mean(&entropies, &kept);
     let d_log_probs: Vec<f64> = out.d_log_probs.iter().map(|d| d * scale).collect();
-    let per_token = bonus / batch.num_tokens().max(1) as f64;
-    let d_entropies: Vec<f64> = batch.response_mask().iter().map(|m| -per_token * f64::from(*m)).collect();
+    let per_token = bonus / kept.iter().filter(|k| **k == 1).count().max(1) as f64;
+    let d_entropies: Vec<f64> = kept.iter().map(|k| -per_token * f64::from(*k)).collect();
     let mut metrics = report_metrics(&config, &batch, &report);
     metrics.push(("entropy", mean_entropy));
     if config.entropy_coeff > 0.0 {
@@ -101,6 +102,13 @@ pub(super) fn grpo(case: &Case<'_>) -> Result<Results, Error> {
         .metrics(&metrics)
         .grad_grid("per_token_logps", mask.cols, &d_log_probs)
         .grad_grid("entropies", mask.cols, &d_entropies))
+}
+
+fn high_entropy_tokens(config: &PolicyLossConfig, batch: &TokenBatch, entropies: &[f64]) -> Vec<u8> {
+    if config.trl.top_entropy_quantile < 1.0 {
+        return high_entropy(batch, entropies, 1.0 - config.trl.top_entropy_quantile);
+    }
+    batch.response_mask().to_vec()
 }
 
 /// `[T]` weights from a `[B, T]` or `[B, 1]` ratio.

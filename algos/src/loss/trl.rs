@@ -264,11 +264,18 @@ fn add_entropy(
     }
     let batch: &TokenBatch = &input.batch;
     let entropies = require_tokens(batch, "entropy_coeff", "entropies", input.entropies)?;
-    let scale = 1.0 / counts.num_tokens.max(1) as f64;
+    // With an entropy mask the whole mini-batch is here, and the bonus is the mean over the tokens that stay.
+    let masks = config.trl.top_entropy_quantile < 1.0;
+    let kept = match masks {
+        true => masks::high_entropy(batch, entropies, 1.0 - config.trl.top_entropy_quantile),
+        false => batch.response_mask().to_vec(),
+    };
+    let num_kept = kept.iter().filter(|k| **k == 1).count() as u64;
+    let scale = 1.0 / if masks { num_kept } else { counts.num_tokens }.max(1) as f64;
     for t in (0..batch.num_slots()).filter(|t| batch.is_active(*t)) {
         out.metrics.entropy_sum += entropies[t];
-        out.metrics.entropy_agg += scale * entropies[t];
-        out.d_entropies[t] = -config.entropy_coeff * scale;
+        out.metrics.entropy_agg += scale * entropies[t] * f64::from(kept[t]);
+        out.d_entropies[t] = -config.entropy_coeff * scale * f64::from(kept[t]);
     }
     out.loss -= config.entropy_coeff * out.metrics.entropy_agg;
     Ok(())
