@@ -128,3 +128,15 @@ fn unknown_settings_are_refused_and_defaults_are_those_documented() {
     let typo = given.replacen("hidden_size", "hiden_size", 1);
     assert!(serde_json::from_str::<InitConfig>(&typo).unwrap_err().to_string().contains("unknown field `hiden_size`"));
 }
+
+/// Growth of the settings is a reviewed act.
+#[test]
+fn the_settings_are_these() {
+    let schema = schemars::schema_for!(InitConfig).to_value();
+    let mut keys: Vec<&str> = schema["properties"].as_object().unwrap().keys().map(String::as_str).collect();
+    keys.sort_unstable();
+    let expected = "alphabet family hidden_size initializer_range intermediate_size max_position_embeddings \
+        num_attention_heads num_hidden_layers num_key_value_heads rope_theta tie_word_embeddings";
+    assert_eq!(keys, expected.split_whitespace().collect::<Vec<_>>());
+    assert_eq!(schema["additionalProperties"], false);
+}

@@ -1,5 +1,5 @@
 //! Read-only memory maps of whole files.
-#![allow(unsafe_code)]
+#![allow(unsafe_code, reason = "mapping a file into memory has no safe form")]
 
 use crate::error::{Error, Result};
 use memmap2::Mmap;

@@ -188,7 +188,7 @@ impl CheckpointReader {
 
     fn lm_head_repeats_embedding(&self) -> bool {
         let [head, embedding] = ["lm_head.weight", "model.embed_tokens.weight"].map(|name| self.tensor(name).ok());
-        matches!((head, embedding), (Some(h), Some(e)) if h.dtype == e.dtype && h.shape == e.shape && h.bytes == e.bytes)
+        head.zip(embedding).is_some_and(|(h, e)| h.dtype == e.dtype && h.shape == e.shape && h.bytes == e.bytes)
     }
 
     fn find(&self, name: &str, expected: impl FnOnce() -> String) -> Result<(&MappedFile, &Entry)> {
