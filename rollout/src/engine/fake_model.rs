@@ -1,0 +1,115 @@
+//! A model without numbers: its logits are a hash of the tokens that it reads back through block tables.
+//!
+//! A wrong block, a missed copy or an overwritten slot changes the hash and thereby every later token, so equality of
+//! responses proves the paging. [`respond`] computes the same response without any engine.
+
+use crate::model::{Model, ModelLimits, StepBatch, StepOutput};
+use crate::{BlockCopy, Error};
+use temper_proto::GroupRequest;
+use temper_tensor::{SampleRow, Sampled};
+use temper_types::{PolicyVersion, uniform53};
+
+pub(crate) const VOCAB: u32 = 40;
+
+#[derive(Debug)]
+pub(crate) struct FakeModel {
+    block_size: usize,
+    memory: Vec<u32>,
+    pub version: PolicyVersion,
+    pub fails: bool,
+    /// Rows of each step.
+    pub rows: Vec<usize>,
+}
+
+impl FakeModel {
+    pub fn new(num_blocks: usize, block_size: usize) -> Self {
+        let memory = vec![u32::MAX; num_blocks * block_size];
+        FakeModel { block_size, memory, version: PolicyVersion::default(), fails: false, rows: Vec::new() }
+    }
+}
+
+fn mix(hash: u64, token: u32) -> u64 {
+    let h = (hash ^ u64::from(token)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    h ^ (h >> 29)
+}
+
+fn sample(hash: u64, draw: &SampleRow<'_>) -> Sampled {
+    let seen = draw.seen.iter().fold(hash, |h, &(id, count)| mix(mix(h, id), count));
+    let shift = (seen >> 40) as f64 / (1u64 << 24) as f64;
+    let at = (draw.uniform + shift).fract() * f64::from(VOCAB);
+    let mut token_id = at as u32 % VOCAB;
+    while draw.banned_ids.contains(&token_id) {
+        token_id = (token_id + 1) % VOCAB;
+    }
+    let log_prob = -((mix(seen, token_id) >> 41) as f32) / (1u32 << 20) as f32;
+    Sampled { token_id, log_prob, sampled_log_prob: log_prob / 2.0, surviving_mass: 0.5 }
+}
+
+impl Model for FakeModel {
+    fn limits(&self) -> ModelLimits {
+        ModelLimits { vocab_size: VOCAB as usize, num_drawable_ids: VOCAB as usize, max_positions: 512 }
+    }
+
+    fn version(&self) -> Result<PolicyVersion, Error> {
+        Ok(self.version)
+    }
+
+    fn copy_blocks(&mut self, copies: &[BlockCopy]) {
+        for copy in copies {
+            let (from, to) = (copy.from as usize * self.block_size, copy.to as usize * self.block_size);
+            self.memory.copy_within(from..from + self.block_size, to);
+        }
+    }
+
+    fn step(&mut self, batch: StepBatch<'_>) -> Result<StepOutput, Error> {
+        if self.fails {
+            return Err(Error::Model("told to fail".to_owned()));
+        }
+        let place = |blocks: &[u32], slot: usize| {
+            blocks[slot / self.block_size] as usize * self.block_size + slot % self.block_size
+        };
+        let mut row = 0;
+        for span in batch.spans {
+            assert_eq!(span.row_start, row, "spans cover the rows in order");
+            for offset in 0..span.num_rows {
+                assert_eq!(batch.positions[row] as usize, span.first_slot + offset);
+                self.memory[place(span.blocks, span.first_slot + offset)] = batch.token_ids[row];
+                row += 1;
+            }
+        }
+        assert_eq!(row, batch.token_ids.len());
+        self.rows.push(row);
+        let draw = |(&row, draw): (&u32, &SampleRow<'_>)| {
+            let row = row as usize;
+            let span = batch.spans.iter().rfind(|span| span.row_start <= row).expect("a span covers the row");
+            let last = span.first_slot + row - span.row_start;
+            sample((0..=last).fold(7, |h, slot| mix(h, self.memory[place(span.blocks, slot)])), draw)
+        };
+        let sampled = batch.draw_rows.iter().zip(batch.draws).map(draw).collect();
+        Ok(StepOutput { version: self.version, sampled })
+    }
+}
+
+/// The first `max_new_tokens` tokens and log-probs of a sample, stop rules and penalties left out.
+pub(crate) fn respond(request: &GroupRequest, sample_index: usize) -> (Vec<u32>, Vec<f32>) {
+    let mut history = request.prompt_token_ids.clone();
+    let mut log_probs = Vec::new();
+    for _ in 0..request.sampling.max_new_tokens {
+        let row = SampleRow {
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            seen: &[],
+            banned_ids: &[],
+            uniform: uniform53(request.seeds[sample_index], history.len() as u64),
+        };
+        let drawn = sample(history.iter().fold(7, |h, &token| mix(h, token)), &row);
+        history.push(drawn.token_id);
+        log_probs.push(drawn.log_prob);
+    }
+    (history.split_off(request.prompt_token_ids.len()), log_probs)
+}

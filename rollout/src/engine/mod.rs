@@ -1,0 +1,288 @@
+//! The engine: groups of requests in, groups of responses out, one step at a time.
+//!
+//! Owns: the tokens of every queued and running sample, the scheduler, and the model with its K/V pool. Knows token
+//! ids only, no text, no transport and no thread: whoever calls [`Engine::step`] computes.
+//!
+//! # What a response depends on
+//! The token at slot t (prompt and response together) is drawn by the pure sampling function from the logits of the
+//! row at slot t-1 with the noise `uniform53(seed, t)`. The row's bits depend on the weights and its own sequence
+//! alone, so tokens and log-prob bits do not depend on batch mates, arrival order, chunking, block size, preemption
+//! or threads; tests pin this down with a model that hashes what it reads and with random policies.
+//!
+//! # When weights change between steps
+//! Every token is tagged with the version that drew it. K/V of running sequences are kept: a token drawn after a
+//! change attends to K/V that older weights stored. A sequence that is preempted after a change is recomputed under
+//! the weights of the day. Callers who want neither change weights only while the engine is idle.
+//!
+//! # Invariants
+//! Every group that was accepted ends with exactly one [`GroupResult`], from [`Engine::pop_finished`] or
+//! [`Engine::abort`] · a refused submit queues nothing · an open sample has a key in the scheduler, a finished one none.
+
+mod admission;
+mod batch;
+mod sample;
+
+use crate::clock::Clock;
+use crate::model::{Model, ModelLimits, StepOutput};
+use crate::scheduler::{Scheduler, SeqKey};
+use crate::stop::{StopMatcher, TokenBytes};
+use crate::{Error, SchedulerLimits};
+use batch::StepBuffers;
+use sample::{GroupContext, OpenSample};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::{Arc, OnceLock};
+use temper_proto::{GeneratedSample, GroupRequest, GroupResult, RolloutStats};
+use temper_types::{FinishReason, GroupId};
+
+/// What an engine is made with, beside its model.
+#[derive(Clone)]
+pub struct EngineOptions {
+    /// Limits of the scheduler.
+    pub limits: SchedulerLimits,
+    /// Most samples queued and running.
+    pub max_queued_samples: usize,
+    /// Bytes of tokens; without them stop strings are refused.
+    pub token_bytes: Option<Arc<dyn TokenBytes>>,
+    /// Clock of the timings.
+    pub clock: Arc<dyn Clock>,
+    /// Name under which results are reported.
+    pub worker: String,
+}
+
+/// A group of which at least one sample is open.
+struct OpenGroup {
+    context: Arc<GroupContext>,
+    /// Keys of the samples; those of finished ones are stale.
+    keys: Vec<SeqKey>,
+    finished: Vec<Option<GeneratedSample>>,
+    num_open: usize,
+}
+
+/// The engine. See the module.
+pub struct Engine<M> {
+    model: M,
+    options: EngineOptions,
+    scheduler: Scheduler,
+    /// Open samples by [`SeqKey::index`].
+    samples: Vec<Option<OpenSample>>,
+    groups: BTreeMap<GroupId, OpenGroup>,
+    finished: VecDeque<GroupResult>,
+    buffers: StepBuffers,
+    num_queued: usize,
+    num_steps: u64,
+    num_generated_tokens: u64,
+}
+
+impl<M: Model> Engine<M> {
+    /// An idle engine. The model's pool holds the blocks that `options.limits` names.
+    pub fn new(model: M, options: EngineOptions) -> Self {
+        Engine {
+            model,
+            scheduler: Scheduler::new(options.limits),
+            options,
+            samples: Vec::new(),
+            groups: BTreeMap::new(),
+            finished: VecDeque::new(),
+            buffers: StepBuffers::default(),
+            num_queued: 0,
+            num_steps: 0,
+            num_generated_tokens: 0,
+        }
+    }
+
+    /// Queue groups behind those already queued.
+    ///
+    /// # Errors
+    /// For the first group that is wrong or can never fit; nothing of the call is queued then.
+    pub fn submit(&mut self, requests: Vec<GroupRequest>) -> Result<(), Error> {
+        self.check(&requests)?;
+        requests.into_iter().for_each(|request| self.enqueue(request));
+        Ok(())
+    }
+
+    /// Compute one step: plan, forward, draw, and append or finish. Does nothing where the engine is idle.
+    ///
+    /// # Errors
+    /// Where the model fails; the step can be tried again.
+    pub fn step(&mut self) -> Result<(), Error> {
+        if self.scheduler.is_idle() {
+            return Ok(());
+        }
+        self.scheduler.schedule();
+        self.model.copy_blocks(&self.scheduler.plan().copies);
+        let output = self.buffers.run(&mut self.model, &self.scheduler, &self.samples)?;
+        self.note_starts();
+        self.scheduler.commit();
+        self.record(&output);
+        Ok(())
+    }
+
+    /// The next finished group, in order of completion.
+    pub fn pop_finished(&mut self) -> Option<GroupResult> {
+        self.finished.pop_front()
+    }
+
+    /// End a group now and free exactly its blocks. Its unfinished samples come back as far as they got, with
+    /// [`FinishReason::Abort`]. `None` where no such group is open.
+    pub fn abort(&mut self, group_id: GroupId) -> Option<GroupResult> {
+        let keys = self.groups.get(&group_id)?.keys.clone();
+        for (index, key) in keys.into_iter().enumerate() {
+            if self.groups.get(&group_id).is_some_and(|group| group.finished[index].is_none()) {
+                self.finish(key, FinishReason::Abort);
+            }
+        }
+        self.finished.pop_back()
+    }
+
+    /// Ids of the open groups, ascending.
+    pub fn open_groups(&self) -> Vec<GroupId> {
+        self.groups.keys().copied().collect()
+    }
+
+    /// True where no group is open. Finished ones may still wait to be taken.
+    pub fn is_idle(&self) -> bool {
+        self.groups.is_empty()
+    }
+
+    /// Counters.
+    pub fn stats(&self) -> RolloutStats {
+        let (blocks, scheduler) = (self.scheduler.blocks(), self.scheduler.stats());
+        RolloutStats {
+            num_steps: self.num_steps,
+            num_prefill_tokens: scheduler.num_prefill_tokens,
+            num_generated_tokens: self.num_generated_tokens,
+            num_preemptions: scheduler.num_preemptions,
+            peak_kv_blocks: blocks.peak_used() as u64,
+            kv_blocks_in_use: blocks.num_used() as u64,
+        }
+    }
+
+    /// The model.
+    pub fn model(&self) -> &M {
+        &self.model
+    }
+
+    /// The model, to change between steps.
+    pub fn model_mut(&mut self) -> &mut M {
+        &mut self.model
+    }
+
+    fn check(&self, requests: &[GroupRequest]) -> Result<(), Error> {
+        let limits = self.model.limits();
+        let mut new_ids = BTreeSet::new();
+        let mut submitted = 0;
+        for request in requests {
+            let group_id = request.group_id;
+            if self.groups.contains_key(&group_id) || !new_ids.insert(group_id) {
+                let cause = "the id is already queued: expected one that is unique in the run".to_owned();
+                return Err(Error::InvalidRequest { group_id, cause });
+            }
+            self.check_fit(request, limits)?;
+            submitted += request.seeds.len();
+        }
+        let (queued, limit) = (self.num_queued, self.options.max_queued_samples);
+        if queued + submitted > limit { Err(Error::QueueFull { queued, submitted, limit }) } else { Ok(()) }
+    }
+
+    fn check_fit(&self, request: &GroupRequest, limits: ModelLimits) -> Result<(), Error> {
+        let shape = admission::check_request(request, limits, self.options.token_bytes.is_some())?;
+        match self.scheduler.excess_blocks(shape) {
+            None => Ok(()),
+            Some(needed) => Err(Error::NeverFits {
+                group_id: request.group_id,
+                prompt_len: shape.prompt_len,
+                max_new_tokens: shape.max_new_tokens,
+                needed,
+                available: self.scheduler.blocks().num_blocks(),
+                unit: "kv blocks",
+            }),
+        }
+    }
+
+    fn enqueue(&mut self, request: GroupRequest) {
+        let shape = crate::GroupShape {
+            prompt_len: request.prompt_token_ids.len(),
+            max_new_tokens: request.sampling.max_new_tokens as usize,
+            num_samples: request.seeds.len(),
+        };
+        let group_id = request.group_id;
+        let context = Arc::new(self.context(request));
+        let keys = self.scheduler.submit(shape);
+        for (key, sample_index) in keys.iter().zip(0..) {
+            if self.samples.len() <= key.index() {
+                self.samples.resize_with(key.index() + 1, || None);
+            }
+            self.samples[key.index()] = Some(OpenSample::new(&context, sample_index));
+        }
+        let finished = keys.iter().map(|_| None).collect();
+        self.num_queued += keys.len();
+        self.groups.insert(group_id, OpenGroup { context, num_open: keys.len(), keys, finished });
+    }
+
+    fn context(&self, request: GroupRequest) -> GroupContext {
+        let mut stop_ids = request.sampling.stop_token_ids.clone();
+        stop_ids.sort_unstable();
+        stop_ids.dedup();
+        let token_bytes = self.options.token_bytes.as_ref().filter(|_| !request.sampling.stop.is_empty());
+        let stop = token_bytes.map(|bytes| {
+            let stops = request.sampling.stop.iter().map(String::as_bytes);
+            (StopMatcher::new(stops), Arc::clone(bytes))
+        });
+        let (submitted_at, started_at) = (self.options.clock.now(), OnceLock::new());
+        GroupContext { request, stop_ids, stop, submitted_at, started_at }
+    }
+
+    /// Remember when the first row of each group was computed.
+    fn note_starts(&mut self) {
+        self.num_steps += 1;
+        let mut now = None;
+        for work in &self.scheduler.plan().work {
+            let started_at = self.samples[work.key.index()].as_ref().map(|sample| &sample.context.started_at);
+            if let Some(cell) = started_at.filter(|cell| cell.get().is_none()) {
+                cell.get_or_init(|| *now.get_or_insert_with(|| self.options.clock.now()));
+            }
+        }
+    }
+
+    fn record(&mut self, output: &StepOutput) {
+        for (index, drawn) in output.sampled.iter().enumerate() {
+            let key = self.scheduler.plan().draws[index].key;
+            let sample = self.samples[key.index()].as_mut().expect("a drawing sample is open");
+            self.num_generated_tokens += 1;
+            match sample.push(drawn, output.version) {
+                None => self.scheduler.append(key),
+                Some(reason) => self.finish(key, reason),
+            }
+        }
+    }
+
+    fn finish(&mut self, key: SeqKey, reason: FinishReason) {
+        self.scheduler.remove(key);
+        let sample = self.samples[key.index()].take().expect("a sample finishes once");
+        let group_id = sample.context.request.group_id;
+        let group = self.groups.get_mut(&group_id).expect("an open sample's group is open");
+        let sample = sample.finish(reason, self.options.clock.now());
+        let index = sample.sample_index.0 as usize;
+        group.finished[index] = Some(sample);
+        group.num_open -= 1;
+        self.num_queued -= 1;
+        if group.num_open == 0 {
+            self.close(group_id);
+        }
+    }
+
+    fn close(&mut self, group_id: GroupId) {
+        let Some(group) = self.groups.remove(&group_id) else { return };
+        self.finished.push_back(GroupResult {
+            group_id,
+            prompt_id: group.context.request.prompt_id,
+            worker: self.options.worker.clone(),
+            samples: group.finished.into_iter().flatten().collect(),
+        });
+    }
+}
+
+#[cfg(test)]
+mod fake_model;
+#[cfg(test)]
+mod tests;

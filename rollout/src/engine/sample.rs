@@ -1,0 +1,167 @@
+//! One response while it grows.
+
+use crate::stop::{StopMatcher, StopState, TokenBytes};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+use temper_proto::{GeneratedSample, GroupRequest};
+use temper_tensor::{SampleRow, Sampled};
+use temper_types::{FinishReason, PolicyVersion, SampleIndex, SampleTimings, uniform53};
+
+/// What all samples of a group share.
+pub(super) struct GroupContext {
+    pub request: GroupRequest,
+    /// Stop token ids, ascending.
+    pub stop_ids: Vec<u32>,
+    /// Matcher of the stop strings and the bytes to feed it, where there are any.
+    pub stop: Option<(StopMatcher, Arc<dyn TokenBytes>)>,
+    pub submitted_at: Duration,
+    /// When the first row of the prompt was computed.
+    pub started_at: OnceLock<Duration>,
+}
+
+/// A sample that is queued or running.
+pub(super) struct OpenSample {
+    pub context: Arc<GroupContext>,
+    sample_index: u32,
+    token_ids: Vec<u32>,
+    log_probs: Vec<f32>,
+    sampled_log_probs: Vec<f32>,
+    surviving_mass: Vec<f32>,
+    policy_versions: Vec<(PolicyVersion, u32)>,
+    stop_state: StopState,
+    /// Ids of prompt and response with their occurrences in the response, ascending; only kept for penalties.
+    seen: Vec<(u32, u32)>,
+}
+
+impl OpenSample {
+    pub fn new(context: &Arc<GroupContext>, sample_index: u32) -> Self {
+        let GroupRequest { sampling, prompt_token_ids, .. } = &context.request;
+        let mut seen = Vec::new();
+        if sampling.has_penalties() {
+            seen.extend(prompt_token_ids.iter().map(|&id| (id, 0)));
+            seen.sort_unstable();
+            seen.dedup();
+        }
+        OpenSample {
+            context: Arc::clone(context),
+            sample_index,
+            token_ids: Vec::new(),
+            log_probs: Vec::new(),
+            sampled_log_probs: Vec::new(),
+            surviving_mass: Vec::new(),
+            policy_versions: Vec::new(),
+            stop_state: StopState::default(),
+            seen,
+        }
+    }
+
+    /// Append the tokens at `slots` of prompt and response to `out`.
+    pub fn extend_with_tokens(&self, slots: std::ops::Range<usize>, out: &mut Vec<u32>) {
+        let prompt = &self.context.request.prompt_token_ids;
+        let split = |slot: usize| (slot.min(prompt.len()), slot.saturating_sub(prompt.len()));
+        let ((prompt_start, start), (prompt_end, end)) = (split(slots.start), split(slots.end));
+        out.extend_from_slice(&prompt[prompt_start..prompt_end]);
+        out.extend_from_slice(&self.token_ids[start..end]);
+    }
+
+    /// How the token at `slot` is drawn: a function of the request, the seed and the tokens before.
+    pub fn draw(&self, slot: usize) -> SampleRow<'_> {
+        let GroupRequest { sampling, seeds, .. } = &self.context.request;
+        let bans_stops = self.token_ids.len() < sampling.min_new_tokens as usize;
+        SampleRow {
+            temperature: sampling.temperature,
+            top_p: sampling.top_p,
+            top_k: sampling.top_k,
+            min_p: sampling.min_p,
+            repetition_penalty: sampling.repetition_penalty,
+            presence_penalty: sampling.presence_penalty,
+            frequency_penalty: sampling.frequency_penalty,
+            seen: &self.seen,
+            banned_ids: if bans_stops { &self.context.stop_ids } else { &[] },
+            uniform: uniform53(seeds[self.sample_index as usize], slot as u64),
+        }
+    }
+
+    /// Add a drawn token; says why the response ends, where it does.
+    pub fn push(&mut self, drawn: &Sampled, version: PolicyVersion) -> Option<FinishReason> {
+        if self.token_ids.is_empty() {
+            self.reserve();
+        }
+        let sampling = &self.context.request.sampling;
+        self.token_ids.push(drawn.token_id);
+        self.log_probs.push(drawn.log_prob);
+        if sampling.is_truncated() {
+            self.sampled_log_probs.push(drawn.sampled_log_prob);
+            self.surviving_mass.push(drawn.surviving_mass);
+        }
+        if sampling.has_penalties() {
+            count(&mut self.seen, drawn.token_id);
+        }
+        match self.policy_versions.last_mut() {
+            Some((last, num_tokens)) if *last == version => *num_tokens += 1,
+            _ => self.policy_versions.push((version, 1)),
+        }
+        self.finish_reason(drawn.token_id)
+    }
+
+    /// Take room for the whole response, so that its later tokens do not allocate.
+    fn reserve(&mut self) {
+        let sampling = &self.context.request.sampling;
+        let room = sampling.max_new_tokens as usize;
+        self.token_ids.reserve(room);
+        self.log_probs.reserve(room);
+        if sampling.is_truncated() {
+            self.sampled_log_probs.reserve(room);
+            self.surviving_mass.reserve(room);
+        }
+        if sampling.has_penalties() {
+            self.seen.reserve(room);
+        }
+    }
+
+    fn finish_reason(&mut self, token_id: u32) -> Option<FinishReason> {
+        let sampling = &self.context.request.sampling;
+        let len = self.token_ids.len();
+        if self.context.stop_ids.binary_search(&token_id).is_ok() {
+            return Some(FinishReason::Stop);
+        }
+        if let Some((matcher, bytes)) = &self.context.stop {
+            let completed = matcher.feed(&mut self.stop_state, bytes.token_bytes(token_id));
+            if completed && len >= sampling.min_new_tokens as usize {
+                return Some(FinishReason::StopString);
+            }
+        }
+        (len >= sampling.max_new_tokens as usize).then_some(FinishReason::Length)
+    }
+
+    /// The finished sample.
+    pub fn finish(self, finish_reason: FinishReason, now: Duration) -> GeneratedSample {
+        let context = &self.context;
+        let started_at = context.started_at.get().copied().unwrap_or(now);
+        GeneratedSample {
+            sample_index: SampleIndex(self.sample_index),
+            seed: context.request.seeds[self.sample_index as usize],
+            token_ids: self.token_ids,
+            log_probs: self.log_probs,
+            sampled_log_probs: self.sampled_log_probs,
+            surviving_mass: self.surviving_mass,
+            policy_versions: self.policy_versions,
+            finish_reason,
+            num_drafted: 0,
+            num_accepted: 0,
+            timings: SampleTimings {
+                queue_seconds: started_at.saturating_sub(context.submitted_at).as_secs_f64(),
+                rollout_seconds: now.saturating_sub(started_at).as_secs_f64(),
+                reward_seconds: 0.0,
+            },
+        }
+    }
+}
+
+/// Count one more occurrence of `id`; `seen` stays ascending.
+fn count(seen: &mut Vec<(u32, u32)>, id: u32) {
+    match seen.binary_search_by_key(&id, |entry| entry.0) {
+        Ok(at) => seen[at].1 += 1,
+        Err(at) => seen.insert(at, (id, 1)),
+    }
+}

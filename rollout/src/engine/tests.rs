@@ -1,0 +1,299 @@
+//! The engine over a model that hashes what it reads.
+
+use super::fake_model::{FakeModel, VOCAB, respond};
+use super::{Engine, EngineOptions};
+use crate::{Clock, Error, SchedulerLimits, TokenByteTable};
+use proptest::prelude::*;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use temper_proto::{GroupRequest, GroupResult};
+use temper_types::{ContentHash, FinishReason, GroupId, PolicyVersion, PromptId, SamplingParams};
+
+/// A clock that advances one second with every look.
+#[derive(Default)]
+struct CountingClock(AtomicU64);
+
+impl Clock for CountingClock {
+    fn now(&self) -> Duration {
+        Duration::from_secs(self.0.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+fn roomy() -> SchedulerLimits {
+    SchedulerLimits {
+        max_num_seqs: 16,
+        max_batch_tokens: 64,
+        prefill_chunk: 32,
+        block_size: 16,
+        num_blocks: 200,
+        watermark_blocks: 2,
+        reserve_tokens: 16,
+    }
+}
+
+fn engine(limits: SchedulerLimits) -> Engine<FakeModel> {
+    let letters = (0..VOCAB).map(|id| vec![b'a' + (id % 26) as u8]).collect();
+    let options = EngineOptions {
+        limits,
+        max_queued_samples: 1000,
+        token_bytes: Some(Arc::new(TokenByteTable(letters))),
+        clock: Arc::new(CountingClock::default()),
+        worker: "test".to_owned(),
+    };
+    Engine::new(FakeModel::new(limits.num_blocks, limits.block_size), options)
+}
+
+fn request(group: u64, prompt_len: usize, num_samples: u64, max_new_tokens: u32) -> GroupRequest {
+    GroupRequest {
+        group_id: GroupId(group),
+        prompt_id: PromptId(group),
+        epoch: 0,
+        prompt_token_ids: (0..prompt_len as u32).map(|i| (i * 7 + group as u32) % VOCAB).collect(),
+        seeds: (0..num_samples).map(|i| group * 1000 + i).collect(),
+        sampling: SamplingParams { max_new_tokens, ..SamplingParams::default() },
+    }
+}
+
+fn run(engine: &mut Engine<FakeModel>) -> Vec<GroupResult> {
+    let mut results = Vec::new();
+    while !engine.is_idle() {
+        engine.step().unwrap();
+        results.extend(std::iter::from_fn(|| engine.pop_finished()));
+    }
+    results.sort_by_key(|result| result.group_id);
+    results
+}
+
+fn run_one(request: GroupRequest) -> GroupResult {
+    let mut engine = engine(roomy());
+    engine.submit(vec![request]).unwrap();
+    run(&mut engine).remove(0)
+}
+
+fn bits(log_probs: &[f32]) -> Vec<u32> {
+    log_probs.iter().map(|x| x.to_bits()).collect()
+}
+
+/// Every sample of every request is what [`respond`] says, and the pool is whole.
+fn check_responses(engine: &mut Engine<FakeModel>, requests: &[GroupRequest]) {
+    let results = run(engine);
+    assert_eq!(results.len(), requests.len(), "one result per group");
+    for request in requests {
+        let result = results.iter().find(|r| r.group_id == request.group_id).expect("a result for every group");
+        assert_eq!(result.samples.len(), request.seeds.len());
+        for (index, sample) in result.samples.iter().enumerate() {
+            let (token_ids, log_probs) = respond(request, index);
+            assert_eq!(sample.token_ids, token_ids, "group {} sample {index}", request.group_id);
+            assert_eq!(bits(&sample.log_probs), bits(&log_probs));
+            assert_eq!(sample.finish_reason, FinishReason::Length);
+            assert_eq!((sample.sampled_log_probs.len(), sample.surviving_mass.len()), (0, 0));
+        }
+    }
+    assert_eq!(engine.stats().kv_blocks_in_use, 0);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    /// Responses do not depend on limits, arrival order or preemption.
+    #[test]
+    fn responses_are_a_function_of_the_request(
+        shapes in prop::collection::vec((1usize..70, 1u64..8, 1u32..40), 1..7),
+        (max_num_seqs, spare, prefill_chunk) in (1usize..20, 1usize..70, 1usize..40),
+        (block_size, spare_blocks) in (prop::sample::select(vec![16usize, 32, 64]), 0usize..12),
+        (watermark_blocks, reserve_tokens) in (0usize..3, 0usize..40),
+        reversed in any::<bool>(),
+        late in 0usize..4,
+    ) {
+        let mut requests: Vec<_> =
+            shapes.iter().zip(0..).map(|(&(p, n, m), id)| request(id, p, n, m)).collect();
+        let longest = shapes.iter().map(|&(p, _, m)| (p + m as usize - 1).div_ceil(block_size)).max().unwrap_or(1);
+        if reversed {
+            requests.reverse();
+        }
+        let max_batch_tokens = max_num_seqs + spare;
+        let num_blocks = longest + spare_blocks;
+        let mut engine = engine(SchedulerLimits {
+            max_num_seqs, max_batch_tokens, prefill_chunk, block_size, num_blocks, watermark_blocks, reserve_tokens,
+        });
+        let late = late.min(requests.len());
+        engine.submit(requests[late..].to_vec()).unwrap();
+        for _ in 0..3 * late {
+            engine.step().unwrap();
+        }
+        engine.submit(requests[..late].to_vec()).unwrap();
+        check_responses(&mut engine, &requests);
+        prop_assert!(engine.model().rows.iter().all(|&rows| rows <= max_batch_tokens));
+    }
+}
+
+#[test]
+fn a_tiny_pool_preempts_and_changes_nothing() {
+    let requests: Vec<_> = (0..4).map(|id| request(id, 20, 3, 40)).collect();
+    let mut engine = engine(SchedulerLimits { num_blocks: 9, watermark_blocks: 0, reserve_tokens: 0, ..roomy() });
+    engine.submit(requests.clone()).unwrap();
+    check_responses(&mut engine, &requests);
+    assert!(engine.stats().num_preemptions > 0, "the pool is too small for all of them");
+}
+
+#[test]
+fn a_group_costs_one_prefill() {
+    let mut engine = engine(roomy());
+    let requests = [request(0, 100, 16, 5)];
+    engine.submit(requests.to_vec()).unwrap();
+    check_responses(&mut engine, &requests);
+    let stats = engine.stats();
+    assert_eq!((stats.num_prefill_tokens, stats.num_generated_tokens), (100, 80));
+    assert_eq!(engine.model().rows.iter().sum::<usize>(), 100 + 16 * 4, "the last token is never computed");
+    assert_eq!(stats.num_steps, 4 + 4);
+}
+
+#[test]
+fn a_stop_token_ends_the_response_and_stays() {
+    let free = run_one(request(0, 5, 1, 30)).samples.remove(0);
+    let stop_id = free.token_ids[6];
+    let first = free.token_ids.iter().position(|&id| id == stop_id).unwrap();
+    let mut stopped = request(0, 5, 1, 30);
+    stopped.sampling.stop_token_ids = vec![stop_id];
+    let sample = run_one(stopped.clone()).samples.remove(0);
+    assert_eq!(sample.token_ids, free.token_ids[..=first]);
+    assert_eq!((sample.log_probs.len(), sample.finish_reason), (first + 1, FinishReason::Stop));
+
+    stopped.sampling.min_new_tokens = first as u32 + 2;
+    let sample = run_one(stopped).samples.remove(0);
+    assert!(!sample.token_ids[..=first + 1].contains(&stop_id), "stop ids are banned before min_new_tokens");
+    assert_eq!(sample.sampled_log_probs.len(), sample.token_ids.len(), "a ban is a truncation");
+    assert_eq!(sample.surviving_mass.len(), sample.token_ids.len());
+}
+
+#[test]
+fn a_stop_string_ends_with_the_token_that_completes_it() {
+    let free = run_one(request(0, 5, 1, 30)).samples.remove(0);
+    let text: Vec<u8> = free.token_ids.iter().map(|&id| b'a' + (id % 26) as u8).collect();
+    let stop = &text[4..7];
+    let end = (0..text.len()).find(|&end| text[..=end].ends_with(stop)).unwrap();
+    let mut stopped = request(0, 5, 1, 30);
+    stopped.sampling.stop = vec!["~".to_owned(), String::from_utf8(stop.to_vec()).unwrap()];
+    let sample = run_one(stopped.clone()).samples.remove(0);
+    assert_eq!((&sample.token_ids[..], sample.finish_reason), (&free.token_ids[..=end], FinishReason::StopString));
+    stopped.sampling.min_new_tokens = end as u32 + 2;
+    assert!(run_one(stopped).samples[0].token_ids.len() > end + 1, "a stop string counts from min_new_tokens on");
+}
+
+#[test]
+fn penalties_see_prompt_and_response() {
+    let plain = run_one(request(0, 5, 2, 20));
+    let mut penalised = request(0, 5, 2, 20);
+    penalised.sampling.presence_penalty = 0.5;
+    let other = run_one(penalised.clone());
+    assert_ne!(plain.samples[0].token_ids, other.samples[0].token_ids);
+    assert_eq!(other.samples[0].surviving_mass.len(), 20);
+
+    let mut tiny = engine(SchedulerLimits { num_blocks: 3, watermark_blocks: 0, reserve_tokens: 0, ..roomy() });
+    tiny.submit(vec![penalised, request(1, 30, 2, 10)]).unwrap();
+    let results = run(&mut tiny);
+    assert!(tiny.stats().num_preemptions > 0);
+    assert_eq!(results[0].samples[0].token_ids, other.samples[0].token_ids, "counts survive a preemption");
+}
+
+#[test]
+fn every_token_carries_the_version_that_drew_it() {
+    let mut engine = engine(roomy());
+    engine.submit(vec![request(0, 5, 2, 6)]).unwrap();
+    let old = engine.model().version;
+    let new = PolicyVersion { number: 1, hash: ContentHash([1; 16]) };
+    (0..2).for_each(|_| engine.step().unwrap());
+    engine.model_mut().version = new;
+    let result = run(&mut engine).remove(0);
+    assert_eq!(result.samples[1].policy_versions, [(old, 2), (new, 4)]);
+}
+
+#[test]
+fn an_abort_frees_exactly_its_blocks_and_answers_once() {
+    let mut engine = engine(roomy());
+    let requests = [request(0, 40, 3, 20), request(1, 20, 2, 20), request(2, 9, 1, 20)];
+    engine.submit(requests.to_vec()).unwrap();
+    (0..6).for_each(|_| engine.step().unwrap());
+    let before = engine.stats().kv_blocks_in_use;
+    let aborted = engine.abort(GroupId(0)).unwrap();
+    assert_eq!(aborted.samples.len(), 3);
+    for (index, sample) in aborted.samples.iter().enumerate() {
+        let (token_ids, _) = respond(&requests[0], index);
+        assert_eq!(sample.finish_reason, FinishReason::Abort);
+        assert!(!sample.token_ids.is_empty() && token_ids.starts_with(&sample.token_ids));
+    }
+    // Two full prompt blocks are shared by all three; each sibling has one block of its own.
+    assert_eq!(before - engine.stats().kv_blocks_in_use, 2 + 3);
+    assert_eq!(engine.abort(GroupId(0)), None);
+    check_responses(&mut engine, &requests[1..]);
+}
+
+#[test]
+fn bad_requests_are_refused_and_nothing_is_queued() {
+    let cases: [(fn(&mut GroupRequest), &str); 9] = [
+        (|r| r.prompt_token_ids.clear(), "the prompt has no token"),
+        (|r| r.prompt_token_ids[1] = VOCAB, "prompt[1] = 40 is no token id"),
+        (|r| r.seeds.clear(), "no seed"),
+        (|r| r.sampling.top_p = 0.0, "top_p = 0 is out of range"),
+        (|r| r.sampling.stop_token_ids = vec![3, 99], "stop_token_ids[1] = 99"),
+        (|r| r.sampling.stop = vec![String::new()], "an empty stop string"),
+        (
+            |r| r.sampling.max_new_tokens = 600,
+            "can never fit: 5 prompt tokens and up to 600 new ones need 604 positions",
+        ),
+        (|r| r.sampling.max_new_tokens = 100, "need 7 kv blocks, the engine has 6"),
+        (|r| r.group_id = GroupId(0), "already queued"),
+    ];
+    for (change, expected) in cases {
+        let mut engine = engine(SchedulerLimits { num_blocks: 6, ..roomy() });
+        let mut bad = request(1, 5, 1, 10);
+        change(&mut bad);
+        let error = engine.submit(vec![request(0, 5, 1, 10), bad]).unwrap_err();
+        assert!(error.to_string().contains(expected), "{error}");
+        assert!(engine.is_idle(), "nothing of the call is queued");
+    }
+    let mut engine = engine(roomy());
+    let error = engine.submit(vec![request(0, 5, 999, 10), request(1, 5, 2, 10)]).unwrap_err();
+    assert_eq!(error, Error::QueueFull { queued: 0, submitted: 1001, limit: 1000 });
+}
+
+#[test]
+fn a_failed_step_can_be_tried_again() {
+    let mut engine = engine(roomy());
+    let requests = [request(0, 20, 4, 12)];
+    engine.submit(requests.to_vec()).unwrap();
+    for _ in 0..4 {
+        engine.model_mut().fails = true;
+        assert!(engine.step().is_err());
+        engine.model_mut().fails = false;
+        engine.step().unwrap();
+    }
+    check_responses(&mut engine, &requests);
+}
+
+#[test]
+fn timings_split_queue_and_rollout() {
+    let mut engine = engine(SchedulerLimits { max_num_seqs: 1, ..roomy() });
+    engine.submit(vec![request(0, 5, 1, 3), request(1, 5, 1, 3)]).unwrap();
+    let results = run(&mut engine);
+    // Looks at the clock: submit 0, submit 1, start of 0, end of 0, start of 1, end of 1.
+    let timings = results.iter().map(|r| (r.samples[0].timings.queue_seconds, r.samples[0].timings.rollout_seconds));
+    assert_eq!(timings.collect::<Vec<_>>(), [(2.0, 1.0), (3.0, 1.0)]);
+}
+
+/// Bookkeeping alone: thousands of short requests, steady memory, totals that add up.
+#[test]
+fn many_short_requests_leave_nothing_behind() {
+    let mut engine = engine(roomy());
+    let mut num_samples = 0;
+    for round in 0..200u64 {
+        let requests: Vec<_> = (0..10).map(|i| request(round * 10 + i, 3, 2, 2)).collect();
+        engine.submit(requests).unwrap();
+        num_samples += run(&mut engine).iter().map(|r| r.samples.len()).sum::<usize>();
+    }
+    assert_eq!(num_samples, 4000);
+    assert_eq!(engine.stats().num_generated_tokens, 8000);
+    assert_eq!(engine.stats().num_prefill_tokens, 6000);
+    assert!(engine.samples.len() <= 20, "keys are reused");
+}

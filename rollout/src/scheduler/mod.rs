@@ -1,0 +1,344 @@
+//! Which rows the next step computes: a pure state machine over lengths and blocks.
+//!
+//! Owns: the order of sequences, their block tables and the pool's bookkeeping. Knows no token, no weight and no
+//! clock. The engine calls [`Scheduler::schedule`], runs the [`Plan`], calls [`Scheduler::commit`], and then says of
+//! every drawn token whether its sequence goes on ([`Scheduler::append`]) or ends ([`Scheduler::remove`]).
+//!
+//! # Policy
+//! - One budget of rows a step: decode rows first, oldest first, then prefill chunks, oldest first.
+//! - Sequences start in order of arrival, and only where the pool covers the expected length of everything that runs
+//!   (`reserve_tokens` ahead) and a watermark stays free. Alone, a sequence always starts.
+//! - The first sequence of a group computes the prompt; its siblings wait, draw their first token from the same row,
+//!   and then share its blocks. A sibling that comes later shares the prompt's full blocks.
+//! - A decode row that finds no block takes those of the youngest sequence, which is recomputed later. The oldest
+//!   sequence is therefore never stopped by a younger one, and since everything submitted fits alone, it always ends.
+//!
+//! # Invariants
+//! `waiting` and `running` are sorted by rank (arrival, then sample index) and disjoint · a waiting sequence has no
+//! block · blocks are written only while they have one owner · nothing planned is preempted in the same step.
+
+mod plan;
+mod start;
+
+pub use plan::{Draw, Plan, Work};
+
+use crate::block_manager::{BlockManager, BlockTable, OutOfBlocks};
+use crate::config::SchedulerLimits;
+use std::collections::VecDeque;
+
+/// Handle of a sequence, from [`Scheduler::submit`] to [`Scheduler::remove`]; dense, so it can index a slab.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SeqKey(u32);
+
+impl SeqKey {
+    /// Position in a slab.
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// What the scheduler must know of a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GroupShape {
+    /// Tokens of the prompt; at least one.
+    pub prompt_len: usize,
+    /// Longest response; at least one.
+    pub max_new_tokens: usize,
+    /// Number of samples; at least one.
+    pub num_samples: usize,
+}
+
+impl GroupShape {
+    /// Slots that the longest possible sample stores. The last token of a response is never stored.
+    pub const fn max_slots(&self) -> usize {
+        self.prompt_len + self.max_new_tokens - 1
+    }
+}
+
+/// Counters since the start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SchedulerStats {
+    /// Prompt rows computed.
+    pub num_prefill_tokens: u64,
+    /// Sequences that lost their blocks.
+    pub num_preemptions: u64,
+}
+
+/// Order of service: the lower, the older.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+struct Rank {
+    arrival: u64,
+    sample_index: u32,
+}
+
+/// Lengths and blocks of one sequence.
+#[derive(Debug, Default)]
+struct Sequence {
+    rank: Rank,
+    prompt_len: usize,
+    max_slots: usize,
+    /// Tokens known: the prompt and what was drawn.
+    len: usize,
+    /// Slots whose K/V are stored.
+    num_computed: usize,
+    /// True once a token was drawn since the sequence last started: from then on it takes decode rows.
+    is_decoding: bool,
+    table: BlockTable,
+}
+
+/// The scheduler. See the module for its policy.
+#[derive(Debug)]
+pub struct Scheduler {
+    limits: SchedulerLimits,
+    blocks: BlockManager,
+    sequences: Vec<Sequence>,
+    free_keys: Vec<SeqKey>,
+    running: Vec<SeqKey>,
+    waiting: VecDeque<SeqKey>,
+    /// Waiting sequences that found room this step and join when a sibling has computed their prompt.
+    followers: Vec<SeqKey>,
+    plan: Plan,
+    next_arrival: u64,
+    stats: SchedulerStats,
+}
+
+impl Scheduler {
+    /// An idle scheduler with an empty pool.
+    pub fn new(limits: SchedulerLimits) -> Self {
+        Scheduler {
+            limits,
+            blocks: BlockManager::new(limits.num_blocks, limits.block_size),
+            sequences: Vec::new(),
+            free_keys: Vec::new(),
+            running: Vec::with_capacity(limits.max_num_seqs),
+            waiting: VecDeque::new(),
+            followers: Vec::with_capacity(limits.max_num_seqs),
+            plan: Plan::default(),
+            next_arrival: 0,
+            stats: SchedulerStats::default(),
+        }
+    }
+
+    /// Blocks that a sample of this shape may need at its longest, where that is more than the pool has.
+    pub fn excess_blocks(&self, shape: GroupShape) -> Option<usize> {
+        let needed = self.blocks.blocks_for(shape.max_slots());
+        (needed > self.blocks.num_blocks()).then_some(needed)
+    }
+
+    /// Queue a group behind all others; returns a key per sample, in order.
+    ///
+    /// # Panics
+    /// If the shape has a 0 or can never fit ([`Scheduler::excess_blocks`]).
+    pub fn submit(&mut self, shape: GroupShape) -> Vec<SeqKey> {
+        assert!(shape.prompt_len > 0 && shape.max_new_tokens > 0 && shape.num_samples > 0, "empty shape {shape:?}");
+        assert_eq!(self.excess_blocks(shape), None, "{shape:?} can never fit");
+        let arrival = self.next_arrival;
+        self.next_arrival += 1;
+        (0..shape.num_samples as u32).map(|sample_index| self.enqueue(Rank { arrival, sample_index }, shape)).collect()
+    }
+
+    fn enqueue(&mut self, rank: Rank, shape: GroupShape) -> SeqKey {
+        let key = self.free_keys.pop().unwrap_or_else(|| {
+            self.sequences.push(Sequence::default());
+            SeqKey((self.sequences.len() - 1) as u32)
+        });
+        let sequence = &mut self.sequences[key.index()];
+        sequence.rank = rank;
+        sequence.prompt_len = shape.prompt_len;
+        sequence.max_slots = shape.max_slots();
+        sequence.len = shape.prompt_len;
+        self.waiting.push_back(key);
+        key
+    }
+
+    /// Plan the next step. The same plan comes again if it is not committed, except for its copies, which must be run.
+    pub fn schedule(&mut self) -> &Plan {
+        self.plan.clear();
+        self.followers.clear();
+        self.plan_decode_rows();
+        if self.plan.num_preempted == 0 {
+            self.start_waiting();
+        }
+        self.plan_prefill_chunks();
+        self.plan_draws();
+        &self.plan
+    }
+
+    /// The plan of the last [`Scheduler::schedule`].
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Record that the plan's rows are stored, and let the siblings that drew from a prompt's last row share it.
+    pub fn commit(&mut self) {
+        for index in 0..self.plan.work.len() {
+            let Work { key, first_slot, num_rows } = self.plan.work[index];
+            let sequence = &mut self.sequences[key.index()];
+            sequence.num_computed += num_rows;
+            let prompt_end = sequence.num_computed.min(sequence.prompt_len);
+            self.stats.num_prefill_tokens += prompt_end.saturating_sub(first_slot) as u64;
+        }
+        for index in 0..self.followers.len() {
+            let follower = self.followers[index];
+            if let Some(leader) = self.leader_at_prompt_end(follower) {
+                self.join(leader, follower);
+            }
+        }
+        self.followers.clear();
+    }
+
+    /// One more token is known of `key`.
+    pub fn append(&mut self, key: SeqKey) {
+        let sequence = &mut self.sequences[key.index()];
+        sequence.len += 1;
+        sequence.is_decoding = true;
+    }
+
+    /// Forget `key`, running or waiting, and free exactly its blocks. Not between `schedule` and `commit`.
+    pub fn remove(&mut self, key: SeqKey) {
+        let rank = self.sequences[key.index()].rank;
+        match self.find_running(rank) {
+            Ok(at) => drop(self.running.remove(at)),
+            Err(_) => {
+                let at = self.find_waiting(rank);
+                assert_eq!(self.waiting.remove(at), Some(key), "a sequence runs or waits until it is removed");
+            }
+        }
+        self.release(key);
+        self.free_keys.push(key);
+    }
+
+    /// Block table of `key`; empty while it waits.
+    pub fn block_table(&self, key: SeqKey) -> &[u32] {
+        self.sequences[key.index()].table.blocks()
+    }
+
+    /// True where nothing runs and nothing waits.
+    pub fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty()
+    }
+
+    /// Sequences that hold blocks.
+    pub fn num_running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Sequences that wait for their first step, or for their next after a preemption.
+    pub fn num_waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// The pool's bookkeeping, to read.
+    pub fn blocks(&self) -> &BlockManager {
+        &self.blocks
+    }
+
+    /// Counters.
+    pub fn stats(&self) -> SchedulerStats {
+        self.stats
+    }
+
+    fn plan_decode_rows(&mut self) {
+        let mut at = 0;
+        while at < self.running.len() {
+            let key = self.running[at];
+            if self.sequences[key.index()].is_decoding && self.make_room(key) {
+                let first_slot = self.sequences[key.index()].num_computed;
+                self.plan.work.push(Work { key, first_slot, num_rows: 1 });
+            }
+            at += 1;
+        }
+    }
+
+    fn plan_prefill_chunks(&mut self) {
+        // Decode rows number at most `max_num_seqs`, so at least one row of budget is left.
+        let mut budget = self.limits.max_batch_tokens - self.plan.num_rows();
+        for &key in &self.running {
+            let sequence = &self.sequences[key.index()];
+            let first_slot = sequence.num_computed;
+            let num_rows = (sequence.len - first_slot).min(self.limits.prefill_chunk).min(budget);
+            if sequence.is_decoding || num_rows == 0 {
+                continue;
+            }
+            assert!(self.blocks.is_writable(&sequence.table, first_slot), "prefill writes only its own blocks");
+            self.plan.work.push(Work { key, first_slot, num_rows });
+            budget -= num_rows;
+        }
+    }
+
+    fn plan_draws(&mut self) {
+        let Plan { work, draws, .. } = &mut self.plan;
+        let mut num_rows = 0;
+        for item in work.iter() {
+            num_rows += item.num_rows as u32;
+            let sequence = &self.sequences[item.key.index()];
+            if item.first_slot + item.num_rows < sequence.len {
+                continue;
+            }
+            let (row, slot) = (num_rows - 1, sequence.len);
+            draws.push(Draw { key: item.key, row, slot });
+            for &key in &self.followers {
+                // Two siblings may reach the end of the prompt in one step; a follower draws from the first.
+                let is_new = || draws.iter().all(|draw| draw.key != key);
+                if shares_first_draw(&self.sequences[key.index()], sequence) && is_new() {
+                    draws.push(Draw { key, row, slot });
+                }
+            }
+        }
+    }
+
+    /// Give `key` a writable block for its next slot, at the cost of the youngest. False where it was the youngest
+    /// itself and gave up its blocks.
+    fn make_room(&mut self, key: SeqKey) -> bool {
+        while self.reserve_next_slot(key).is_err() {
+            let youngest = self.running.pop().expect("the sequence that needs a block is running");
+            self.preempt(youngest);
+            if youngest == key {
+                return false;
+            }
+        }
+        true
+    }
+
+    fn reserve_next_slot(&mut self, key: SeqKey) -> Result<(), OutOfBlocks> {
+        let Sequence { table, num_computed, .. } = &mut self.sequences[key.index()];
+        self.blocks.grow(table, *num_computed + 1)?;
+        let copy = self.blocks.make_writable(table, *num_computed)?;
+        self.plan.copies.extend(copy);
+        Ok(())
+    }
+
+    fn preempt(&mut self, key: SeqKey) {
+        self.release(key);
+        let at = self.find_waiting(self.sequences[key.index()].rank);
+        self.waiting.insert(at, key);
+        self.plan.num_preempted += 1;
+        self.stats.num_preemptions += 1;
+    }
+
+    fn release(&mut self, key: SeqKey) {
+        let sequence = &mut self.sequences[key.index()];
+        self.blocks.release(&mut sequence.table);
+        sequence.num_computed = 0;
+        sequence.is_decoding = false;
+    }
+
+    fn find_running(&self, rank: Rank) -> Result<usize, usize> {
+        self.running.binary_search_by_key(&rank, |key| self.sequences[key.index()].rank)
+    }
+
+    /// Where a sequence of this rank stands among the waiting, or would be inserted.
+    fn find_waiting(&self, rank: Rank) -> usize {
+        self.waiting.partition_point(|key| self.sequences[key.index()].rank < rank)
+    }
+}
+
+/// True where `follower`, a sibling without a token of its own yet, draws its first from the row from which `leader`
+/// draws its first.
+fn shares_first_draw(follower: &Sequence, leader: &Sequence) -> bool {
+    let is_undrawn = |s: &Sequence| s.len == s.prompt_len;
+    follower.rank.arrival == leader.rank.arrival && is_undrawn(follower) && is_undrawn(leader)
+}
+
+#[cfg(test)]
+mod tests;

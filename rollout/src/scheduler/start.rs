@@ -1,0 +1,145 @@
+//! How waiting sequences come to run: admission, sharing with siblings, and joining at the end of a prompt.
+
+use super::{Rank, Scheduler, SeqKey, Sequence, shares_first_draw};
+
+/// Where the prompt of a starting sequence comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum PromptSource {
+    /// It is computed from its first slot.
+    Own,
+    /// A running sibling has it; its full blocks are shared.
+    Sibling(SeqKey),
+    /// A running sibling is computing it.
+    InProgress,
+}
+
+impl Scheduler {
+    /// Start waiting sequences in order while there is room for what they and all running ones are expected to need.
+    pub(super) fn start_waiting(&mut self) {
+        if self.waiting.is_empty() {
+            return;
+        }
+        let capacity = self.blocks.num_blocks().saturating_sub(self.limits.watermark_blocks);
+        let mut demand = self.running_demand();
+        let mut at = 0;
+        while at < self.waiting.len() && self.running.len() + self.followers.len() < self.limits.max_num_seqs {
+            let key = self.waiting[at];
+            demand += self.demand_of_starting(key);
+            if demand > capacity && !self.running.is_empty() {
+                return;
+            }
+            match self.prompt_source(key) {
+                PromptSource::InProgress => {
+                    self.followers.push(key);
+                    at += 1;
+                }
+                source if self.start(at, source) => {}
+                _ => return,
+            }
+        }
+    }
+
+    /// Let `follower` share all blocks of `leader`, which holds exactly the prompt.
+    pub(super) fn join(&mut self, leader: SeqKey, follower: SeqKey) {
+        let at = self.find_waiting(self.sequences[follower.index()].rank);
+        assert_eq!(self.waiting.remove(at), Some(follower), "a follower waits until it joins");
+        let num_blocks = self.sequences[leader.index()].table.blocks().len();
+        self.share(leader, num_blocks, follower);
+        self.sequences[follower.index()].num_computed = self.sequences[leader.index()].num_computed;
+        self.insert_running(follower);
+    }
+
+    /// The running sibling that has stored exactly the prompt that `follower` waits for.
+    pub(super) fn leader_at_prompt_end(&self, follower: SeqKey) -> Option<SeqKey> {
+        let follower = &self.sequences[follower.index()];
+        self.running_siblings(follower.rank).find(|key| {
+            let leader = &self.sequences[key.index()];
+            shares_first_draw(follower, leader) && leader.num_computed == leader.prompt_len
+        })
+    }
+
+    /// Move the waiting sequence at `at` to the running ones. False, and nothing changed, where blocks are missing.
+    fn start(&mut self, at: usize, source: PromptSource) -> bool {
+        let key = self.waiting[at];
+        let num_shared = self.num_shareable_blocks(&self.sequences[key.index()]);
+        if let PromptSource::Sibling(sibling) = source {
+            self.share(sibling, num_shared, key);
+        }
+        let sequence = &mut self.sequences[key.index()];
+        sequence.num_computed = sequence.table.blocks().len() * self.limits.block_size;
+        sequence.table.reserve(self.blocks.blocks_for(sequence.max_slots));
+        if self.blocks.grow(&mut sequence.table, sequence.len).is_err() {
+            self.release(key);
+            return false;
+        }
+        self.waiting.remove(at);
+        self.insert_running(key);
+        true
+    }
+
+    fn share(&mut self, from: SeqKey, num_blocks: usize, to: SeqKey) {
+        let mut table = std::mem::take(&mut self.sequences[to.index()].table);
+        table.reserve(self.blocks.blocks_for(self.sequences[to.index()].max_slots));
+        self.blocks.fork(&self.sequences[from.index()].table, num_blocks, &mut table);
+        self.sequences[to.index()].table = table;
+    }
+
+    fn prompt_source(&self, key: SeqKey) -> PromptSource {
+        let sequence = &self.sequences[key.index()];
+        let num_shared_slots = self.num_shareable_blocks(sequence) * self.limits.block_size;
+        let mut source = PromptSource::Own;
+        for sibling_key in self.running_siblings(sequence.rank) {
+            let sibling = &self.sequences[sibling_key.index()];
+            if !shares_first_draw(sequence, sibling) && sibling.num_computed >= num_shared_slots {
+                return PromptSource::Sibling(sibling_key);
+            }
+            source = PromptSource::InProgress;
+        }
+        source
+    }
+
+    /// Full blocks of the prompt that a sequence can take from a sibling and still have a row left to compute.
+    fn num_shareable_blocks(&self, sequence: &Sequence) -> usize {
+        sequence.prompt_len.min(sequence.len - 1) / self.limits.block_size
+    }
+
+    /// Blocks that all running sequences are expected to need, shared prompts counted once.
+    fn running_demand(&self) -> usize {
+        let mut demand = 0;
+        let mut last_arrival = None;
+        for key in &self.running {
+            let sequence = &self.sequences[key.index()];
+            demand += self.own_demand(sequence);
+            if last_arrival.replace(sequence.rank.arrival) != Some(sequence.rank.arrival) {
+                demand += sequence.prompt_len / self.limits.block_size;
+            }
+        }
+        demand
+    }
+
+    fn demand_of_starting(&self, key: SeqKey) -> usize {
+        let sequence = &self.sequences[key.index()];
+        let is_first = self.running_siblings(sequence.rank).next().is_none();
+        let prompt_blocks = if is_first { sequence.prompt_len / self.limits.block_size } else { 0 };
+        self.own_demand(sequence) + prompt_blocks
+    }
+
+    /// Blocks beyond the prompt's full ones that a sequence is expected to need.
+    fn own_demand(&self, sequence: &Sequence) -> usize {
+        let expected = sequence.max_slots.min(sequence.prompt_len + self.limits.reserve_tokens);
+        self.blocks.blocks_for(expected.max(sequence.len)) - sequence.prompt_len / self.limits.block_size
+    }
+
+    fn running_siblings(&self, rank: Rank) -> impl Iterator<Item = SeqKey> + '_ {
+        let first = Rank { arrival: rank.arrival, sample_index: 0 };
+        let start = self.running.partition_point(|key| self.sequences[key.index()].rank < first);
+        let is_sibling = move |key: &SeqKey| self.sequences[key.index()].rank.arrival == rank.arrival;
+        self.running[start..].iter().copied().take_while(is_sibling)
+    }
+
+    fn insert_running(&mut self, key: SeqKey) {
+        let rank = self.sequences[key.index()].rank;
+        let at = self.find_running(rank).expect_err("a sequence starts once");
+        self.running.insert(at, key);
+    }
+}

@@ -1,0 +1,217 @@
+//! The scheduler's laws under random submits, steps, ends and aborts.
+
+use super::{GroupShape, Scheduler, SeqKey};
+use crate::SchedulerLimits;
+use proptest::prelude::*;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// What must be true between any two calls.
+fn check_invariants(scheduler: &Scheduler) {
+    scheduler.blocks.check_invariants(scheduler.sequences.iter().map(|s| &s.table));
+    let rank = |key: &SeqKey| scheduler.sequences[key.index()].rank;
+    assert!(scheduler.running.iter().map(rank).is_sorted_by(|a, b| a < b), "running is sorted");
+    assert!(scheduler.waiting.iter().map(rank).is_sorted_by(|a, b| a < b), "waiting is sorted");
+    assert!(scheduler.running.len() <= scheduler.limits.max_num_seqs);
+    for key in &scheduler.waiting {
+        let sequence = &scheduler.sequences[key.index()];
+        assert_eq!((sequence.table.blocks().len(), sequence.num_computed), (0, 0), "a waiting sequence has no block");
+        assert!(!scheduler.running.contains(key), "a sequence waits or runs");
+    }
+    for key in &scheduler.running {
+        let sequence = &scheduler.sequences[key.index()];
+        assert!(sequence.num_computed < sequence.len, "a running sequence has a row to compute");
+        assert!(sequence.table.blocks().len() * scheduler.limits.block_size >= sequence.num_computed);
+    }
+}
+
+/// What must be true of a plan.
+fn check_plan(scheduler: &Scheduler) {
+    let plan = scheduler.plan();
+    assert!(plan.num_rows() <= scheduler.limits.max_batch_tokens, "the budget holds");
+    assert!(plan.num_rows() > 0, "a step with work to do computes a row");
+    let oldest = scheduler.running[0];
+    assert!(plan.work.iter().any(|work| work.key == oldest), "the oldest running sequence progresses");
+    let mut written = BTreeSet::new();
+    for work in &plan.work {
+        let sequence = &scheduler.sequences[work.key.index()];
+        assert_eq!(work.first_slot, sequence.num_computed);
+        assert!(scheduler.running.contains(&work.key), "nothing planned is preempted");
+        for slot in work.first_slot..work.first_slot + work.num_rows {
+            assert!(scheduler.blocks.is_writable(&sequence.table, slot), "written blocks have one owner");
+            let block = sequence.table.blocks()[slot / scheduler.limits.block_size];
+            assert!(written.insert((block, slot % scheduler.limits.block_size)), "a slot is written once");
+        }
+    }
+    let drawing: BTreeSet<SeqKey> = plan.draws.iter().map(|draw| draw.key).collect();
+    assert_eq!(drawing.len(), plan.draws.len(), "a sequence draws once a step");
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    Submit(GroupShape),
+    /// Run one step; sequences whose key divides by `stop_every` stop early.
+    Step {
+        stop_every: usize,
+    },
+    /// Drop the open sequence at this position.
+    Abort(usize),
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let shape = (1usize..40, 1usize..30, 1usize..6).prop_map(|(prompt_len, max_new_tokens, num_samples)| GroupShape {
+        prompt_len,
+        max_new_tokens,
+        num_samples,
+    });
+    prop_oneof![
+        1 => shape.prop_map(Op::Submit),
+        5 => (7usize..40).prop_map(|stop_every| Op::Step { stop_every }),
+        1 => (0usize..64).prop_map(Op::Abort),
+    ]
+}
+
+fn limits() -> impl Strategy<Value = SchedulerLimits> {
+    (1usize..7, 1usize..20, 1usize..12, 4usize..30, 0usize..3, 0usize..20).prop_map(
+        |(max_num_seqs, spare, prefill_chunk, num_blocks, watermark_blocks, reserve_tokens)| SchedulerLimits {
+            max_num_seqs,
+            max_batch_tokens: max_num_seqs + spare,
+            prefill_chunk,
+            block_size: 4,
+            num_blocks,
+            watermark_blocks,
+            reserve_tokens,
+        },
+    )
+}
+
+/// A scheduler with a record of how many tokens each open sequence may still draw.
+struct World {
+    scheduler: Scheduler,
+    left: BTreeMap<SeqKey, usize>,
+}
+
+impl World {
+    fn step(&mut self, stop_every: usize) {
+        self.scheduler.schedule();
+        check_plan(&self.scheduler);
+        self.scheduler.commit();
+        let drawn: Vec<SeqKey> = self.scheduler.plan().draws.iter().map(|draw| draw.key).collect();
+        for key in drawn {
+            let left = self.left.get_mut(&key).expect("an open sequence draws");
+            *left -= 1;
+            if *left == 0 || (key.index() + *left).is_multiple_of(stop_every) {
+                self.left.remove(&key);
+                self.scheduler.remove(key);
+            } else {
+                self.scheduler.append(key);
+            }
+        }
+    }
+
+    fn apply(&mut self, op: &Op) {
+        match *op {
+            Op::Submit(shape) if self.scheduler.excess_blocks(shape).is_none() => {
+                let keys = self.scheduler.submit(shape);
+                self.left.extend(keys.into_iter().map(|key| (key, shape.max_new_tokens)));
+            }
+            Op::Submit(_) => {}
+            Op::Step { stop_every } if !self.left.is_empty() => self.step(stop_every),
+            Op::Step { .. } => {}
+            Op::Abort(which) => {
+                let victim = self.left.keys().nth(which % self.left.len().max(1)).copied();
+                if let Some(key) = victim {
+                    self.left.remove(&key);
+                    self.scheduler.remove(key);
+                }
+            }
+        }
+        check_invariants(&self.scheduler);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    /// The invariants hold after every call, everything submitted ends, and the pool is whole afterwards.
+    #[test]
+    fn random_lives_keep_every_invariant(limits in limits(), ops in prop::collection::vec(op(), 1..80)) {
+        let mut world = World { scheduler: Scheduler::new(limits), left: BTreeMap::new() };
+        ops.iter().for_each(|op| world.apply(op));
+        let mut steps = 0;
+        while !world.left.is_empty() {
+            world.apply(&Op::Step { stop_every: usize::MAX });
+            steps += 1;
+            prop_assert!(steps < 100_000, "the queue drains");
+        }
+        prop_assert!(world.scheduler.is_idle());
+        prop_assert_eq!(world.scheduler.blocks().num_used(), 0);
+    }
+}
+
+fn roomy() -> SchedulerLimits {
+    SchedulerLimits {
+        max_num_seqs: 32,
+        max_batch_tokens: 64,
+        prefill_chunk: 16,
+        block_size: 4,
+        num_blocks: 400,
+        watermark_blocks: 4,
+        reserve_tokens: 16,
+    }
+}
+
+#[test]
+fn a_group_computes_its_prompt_once_and_shares_it() {
+    let mut scheduler = Scheduler::new(roomy());
+    let keys = scheduler.submit(GroupShape { prompt_len: 22, max_new_tokens: 8, num_samples: 5 });
+    for (first_slot, num_rows) in [(0, 16), (16, 6)] {
+        let plan = scheduler.schedule();
+        assert_eq!(plan.work.len(), 1);
+        assert_eq!((plan.work[0].first_slot, plan.work[0].num_rows), (first_slot, num_rows));
+        scheduler.commit();
+    }
+    let drawn: Vec<(SeqKey, u32, usize)> = scheduler.plan().draws.iter().map(|d| (d.key, d.row, d.slot)).collect();
+    assert_eq!(drawn, keys.iter().map(|&key| (key, 5, 22)).collect::<Vec<_>>(), "all draw from the prompt's last row");
+    assert_eq!((scheduler.blocks().num_used(), scheduler.stats().num_prefill_tokens), (6, 22));
+    keys.iter().for_each(|&key| scheduler.append(key));
+    let plan = scheduler.schedule();
+    assert_eq!((plan.work.len(), plan.copies.len()), (5, 4), "the last owner of the half-full block writes in place");
+    check_invariants(&scheduler);
+}
+
+#[test]
+fn decode_rows_come_before_prefill_and_both_fit_the_budget() {
+    let limits = SchedulerLimits { max_batch_tokens: 40, ..roomy() };
+    let mut scheduler = Scheduler::new(limits);
+    let keys = scheduler.submit(GroupShape { prompt_len: 4, max_new_tokens: 8, num_samples: 30 });
+    scheduler.schedule();
+    scheduler.commit();
+    keys.iter().for_each(|&key| scheduler.append(key));
+    scheduler.submit(GroupShape { prompt_len: 40, max_new_tokens: 8, num_samples: 1 });
+    let rows: Vec<usize> = scheduler.schedule().work.iter().map(|work| work.num_rows).collect();
+    assert_eq!(rows, [vec![1; 30], vec![10]].concat());
+}
+
+#[test]
+fn the_youngest_gives_way_and_the_oldest_goes_on() {
+    let limits = SchedulerLimits { num_blocks: 4, watermark_blocks: 0, reserve_tokens: 0, ..roomy() };
+    let mut scheduler = Scheduler::new(limits);
+    let shape = GroupShape { prompt_len: 8, max_new_tokens: 8, num_samples: 1 };
+    let (old, young) = (scheduler.submit(shape)[0], scheduler.submit(shape)[0]);
+    scheduler.schedule();
+    scheduler.commit();
+    [old, young].into_iter().for_each(|key| scheduler.append(key));
+    let plan = scheduler.schedule();
+    assert_eq!(plan.num_preempted, 1);
+    assert_eq!(plan.work.iter().map(|work| work.key).collect::<Vec<_>>(), [old]);
+    assert!(scheduler.block_table(young).is_empty());
+    check_invariants(&scheduler);
+}
+
+#[test]
+fn what_can_never_fit_is_known_at_submit() {
+    let scheduler = Scheduler::new(SchedulerLimits { num_blocks: 4, ..roomy() });
+    let shape = |max_new_tokens| GroupShape { prompt_len: 10, max_new_tokens, num_samples: 1 };
+    assert_eq!(scheduler.excess_blocks(shape(7)), None, "the last token is never stored");
+    assert_eq!(scheduler.excess_blocks(shape(8)), Some(5));
+}
