@@ -76,7 +76,9 @@ impl Error {
                 ErrorCode::NonFinite
             }
             Error::Objective(_) => ErrorCode::InvalidArgument,
-            Error::Actor(_) | Error::Io { .. } | Error::State { .. } | Error::WrongWeights { .. } => ErrorCode::DataLoss,
+            Error::Actor(_) | Error::Io { .. } | Error::State { .. } | Error::WrongWeights { .. } => {
+                ErrorCode::DataLoss
+            }
         }
     }
 

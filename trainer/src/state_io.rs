@@ -1,7 +1,7 @@
 //! The trainer's part of a checkpoint: `trainer.json`, and moments and reference as tensors under their weights' names.
 
-use crate::trainer::{Moments, Trainer};
 use crate::Error;
+use crate::trainer::{Moments, Trainer};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use temper_actor::weights_io::WriteOptions;

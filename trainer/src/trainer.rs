@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use temper_actor::{CheckpointReader, ModelConfig, OutputGrads, PackedPolicy, ParamStore, Recompute, TrainArena};
 use temper_algos::{GlobalCounts, LossMetrics, Objective, ObjectiveInput, ObjectiveOutput, Scope, TokenBatch, widen};
-use temper_proto::{LogProbs, MiniBatch, OptimizerConfig, PolicyRole, StageSpec, TokenSequence, TrainRow, UpdateReport};
+use temper_proto::{
+    LogProbs, MiniBatch, OptimizerConfig, PolicyRole, StageSpec, TokenSequence, TrainRow, UpdateReport,
+};
 use temper_tensor::{AdamWStep, DType, Device};
 use temper_types::PolicyVersion;
 
@@ -66,12 +68,7 @@ impl Trainer {
     ///
     /// # Errors
     /// A file that is missing or damaged, by name and tensor.
-    pub fn load(
-        device: Arc<dyn Device>,
-        model_dir: &Path,
-        dtype: DType,
-        masked_ids: Vec<u32>,
-    ) -> Result<Self, Error> {
+    pub fn load(device: Arc<dyn Device>, model_dir: &Path, dtype: DType, masked_ids: Vec<u32>) -> Result<Self, Error> {
         let config = ModelConfig::load(model_dir)?;
         let reader = CheckpointReader::open(model_dir)?;
         reader.validate(&config)?;
@@ -193,12 +190,7 @@ impl Trainer {
     }
 
     /// Forward and backward of every micro-batch; gradients add up in `grads`.
-    fn accumulate(
-        &mut self,
-        stage: &Stage,
-        batch: &MiniBatch,
-        grads: &mut ParamStore,
-    ) -> Result<UpdateReport, Error> {
+    fn accumulate(&mut self, stage: &Stage, batch: &MiniBatch, grads: &mut ParamStore) -> Result<UpdateReport, Error> {
         let lengths: Vec<usize> = batch.rows.iter().map(|row| sequence_len(&row.sequence)).collect();
         let counts = global_counts(batch);
         let whole = match stage.objective.scope() {

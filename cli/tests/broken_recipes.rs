@@ -1,0 +1,176 @@
+//! Broken recipes: exit code 2, one message that says what is wrong, where, and what would be right.
+
+mod common;
+
+use common::{SMALL, recipe, temper};
+
+struct Case {
+    name: &'static str,
+    /// Replaced in the small recipe.
+    from: &'static str,
+    to: &'static str,
+    /// What the message must say.
+    says: &'static [&'static str],
+}
+
+const fn case(name: &'static str, from: &'static str, to: &'static str, says: &'static [&'static str]) -> Case {
+    Case { name, from, to, says }
+}
+
+const CASES: &[Case] = &[
+    case(
+        "typo in a key",
+        "mini_batches = 2",
+        "mini_batchs = 2",
+        &["recipe.toml:4", "mini_batchs", "did you mean `mini_batches`?"],
+    ),
+    case(
+        "typo in a section",
+        "[validation]",
+        "[validaton]",
+        &["recipe.toml:", "validaton", "did you mean `validation`?"],
+    ),
+    case("wrong type", "batch_size = 16", "batch_size = \"many\"", &["recipe.toml:4", "stage.0.batch_size", "string"]),
+    case(
+        "impossible batch split",
+        "mini_batches = 2",
+        "mini_batches = 3",
+        &["stage.1.mini_batches", "4 prompts", "3 equal mini-batches", "divisor"],
+    ),
+    case("group of one", "num_generations = 4", "num_generations = 1", &["stage.1.num_generations", "at least 2"]),
+    case(
+        "missing data file",
+        "generate = { generator = { task = \"sort_digits\", min_digits = 2, max_digits = 3 }, num_rows = 32, seed = 2 }",
+        "files = [\"nowhere.jsonl\"]",
+        &["data.train", "nowhere.jsonl"],
+    ),
+    case("unknown reward", "kind = \"exact_match\"", "kind = \"exact_mach\"", &["reward", "exact_mach", "exact_match"]),
+    case("bad pattern", "pattern = \"^[0-9]+$\"", "pattern = \"^[0-9+$\"", &["reward", "^[0-9+$"]),
+    case("unknown stage kind", "kind = \"grpo\"", "kind = \"gppo\"", &["stage.1.kind", "grpo"]),
+    case(
+        "missing dataset",
+        "data = \"demonstrations\"",
+        "data = \"demonstration\"",
+        &["stage.0.data", "did you mean `demonstrations`?"],
+    ),
+    case("no completions", "demonstration = \"solution\"", "demonstration = \"none\"", &["stage.0.data", "completion"]),
+    case(
+        "unknown estimator",
+        "algorithm = { policy_loss",
+        "algorithm = { advantage = { adv_estimator = \"grpoo\" }, policy_loss",
+        &["adv_estimator", "grpoo", "did you mean `grpo`?"],
+    ),
+    case(
+        "sampling out of range",
+        "sampling = { max_new_tokens = 6 }",
+        "sampling = { max_new_tokens = 6, top_p = 1.5 }",
+        &["stage.1.sampling", "top_p", "at most 1"],
+    ),
+    case(
+        "response longer than the model",
+        "sampling = { max_new_tokens = 6 }",
+        "sampling = { max_new_tokens = 64 }",
+        &["max_new_tokens", "64", "32 positions"],
+    ),
+    case("no TOML", "steps = 6", "steps = ", &["recipe.toml:4"]),
+    case(
+        "a task that cannot be",
+        "min_digits = 2, max_digits = 3 }, num_rows = 8",
+        "min_digits = 4, max_digits = 3 }, num_rows = 8",
+        &["data.held_out", "min_digits", "1 to max_digits"],
+    ),
+    case(
+        "bad engine",
+        "[placement]",
+        "[engine]\nblock_size = 20\n[placement]",
+        &["engine", "block_size", "multiple of 16"],
+    ),
+    case("nothing to resume from", "keep_last = 2", "keep_last = 0", &["checkpoint.keep_last", "at least 1"]),
+    case("bad heads", "num_attention_heads = 2", "num_attention_heads = 3", &["model.init", "multiple"]),
+    case(
+        "negative learning rate",
+        "learning_rate = 1e-2",
+        "learning_rate = -1.0",
+        &["stage.0.optimizer.learning_rate", "0 or more"],
+    ),
+];
+
+#[test]
+fn every_broken_recipe_gets_one_message_and_exit_code_2() {
+    let mut wrong = Vec::new();
+    for case in CASES {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        assert!(SMALL.contains(case.from), "{}: the small recipe has no `{}`", case.name, case.from);
+        let path = recipe(dir.path(), &SMALL.replacen(case.from, case.to, 1));
+        let output = temper().arg("check").arg(&path).output().expect("the binary starts");
+        let message = common::stderr(&output);
+        let says_all = case.says.iter().all(|part| message.contains(part));
+        if output.status.code() != Some(2) || !says_all || message.trim().lines().count() != 1 {
+            wrong.push(format!(
+                "{}: exit {:?}, expected {:?} in: {message}",
+                case.name,
+                output.status.code(),
+                case.says
+            ));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn a_model_without_a_tokenizer_and_pickles_are_refused_by_name() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let init = SMALL.split("[model.init]").nth(1).and_then(|s| s.split("\n\n").next()).expect("the recipe has an init");
+    let with_path = |path: &std::path::Path| {
+        SMALL.replace(&format!("[model.init]{init}"), &format!("[model]\npath = {:?}", path.display().to_string()))
+    };
+    let model = dir.path().join("model");
+    std::fs::create_dir(&model).expect("writable");
+    for (file, text, says) in [
+        (None, "", "config.json"),
+        (Some("config.json"), r#"{"model_type": "mamba", "architectures": ["MambaForCausalLM"]}"#, "mamba"),
+        (Some("config.json"), include_str!("data/config.json"), "tokenizer.json"),
+    ] {
+        if let Some(file) = file {
+            std::fs::write(model.join(file), text).expect("writable");
+        }
+        let path = recipe(dir.path(), &with_path(&model));
+        let output = temper().arg("check").arg(&path).output().expect("the binary starts");
+        let message = common::stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{message}");
+        assert!(message.contains("model.path") && message.contains(says), "{message}");
+    }
+}
+
+#[test]
+fn a_good_recipe_is_explained_in_words() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = recipe(dir.path(), SMALL);
+    let output = temper().arg("check").arg(&path).output().expect("the binary starts");
+    assert!(output.status.success(), "{}", common::stderr(&output));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(text.contains("4 prompts x 4 samples = 16 samples"), "{text}");
+    assert!(text.contains("2 optimizer step(s) of 8 samples"), "{text}");
+}
+
+#[test]
+fn a_resolved_recipe_names_origins_and_is_a_recipe_of_the_same_run() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = recipe(dir.path(), SMALL);
+    let identity = |path: &std::path::Path, sets: &[&str]| {
+        let output = temper().arg("check").arg(path).arg("--json").args(sets).output().expect("the binary starts");
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).expect("a report");
+        report["identity"].as_str().expect("an identity").to_owned()
+    };
+    let sets = ["--set", "seed=9"];
+    let output = temper().arg("check").arg(&path).arg("--resolved").args(sets).output().expect("the binary starts");
+    let text = String::from_utf8(output.stdout).expect("text");
+    assert!(
+        text.contains("seed = 9  # --set") && text.contains("# default") && text.contains("recipe.toml:"),
+        "{text}"
+    );
+    let resolved = dir.path().join("resolved.toml");
+    std::fs::write(&resolved, text).expect("writable");
+    assert_eq!(identity(&resolved, &[]), identity(&path, &sets));
+    assert_ne!(identity(&resolved, &[]), identity(&path, &[]));
+}

@@ -1,0 +1,175 @@
+//! A run that is killed with -9 anywhere and resumed gives the run that was not: weights, metrics, trajectories.
+
+mod common;
+
+use common::{SMALL, recipe, stderr, train};
+use std::collections::BTreeMap;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use temper_controller::{Phase, latest_checkpoint, verify_checkpoint};
+use temper_data::trajectories::read_dataset;
+use temper_types::{Philox, Sample, SampleTimings};
+
+const NUM_STEPS: u64 = 10;
+const NUM_KILLS: usize = 20;
+/// Steps at which each phase comes by in the small recipe (4 supervised steps, then 6 of policy optimisation).
+fn steps_with(phase: Phase) -> Vec<u64> {
+    match phase {
+        // The second stage begins within the last step of the first.
+        Phase::BeginStage => vec![0, 4],
+        Phase::Rollout | Phase::Reward | Phase::LogProbs | Phase::Advantages => (5..=10).collect(),
+        Phase::Validation => vec![5, 7, 10],
+        Phase::Update | Phase::Publish | Phase::Record => (5..=10).collect(),
+        Phase::CheckpointModel
+        | Phase::CheckpointOptimizer
+        | Phase::CheckpointManifest
+        | Phase::CheckpointRename
+        | Phase::CheckpointPrune => vec![2, 4, 6, 8, 10],
+    }
+}
+
+/// Twenty points: every phase once, the rest drawn; a step from the seed, in ascending order of steps.
+fn schedule(seed: u64) -> Vec<(u64, Phase)> {
+    let noise = Philox::new(seed);
+    let draw = |bound: usize, counter: usize| noise.below(bound as u64, counter as u64, 0) as usize;
+    let phase = |index: usize| match Phase::ALL.get(index) {
+        Some(phase) => *phase,
+        None => Phase::ALL[draw(Phase::ALL.len(), 100 + index)],
+    };
+    let point = |index: usize| {
+        let phase = phase(index);
+        let steps = steps_with(phase);
+        (steps[draw(steps.len(), index)], phase)
+    };
+    let mut points: Vec<(u64, Phase)> = (0..NUM_KILLS).map(point).collect();
+    points.sort();
+    points
+}
+
+/// Everything that two equal runs have in common.
+#[derive(Debug, PartialEq)]
+struct Outcome {
+    weights: Vec<u8>,
+    metrics: Vec<String>,
+    samples: Vec<Sample>,
+}
+
+fn outcome(run_dir: &Path) -> Outcome {
+    let last = latest_checkpoint(&run_dir.join("checkpoints")).expect("readable").expect("a checkpoint");
+    assert_eq!(last.state.step, NUM_STEPS);
+    verify_checkpoint(&last.path).expect("an intact checkpoint");
+    let metrics = std::fs::read_to_string(run_dir.join("metrics.jsonl")).expect("metrics");
+    let mut samples = read_dataset(&run_dir.join("rollouts")).expect("a dataset");
+    for sample in &mut samples {
+        sample.timings = SampleTimings::default();
+        sample.worker = String::new();
+    }
+    Outcome {
+        weights: std::fs::read(last.model().join("model.safetensors")).expect("weights"),
+        metrics: metrics.lines().map(without_clock).collect(),
+        samples,
+    }
+}
+
+/// A row of metrics without what the clock decides.
+fn without_clock(line: &str) -> String {
+    let mut row: serde_json::Map<String, serde_json::Value> = serde_json::from_str(line).expect("a row");
+    row.retain(|key, _| !key.ends_with("_seconds") && key != "tokens_per_second");
+    serde_json::to_string(&row).expect("plain data")
+}
+
+fn reference(dir: &Path) -> (PathBuf, Outcome) {
+    let recipe = recipe(dir, SMALL);
+    let run_dir = dir.join("reference");
+    let output = train(&recipe, &run_dir, &[], None);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let outcome = outcome(&run_dir);
+    (recipe, outcome)
+}
+
+#[test]
+fn twenty_kills_in_every_phase_leave_the_result_as_it_was() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (recipe, expected) = reference(dir.path());
+    let run_dir = dir.path().join("killed");
+    let mut histogram: BTreeMap<&str, usize> = BTreeMap::new();
+    for (index, (step, phase)) in schedule(1).into_iter().enumerate() {
+        let point = format!("{step}:{}", phase.name());
+        let args: &[&str] = if index == 0 { &[] } else { &["--resume"] };
+        let output = train(&recipe, &run_dir, args, Some(&point));
+        if output.status.signal() == Some(9) {
+            *histogram.entry(phase.name()).or_default() += 1;
+            continue;
+        }
+        // The step was completed and saved before an earlier kill: the point does not come by again.
+        assert!(output.status.success(), "{point}: {}", stderr(&output));
+        std::fs::remove_dir_all(&run_dir).expect("removable");
+        let output = train(&recipe, &run_dir, &[], Some(&point));
+        assert_eq!(output.status.signal(), Some(9), "{point} was not reached: {}", stderr(&output));
+        *histogram.entry(phase.name()).or_default() += 1;
+    }
+    println!("kills by phase: {histogram:?}");
+    assert_eq!(histogram.len(), Phase::ALL.len(), "every phase was hit: {histogram:?}");
+    let output = train(&recipe, &run_dir, &["--resume"], None);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(outcome(&run_dir), expected);
+}
+
+#[test]
+fn an_interrupted_run_exits_130_with_a_checkpoint_and_goes_on() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (recipe, expected) = reference(dir.path());
+    let run_dir = dir.path().join("interrupted");
+    let mut child = common::temper()
+        .args(["train".as_ref(), recipe.as_os_str(), "--run-dir".as_ref(), run_dir.as_os_str()])
+        .stderr(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .expect("the binary starts");
+    // The first line of a step says that the signal handlers are in place and a step is done.
+    let lines = std::io::BufReader::new(child.stderr.take().expect("piped"));
+    let mut lines = std::io::BufRead::lines(lines);
+    let first_step = lines.find(|line| line.as_ref().is_ok_and(|l| l.contains("step 1/")));
+    assert!(first_step.is_some(), "no step was announced");
+    let sent = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status();
+    assert!(sent.expect("kill starts").success());
+    lines.for_each(drop);
+    let status = child.wait().expect("the run ends");
+    assert_eq!(status.code(), Some(130));
+    let output = train(&recipe, &run_dir, &["--resume"], None);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(outcome(&run_dir), expected);
+}
+
+#[test]
+fn another_number_of_threads_and_another_engine_change_nothing() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (recipe, expected) = reference(dir.path());
+    let run_dir = dir.path().join("other");
+    let sets = ["placement.threads=1", "placement.reward_threads=3", "engine.max_num_seqs=3", "engine.block_size=16"];
+    let mut args: Vec<&str> = sets.iter().flat_map(|set| ["--set", *set]).collect();
+    args.extend(["--set", "engine.prefill_chunk=5", "--set", "checkpoint.every_steps=0"]);
+    let output = train(&recipe, &run_dir, &args, None);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(outcome(&run_dir), expected);
+}
+
+#[test]
+fn another_recipe_is_not_resumed_and_a_damaged_checkpoint_is_named() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let recipe = recipe(dir.path(), SMALL);
+    let run_dir = dir.path().join("run");
+    let output = train(&recipe, &run_dir, &[], Some("9:rollout"));
+    assert_eq!(output.status.signal(), Some(9));
+    let output = train(&recipe, &run_dir, &["--resume", "--set", "seed=6"], None);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("another recipe"), "{}", stderr(&output));
+    let last = latest_checkpoint(&run_dir.join("checkpoints")).expect("readable").expect("a checkpoint");
+    let weights = last.model().join("model.safetensors");
+    let mut bytes = std::fs::read(&weights).expect("weights");
+    *bytes.last_mut().expect("not empty") ^= 1;
+    std::fs::write(&weights, bytes).expect("writable");
+    let output = train(&recipe, &run_dir, &["--resume"], None);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("model/model.safetensors"), "{}", stderr(&output));
+}
