@@ -139,6 +139,11 @@ impl<M: Model> Engine<M> {
         self.groups.keys().copied().collect()
     }
 
+    /// Number of open groups.
+    pub fn num_open_groups(&self) -> usize {
+        self.groups.len()
+    }
+
     /// True where no group is open. Finished ones may still wait to be taken.
     pub fn is_idle(&self) -> bool {
         self.groups.is_empty()
@@ -283,6 +288,6 @@ impl<M: Model> Engine<M> {
 }
 
 #[cfg(test)]
-mod fake_model;
+pub(crate) mod fake_model;
 #[cfg(test)]
 mod tests;

@@ -1,0 +1,94 @@
+//! The real model behind [`Model`]: a packed policy that others may hold too, and a K/V pool of the engine's own.
+
+use crate::model::{Model, ModelLimits, StepBatch, StepOutput};
+use crate::{BlockCopy, EngineConfig, Error, SchedulerLimits};
+use std::sync::{Arc, RwLock, RwLockReadGuard};
+use temper_actor::{Batch, Head, PackedPolicy, Workspace};
+use temper_tensor::{Device, KvCache, KvCacheSpec};
+use temper_types::PolicyVersion;
+
+/// A policy over a paged pool. The pool takes memory at the first step and can be given back between runs.
+#[derive(Debug)]
+pub struct PolicyModel {
+    device: Arc<dyn Device>,
+    policy: Arc<RwLock<PackedPolicy>>,
+    limits: ModelLimits,
+    spec: KvCacheSpec,
+    cache: Option<KvCache>,
+    workspace: Workspace,
+}
+
+impl PolicyModel {
+    /// A model over `policy`, which is locked for reading during a step and free between steps. Returns the limits of
+    /// the scheduler that match its pool.
+    ///
+    /// # Errors
+    /// Where the configuration does not fit the model, or the model has no LM head.
+    pub fn new(
+        device: Arc<dyn Device>,
+        policy: Arc<RwLock<PackedPolicy>>,
+        config: &EngineConfig,
+    ) -> Result<(Self, SchedulerLimits), Error> {
+        config.validate()?;
+        let (limits, spec, scheduler) = {
+            let policy = lock(&policy)?;
+            if policy.config().head != Head::CausalLm {
+                return Err(Error::Model("a policy with a value or score head draws no tokens".to_owned()));
+            }
+            let vocab_size = policy.config().vocab_size;
+            let limits = ModelLimits {
+                vocab_size,
+                num_drawable_ids: vocab_size - policy.masked_ids().len(),
+                max_positions: policy.config().max_position_embeddings,
+            };
+            let scheduler = config.resolve(limits, policy.kv_spec(1, config.block_size).block_bytes())?;
+            (limits, policy.kv_spec(scheduler.num_blocks, scheduler.block_size), scheduler)
+        };
+        let model = PolicyModel { device, policy, limits, spec, cache: None, workspace: Workspace::new() };
+        Ok((model, scheduler))
+    }
+
+    /// Bytes of the pool when it is allocated.
+    pub fn kv_cache_bytes(&self) -> usize {
+        self.spec.num_blocks * self.spec.block_bytes()
+    }
+
+    /// Give the pool's memory back; the next step takes it anew. Only while no sequence runs: what it held is lost.
+    pub fn release_kv(&mut self) {
+        self.cache = None;
+    }
+}
+
+impl Model for PolicyModel {
+    fn limits(&self) -> ModelLimits {
+        self.limits
+    }
+
+    fn version(&self) -> Result<PolicyVersion, Error> {
+        Ok(lock(&self.policy)?.version)
+    }
+
+    fn copy_blocks(&mut self, copies: &[BlockCopy]) {
+        if let Some(cache) = &mut self.cache {
+            copies.iter().for_each(|copy| self.device.kv_copy_block(cache, copy.from, copy.to));
+        }
+    }
+
+    fn step(&mut self, batch: StepBatch<'_>) -> Result<StepOutput, Error> {
+        let policy = lock(&self.policy)?;
+        let cache = self.cache.get_or_insert_with(|| self.device.kv_cache(self.spec));
+        let rows = Batch { token_ids: batch.token_ids, positions: batch.positions, spans: batch.spans };
+        policy.forward(&rows, cache, &mut self.workspace);
+        let sampled = if batch.draws.is_empty() {
+            Vec::new()
+        } else {
+            policy.sample(&mut self.workspace, batch.draw_rows, batch.draws)
+        };
+        Ok(StepOutput { version: policy.version, sampled })
+    }
+}
+
+/// A poisoned lock means that a writer died half-way: the weights are unknown, so nothing is computed with them.
+fn lock(policy: &RwLock<PackedPolicy>) -> Result<RwLockReadGuard<'_, PackedPolicy>, Error> {
+    policy.read().map_err(|_| Error::Model("the policy's writer panicked, its weights are unknown".to_owned()))
+}

@@ -1,0 +1,142 @@
+//! The rollout service over an engine in the same process.
+//!
+//! Owns: the engine, behind a mutex that is held for one step at a time. It has no thread: whoever waits in
+//! [`RolloutService::next_group`] computes. Steps of concurrent callers take turns, and the weights may change between
+//! any two steps (see [`crate::Engine`] for what that means to running sequences).
+
+use crate::clock::{Clock, SystemClock};
+use crate::engine::{Engine, EngineOptions};
+use crate::model::Model;
+use crate::policy_model::PolicyModel;
+use crate::stop::TokenBytes;
+use crate::{EngineConfig, Error};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
+use temper_actor::PackedPolicy;
+use temper_proto::{GroupRequest, GroupResult, RolloutService, RolloutStats, ServiceError, ServiceResult};
+use temper_tensor::Device;
+use temper_types::{ErrorCode, PolicyVersion};
+
+/// Name of the engine in embedded mode.
+const WORKER: &str = "rollout-0";
+
+/// [`RolloutService`] in the caller's process.
+pub struct LocalRolloutService<M = PolicyModel> {
+    engine: Mutex<Engine<M>>,
+    clock: Arc<dyn Clock>,
+    worker: String,
+}
+
+impl LocalRolloutService {
+    /// A service that generates with `policy`. The pool takes memory when the first group runs.
+    ///
+    /// # Errors
+    /// Where a value of `config` is out of range or does not fit the model.
+    pub fn new(
+        device: Arc<dyn Device>,
+        policy: Arc<RwLock<PackedPolicy>>,
+        config: EngineConfig,
+        token_bytes: Arc<dyn TokenBytes>,
+    ) -> Result<Self, Error> {
+        let (model, limits) = PolicyModel::new(device, policy, &config)?;
+        let options = EngineOptions {
+            limits,
+            max_queued_samples: config.max_queued_samples,
+            token_bytes: Some(token_bytes),
+            clock: Arc::new(SystemClock::default()),
+            worker: WORKER.to_owned(),
+        };
+        Ok(Self::with_engine(model, options))
+    }
+
+    /// Give the K/V pool's memory back until the next step; refused (false) while a group is open.
+    ///
+    /// # Errors
+    /// `Internal` where an earlier step panicked.
+    pub fn release_kv(&self) -> ServiceResult<bool> {
+        let mut engine = self.lock("release_kv")?;
+        let is_idle = engine.is_idle();
+        if is_idle {
+            engine.model_mut().release_kv();
+        }
+        Ok(is_idle)
+    }
+}
+
+impl<M: Model> LocalRolloutService<M> {
+    /// A service over any model.
+    pub fn with_engine(model: M, options: EngineOptions) -> Self {
+        let (clock, worker) = (Arc::clone(&options.clock), options.worker.clone());
+        LocalRolloutService { engine: Mutex::new(Engine::new(model, options)), clock, worker }
+    }
+
+    fn lock(&self, operation: &'static str) -> ServiceResult<MutexGuard<'_, Engine<M>>> {
+        let panicked = |_| self.error(ErrorCode::Internal, operation, "an earlier step panicked");
+        self.engine.lock().map_err(panicked)
+    }
+
+    fn error(&self, code: ErrorCode, operation: &'static str, message: impl std::fmt::Display) -> ServiceError {
+        ServiceError::new(code, self.worker.as_str(), operation, message)
+    }
+
+    fn convert(&self, operation: &'static str) -> impl Fn(Error) -> ServiceError + '_ {
+        move |error| self.error(error.code(), operation, error)
+    }
+}
+
+impl<M: Model> RolloutService for LocalRolloutService<M> {
+    fn submit(&self, groups: Vec<GroupRequest>) -> ServiceResult<()> {
+        self.lock("submit")?.submit(groups).map_err(self.convert("submit"))
+    }
+
+    /// Computes until a group finishes. At least one step is taken before the deadline is looked at, so that a caller
+    /// who polls without waiting gets ahead too.
+    fn next_group(&self, timeout: Duration) -> ServiceResult<Option<GroupResult>> {
+        const OPERATION: &str = "next_group";
+        let deadline = self.clock.now().saturating_add(timeout);
+        loop {
+            let mut engine = self.lock(OPERATION)?;
+            if let Some(result) = engine.pop_finished() {
+                return Ok(Some(result));
+            }
+            if engine.is_idle() {
+                return Ok(None);
+            }
+            engine.step().map_err(self.convert(OPERATION))?;
+            if let Some(result) = engine.pop_finished() {
+                return Ok(Some(result));
+            }
+            let num_open = engine.num_open_groups();
+            drop(engine);
+            if self.clock.now() >= deadline {
+                let message = format!("none of {num_open} groups finished within {timeout:?}");
+                return Err(self.error(ErrorCode::DeadlineExceeded, OPERATION, message));
+            }
+        }
+    }
+
+    /// Finished groups that nobody has taken yet stay to be taken.
+    fn abort_all(&self) -> ServiceResult<usize> {
+        let mut engine = self.lock("abort_all")?;
+        let open = engine.open_groups();
+        Ok(open.into_iter().filter_map(|group_id| engine.abort(group_id)).count())
+    }
+
+    fn set_version(&self, version: PolicyVersion) -> ServiceResult<()> {
+        const OPERATION: &str = "set_version";
+        let held = self.lock(OPERATION)?.model().version().map_err(self.convert(OPERATION))?;
+        if held == version {
+            return Ok(());
+        }
+        let message = format!("expected weights of version {version}, the engine holds {held}");
+        Err(self.error(ErrorCode::VersionMismatch, OPERATION, message))
+    }
+
+    fn stats(&self) -> RolloutStats {
+        // Counters are plain numbers; after a panic they are as good as before.
+        self.engine.lock().unwrap_or_else(PoisonError::into_inner).stats()
+    }
+}
+
+#[cfg(test)]
+mod tests;
