@@ -92,6 +92,14 @@ pub fn mask_truncated(offsets: &[usize], truncated: &[bool], response_mask: &mut
     Ok(())
 }
 
+/// Reward of a response that the length limit cut off: `coef` times it, or `coef` itself where that is negative.
+///
+/// # Source
+/// ProRL's stop-properly penalty, as in OpenRLHF.
+pub fn stop_properly_reward(reward: f64, coef: f64) -> f64 {
+    if coef >= 0.0 { coef * reward } else { coef }
+}
+
 /// Mask of a response: 1 up to and with the first stop token, 0 after.
 pub fn response_mask(token_ids: &[u32], stop_token_ids: &[u32]) -> Vec<u8> {
     let end = token_ids.iter().position(|id| stop_token_ids.contains(id)).map_or(token_ids.len(), |at| at + 1);

@@ -15,6 +15,8 @@ mod error;
 pub mod eval;
 pub mod filters;
 mod kl;
+mod kl_bounded;
+pub mod logits_processors;
 mod loss;
 pub mod masked;
 mod math;
@@ -30,7 +32,8 @@ mod value;
 
 pub use advantages::{
     AdvEstimator, AdvantageConfig, AdvantageInput, AdvantageOutput, FunctionAdvantages, FunctionRewards,
-    MultiObjective, Rewards, RlooOptions, ScaleRewards, compute_advantages, function_advantages, function_rloo,
+    MultiObjective, RewardBaseline, RewardBaselineConfig, Rewards, RlooOptions, ScaleRewards, baseline_advantages,
+    baselined, compute_advantages, function_advantages, function_rloo, rewards_with_kl, unwhitened_gae,
 };
 pub use batch::{TokenBatch, widen};
 pub use error::Error;
@@ -38,9 +41,11 @@ pub use kl::{
     Dual, KlController, KlControllerConfig, KlControllerType, KlInRewardConfig, KlType, PenalisedRewards,
     apply_kl_penalty, kl_penalty,
 };
+pub use kl_bounded::{BoundedKl, Estimator};
 pub use loss::{
-    GlobalCounts, ImportanceLevel, LossAggMode, LossMetrics, LossMode, LossOutput, PolicyLossConfig, PolicyLossInput,
-    TrlConfig, TrlLossType, TrlReport, agg_loss, policy_loss, trl_loss,
+    DecoupledOptions, DecoupledOutput, GlobalCounts, ImportanceLevel, LossAggMode, LossMetrics, LossMode, LossOutput,
+    PolicyLossConfig, PolicyLossInput, ProximalMethod, TrlConfig, TrlLossType, TrlReport, agg_loss, decoupled_loss,
+    m2po_mask, policy_loss, proximal_log_prob, sequence_kl, trl_loss,
 };
 pub use objective::{Objective, ObjectiveInput, ObjectiveOutput};
 pub use plan::{AlgorithmConfig, Grouping, Plan, Scope};

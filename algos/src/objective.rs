@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 /// The loss of a stage, with its settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[expect(clippy::large_enum_variant, reason = "there is one per stage")]
 #[serde(tag = "objective", content = "settings", rename_all = "snake_case")]
 pub enum Objective {
     /// Negative log-likelihood of demonstrations.

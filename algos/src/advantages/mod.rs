@@ -8,6 +8,7 @@ mod gpg;
 mod groups;
 mod grpo;
 mod grpo_passk;
+mod openrlhf;
 mod opo;
 mod reinforce_plus_plus;
 mod remax;
@@ -20,6 +21,7 @@ use crate::masked::broadcast;
 use crate::{Error, TokenBatch};
 pub(crate) use groups::group_rows;
 use grpo::Scale;
+pub use openrlhf::{RewardBaseline, RewardBaselineConfig, baseline_advantages, baselined, rewards_with_kl};
 use rloo::Singleton;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -258,6 +260,11 @@ pub fn compute_advantages(config: &AdvantageConfig, input: &AdvantageInput<'_>) 
         AdvEstimator::TirOptimalTokenBaseline => return token_baseline(config, input, TimeAxis::Compacted),
     };
     Ok(AdvantageOutput::same(broadcast(batch, &per_row)))
+}
+
+/// Advantages by a critic before whitening, and returns.
+pub fn unwhitened_gae(batch: &TokenBatch, rewards: &[f64], values: &[f64], gamma: f64, lam: f64) -> AdvantageOutput {
+    gae::unwhitened(batch, rewards, values, gae::Discounts { gamma, lam })
 }
 
 fn critic(config: &AdvantageConfig, input: &AdvantageInput<'_>) -> Result<AdvantageOutput, Error> {

@@ -5,9 +5,14 @@
 //! peer's names; each result holds `outputs` and `grads` under the same names. A case that an algorithm refuses gives
 //! `{"error": {"type", "message"}}` as its outputs.
 
+mod areal;
 mod case;
 mod logits;
+mod openrlhf;
+mod openrlhf_policy;
+mod reference;
 mod rollout;
+mod slime;
 mod suite;
 mod trl;
 mod trl_loss;

@@ -1,7 +1,10 @@
 //! Which function of which peer a document means.
 
 use super::case::{Case, Results};
-use super::{rollout, trl, trl_loss, trl_preference, verl_advantages, verl_kl, verl_losses, verl_misc};
+use super::{
+    areal, openrlhf, openrlhf_policy, reference, rollout, slime, trl, trl_loss, trl_preference, verl_advantages,
+    verl_kl, verl_losses, verl_misc,
+};
 use crate::Error;
 
 /// A peer's function, or a family of functions that one document holds.
@@ -45,6 +48,16 @@ pub(super) enum Suite {
     TrlOnlineDpo,
     TrlReward,
     Gdpo,
+    HfLogits,
+    TorchOptim,
+    OpenrlhfAdvantages,
+    OpenrlhfKl,
+    OpenrlhfReward,
+    OpenrlhfLosses,
+    OpenrlhfPolicy,
+    ArealMisc,
+    ArealActor,
+    Slime,
 }
 
 impl Suite {
@@ -101,6 +114,16 @@ impl Suite {
             ("trl", "GRPOTrainer._compute_loss") => Suite::TrlGrpo,
             ("trl", "GMPOTrainer._compute_loss") => Suite::TrlGmpo,
             ("trl", "RLOOTrainer._compute_loss") => Suite::TrlRloo,
+            ("transformers", "TemperatureLogitsWarper") => Suite::HfLogits,
+            ("torch", "torch.optim.AdamW") => Suite::TorchOptim,
+            ("openrlhf", "compute_advantages_and_returns") => Suite::OpenrlhfAdvantages,
+            ("openrlhf", "compute_approx_kl") => Suite::OpenrlhfKl,
+            ("openrlhf", "compute_reward") => Suite::OpenrlhfReward,
+            ("openrlhf", "ValueLoss") => Suite::OpenrlhfLosses,
+            ("openrlhf", "PolicyLoss") => Suite::OpenrlhfPolicy,
+            ("areal", "sapo_loss_fn") => Suite::ArealMisc,
+            ("areal", "ppo_actor_loss_fn") => Suite::ArealActor,
+            ("slime", "compute_approx_kl") => Suite::Slime,
             _ => {
                 let cause = format!("no function `{first}` of `{peer}` is known");
                 return Err(Error::Case { case: String::new(), key: "function".to_owned(), cause });
@@ -149,6 +172,16 @@ impl Suite {
             Suite::TrlOnlineDpo => trl_preference::online(case),
             Suite::TrlReward => trl_preference::reward(case),
             Suite::Gdpo => trl_preference::gdpo(case),
+            Suite::HfLogits => reference::logits(case),
+            Suite::TorchOptim => reference::optim(case),
+            Suite::OpenrlhfAdvantages => openrlhf::advantages(case),
+            Suite::OpenrlhfKl => openrlhf::kl(case),
+            Suite::OpenrlhfReward => openrlhf::reward(case),
+            Suite::OpenrlhfLosses => openrlhf::losses(case),
+            Suite::OpenrlhfPolicy => openrlhf_policy::loss(case),
+            Suite::ArealMisc => areal::misc(case),
+            Suite::ArealActor => areal::actor(case),
+            Suite::Slime => slime::run(case),
         }
     }
 }

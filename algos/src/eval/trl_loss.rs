@@ -134,7 +134,7 @@ fn gather_masked(batch: &TokenBatch, ratio: &mut [f64]) {
 fn normaliser(case: &Case<'_>, config: &PolicyLossConfig, accumulation: f64) -> Result<f64, Error> {
     match config.trl.loss_type {
         TrlLossType::Dapo | TrlLossType::Cispo | TrlLossType::Vespo => {
-            Ok(case.num("steps_per_generation", accumulation)? / accumulation)
+            Ok(case.num("steps_per_generation", 1.0)? / accumulation)
         }
         TrlLossType::Grpo | TrlLossType::Bnpo | TrlLossType::DrGrpo | TrlLossType::Luspo | TrlLossType::Sapo => {
             Ok(1.0 / accumulation)

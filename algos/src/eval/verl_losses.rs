@@ -31,6 +31,9 @@ impl Function {
     }
 }
 
+/// Metrics by name.
+pub(super) type Metrics = Vec<(&'static str, f64)>;
+
 /// Counts as verl is given them, and the factor by which it multiplies the loss.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Counted {
@@ -154,7 +157,7 @@ pub(in crate::eval) fn total(case: &Case<'_>) -> Result<Results, Error> {
 }
 
 /// `compute_policy_loss_bypass_mode`, and the metrics of the loss inside.
-pub(super) fn bypass(case: &Case<'_>) -> Result<(Results, Vec<(&'static str, f64)>), Error> {
+pub(super) fn bypass(case: &Case<'_>) -> Result<(Results, Metrics), Error> {
     let mask = case.mask("response_mask")?;
     let counted = counted(case, &mask)?;
     let config = config(LossMode::BypassMode, case)?;

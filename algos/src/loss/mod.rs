@@ -9,6 +9,7 @@ mod bypass;
 mod cispo;
 mod config;
 mod cov;
+mod decoupled;
 mod dppo;
 mod dro;
 mod geo_mean;
@@ -25,6 +26,9 @@ mod vanilla;
 
 pub use agg::{GlobalCounts, LossAggMode, agg_loss};
 pub use config::{LossMode, PolicyLossConfig};
+pub use decoupled::{
+    DecoupledOptions, DecoupledOutput, ProximalMethod, decoupled_loss, m2po_mask, proximal_log_prob, sequence_kl,
+};
 pub use metrics::LossMetrics;
 pub use trl::{TrlReport, trl_loss};
 pub use trl_config::{ImportanceLevel, TrlConfig, TrlLossType};
@@ -33,9 +37,11 @@ use crate::batch::require_tokens;
 use crate::kl::kl_penalty;
 use crate::masked::broadcast;
 use crate::{Error, TokenBatch};
+pub(crate) use config::ClipRange;
 pub(crate) use masks::{gamma_weight, high_entropy, off_policy_rows};
-pub(crate) use terms::larger;
-use terms::{Terms, TokenTerm};
+pub(crate) use sapo::gate;
+use terms::Terms;
+pub(crate) use terms::{TokenTerm, larger};
 pub(crate) use vanilla::clipped_surrogate;
 
 /// Everything a policy loss may read; `..Default::default()` leaves out what the plan does not ask for.
