@@ -32,12 +32,12 @@ enum Command {
     Recipes(commands::recipes::Recipes),
     Generate(commands::generate::Generate),
     Score(commands::score::Score),
-    Eval(commands::eval::Eval),
-    Inspect(commands::inspect::Inspect),
     Export(commands::export::Export),
     Import(commands::import::Import),
-    Algos(commands::algos::Algos),
     Bench(commands::bench::Bench),
+    Algos(commands::algos::Algos),
+    Inspect(commands::inspect::Inspect),
+    Eval(commands::eval::Eval),
 }
 
 /// The user asked for something that cannot be: exit code 2.
@@ -94,12 +94,12 @@ impl Command {
             Command::Recipes(command) => command.run(),
             Command::Generate(command) => command.run(),
             Command::Score(command) => command.run(),
-            Command::Eval(command) => command.run(),
-            Command::Inspect(command) => command.run(),
             Command::Export(command) => command.run(),
             Command::Import(command) => command.run(),
-            Command::Algos(command) => command.run(),
             Command::Bench(command) => command.run(),
+            Command::Algos(command) => command.run(),
+            Command::Inspect(command) => command.run(),
+            Command::Eval(command) => command.run(),
         }
     }
 }

@@ -1,5 +1,14 @@
 //! One file a command.
 
+pub mod algos;
+pub mod bench;
 pub mod check;
+pub mod common;
+pub mod eval;
+pub mod export;
+pub mod generate;
+pub mod import;
+pub mod inspect;
 pub mod recipes;
+pub mod score;
 pub mod train;

@@ -1,0 +1,115 @@
+//! `temper bench rollout`: generation through the rollout service.
+
+use super::samples::{at_least_one, median, peak_rss_mb, random_ids, round, spread};
+use crate::commands::common::compute::ComputeArgs;
+use crate::commands::common::engine::Generator;
+use crate::commands::common::output::print;
+use anyhow::{Context, Result};
+use serde_json::json;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+use temper_actor::ModelConfig;
+use temper_proto::{GroupRequest, RolloutService};
+use temper_types::{GroupId, PromptId, SamplingParams, derive_seed};
+
+/// Tokens generated per second: a batch of random prompts, every response of full length, temperature 1.
+///
+/// A run is timed from the submission of all prompts to the last finished response. decode_tok_s is
+/// batch * (new - 1) / (time of a whole run - time of a run with one new token), prefill_tok_s is batch * prompt / time
+/// of a run with one new token, tokens_per_second is batch * new / time of a whole run.
+#[derive(clap::Args)]
+pub struct Rollout {
+    /// Hugging Face model directory.
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Prompts at once.
+    #[arg(long, value_name = "B", default_value_t = 32)]
+    batch: usize,
+    /// Tokens of every prompt.
+    #[arg(long, value_name = "P", default_value_t = 64)]
+    prompt_len: usize,
+    /// Tokens of every response.
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    new_tokens: u32,
+    /// Timed runs, after one that is not.
+    #[arg(long, value_name = "R", default_value_t = 3)]
+    runs: usize,
+    #[command(flatten)]
+    compute: ComputeArgs,
+    /// Print as JSON, every sample included.
+    #[arg(long)]
+    json: bool,
+}
+
+impl Rollout {
+    pub(super) fn run(self) -> Result<()> {
+        let new_tokens = self.new_tokens as usize;
+        at_least_one(&[("--batch", self.batch), ("--prompt-len", self.prompt_len), ("--new-tokens", new_tokens)])?;
+        at_least_one(&[("--runs", self.runs)])?;
+        let vocab_size = ModelConfig::load(&self.model)?.vocab_size;
+        let generator = Generator::load(&self.model, &self.compute)?;
+        self.time(&generator, vocab_size, 0, self.new_tokens)?;
+        let timed = |new_tokens, first: u64| {
+            (0..self.runs as u64)
+                .map(|r| self.time(&generator, vocab_size, first + r, new_tokens))
+                .collect::<Result<Vec<f64>>>()
+        };
+        let short = timed(1, 1)?;
+        let whole = timed(self.new_tokens, 1 + self.runs as u64)?;
+        self.report(&generator, &short, &whole)
+    }
+
+    /// Seconds of one run.
+    fn time(&self, generator: &Generator, vocab_size: usize, run: u64, new_tokens: u32) -> Result<f64> {
+        let sampling = SamplingParams { max_new_tokens: new_tokens, ..SamplingParams::default() };
+        let group = |index: u64| GroupRequest {
+            group_id: GroupId((run << 32) + index),
+            prompt_id: PromptId(index),
+            epoch: run,
+            prompt_token_ids: random_ids(vocab_size, self.prompt_len, (run << 32) + index),
+            seeds: vec![derive_seed(run, index, 0, 0)],
+            sampling: sampling.clone(),
+        };
+        let groups = (0..self.batch as u64).map(group).collect();
+        let begin = Instant::now();
+        generator.service.submit(groups)?;
+        for _ in 0..self.batch {
+            let result =
+                generator.service.next_group(Duration::from_secs(3600))?.context("a prompt never came back")?;
+            let num_tokens = result.samples[0].token_ids.len();
+            anyhow::ensure!(num_tokens == new_tokens as usize, "a response of {num_tokens} tokens, not {new_tokens}");
+        }
+        Ok(begin.elapsed().as_secs_f64())
+    }
+
+    fn report(&self, generator: &Generator, short: &[f64], whole: &[f64]) -> Result<()> {
+        let (batch, new_tokens) = (self.batch as f64, f64::from(self.new_tokens));
+        let (prefill_s, total_s) = (median(short), median(whole));
+        let decode = (new_tokens > 1.0).then(|| batch * (new_tokens - 1.0) / (total_s - prefill_s));
+        let rate = batch * new_tokens / total_s;
+        let prefill = batch * self.prompt_len as f64 / prefill_s;
+        let rss = peak_rss_mb();
+        if self.json {
+            let rates: Vec<f64> = whole.iter().map(|s| round(batch * new_tokens / s)).collect();
+            let object = json!({
+                "peer": "temper", "bench": "rollout", "dtype": generator.dtype, "batch": self.batch,
+                "prompt": self.prompt_len, "new": self.new_tokens, "tokens_per_second": round(rate),
+                "decode_tok_s": decode.map(round), "prefill_tok_s": round(prefill), "total_s": round(total_s),
+                "spread": round(spread(whole)), "samples_s": whole, "samples_tok_s": rates,
+                "prefill_samples_s": short, "rss_mb": rss,
+            });
+            return print(&format!("{object}\n"));
+        }
+        let decode = decode.map_or_else(String::new, |d| format!(", decode {d:.0}"));
+        let memory = rss.map_or_else(String::new, |mb| format!(", peak memory {mb} MiB"));
+        print(&format!(
+            "{} x ({} + {}), {}: {rate:.0} tokens/s{decode}, prefill {prefill:.0}, spread {:.2} over {} runs{memory}\n",
+            self.batch,
+            self.prompt_len,
+            self.new_tokens,
+            generator.dtype,
+            spread(whole),
+            whole.len()
+        ))
+    }
+}

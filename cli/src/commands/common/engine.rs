@@ -1,0 +1,219 @@
+//! A model directory as something that answers prompts.
+
+use super::compute::{ComputeArgs, open_model};
+use super::sampling::SamplingArgs;
+use crate::runtime::LocalText;
+use crate::usage;
+use anyhow::{Context, Result, bail};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
+use temper_actor::tokenizer::TOKENIZER_FILE;
+use temper_actor::{PackedPolicy, ParamStore};
+use temper_proto::{GeneratedSample, GroupRequest, GroupResult, RolloutService, TextService};
+use temper_rollout::{EngineConfig, LocalRolloutService, TokenByteTable};
+use temper_types::{
+    DType, FinishReason, GroupId, PolicyVersion, PromptContent, PromptRow, Sample, SamplingParams, Step, derive_seed,
+};
+
+/// Samples that are queued in the engine at once; more wait outside of it.
+const MAX_QUEUED_SAMPLES: usize = 8192;
+
+/// A model, its tokenizer where it has one, and an engine over it.
+pub struct Generator {
+    /// The engine.
+    pub service: LocalRolloutService,
+    /// Tokenizer and chat template; `None` for a model directory without tokenizer.json.
+    pub text: Option<LocalText>,
+    /// The weights that answer.
+    pub version: PolicyVersion,
+    /// Number format that computes.
+    pub dtype: DType,
+    /// Ids that end a response by default.
+    pub end_ids: Vec<u32>,
+}
+
+/// Which samples are wanted of every prompt.
+pub struct Request {
+    /// Samples of each prompt.
+    pub num_samples: u32,
+    /// Seed of the run.
+    pub seed: u64,
+    /// How to draw.
+    pub sampling: SamplingParams,
+    /// Longest wait for the next finished prompt.
+    pub timeout: Duration,
+}
+
+impl Generator {
+    /// Load a model directory. Ids that the tokenizer does not have are masked.
+    ///
+    /// # Errors
+    /// A file that is missing or damaged, by name.
+    pub fn load(model_dir: &Path, compute: &ComputeArgs) -> Result<Self> {
+        let (config, reader) = open_model(model_dir)?;
+        if config.head != temper_actor::Head::CausalLm {
+            let dir = model_dir.display();
+            return Err(usage(format!("{dir} has a value or reward head: expected a causal language model")));
+        }
+        let text = model_dir.join(TOKENIZER_FILE).is_file().then(|| LocalText::load(model_dir)).transpose()?;
+        let (device, dtype) = compute.resolve();
+        let mut policy = {
+            let masters = ParamStore::load(&*device, &config, &reader)?;
+            let mut policy = PackedPolicy::new(&device, &masters, &config, dtype);
+            policy.version = PolicyVersion { number: 0, hash: masters.content_hash(&*device) };
+            policy
+        };
+        let version = policy.version;
+        let mut bytes = vec![Vec::new(); config.vocab_size];
+        if let Some(text) = &text {
+            policy.set_masked_ids(text.tokenizer().missing_ids(config.vocab_size));
+            for (id, bytes) in bytes.iter_mut().enumerate() {
+                *bytes = text.tokenizer().token_bytes(id as u32).map(<[u8]>::to_vec).unwrap_or_default();
+            }
+        }
+        let end_ids = text.as_ref().map_or_else(|| config.eos_token_ids.clone(), LocalText::stop_token_ids);
+        let policy = Arc::new(RwLock::new(policy));
+        let table = Arc::new(TokenByteTable(bytes));
+        let service = LocalRolloutService::new(device, policy, EngineConfig::default(), table)?;
+        Ok(Generator { service, text, version, dtype, end_ids })
+    }
+
+    /// Sampling parameters from flags.
+    ///
+    /// # Errors
+    /// Those of [`SamplingArgs::resolve`]; stop strings without a tokenizer.
+    pub fn sampling(&self, args: &SamplingArgs, model_dir: &Path, max_new_tokens: u32) -> Result<SamplingParams> {
+        let sampling = args.resolve(model_dir, max_new_tokens, &self.end_ids)?;
+        if self.text.is_none() && !sampling.stop.is_empty() {
+            let dir = model_dir.display();
+            return Err(usage(format!("--stop: {dir} has no {TOKENIZER_FILE}, so that its tokens have no text")));
+        }
+        Ok(sampling)
+    }
+
+    /// Ids of a prompt.
+    ///
+    /// # Errors
+    /// A prompt that the tokenizer or the chat template refuses, or text without a tokenizer.
+    pub fn encode(&self, prompt: &PromptContent) -> Result<Vec<u32>> {
+        match (&self.text, prompt) {
+            (Some(text), prompt) => Ok(text.tokenizer().encode_prompt(prompt)?),
+            (None, PromptContent::TokenIds(ids)) => Ok(ids.clone()),
+            (None, _) => bail!("the model has no {TOKENIZER_FILE}: expected prompts with \"prompt_token_ids\""),
+        }
+    }
+
+    /// Text of a response, the stop token left out; empty without a tokenizer.
+    pub fn response(&self, sample: &GeneratedSample) -> String {
+        let ids = match (sample.finish_reason, sample.token_ids.split_last()) {
+            (FinishReason::Stop, Some((_, rest))) => rest,
+            _ => &sample.token_ids,
+        };
+        self.text.as_ref().map_or_else(String::new, |text| text.decode(ids))
+    }
+
+    /// Answer every prompt; `each` gets prompt, request and result in the prompts' order.
+    ///
+    /// # Errors
+    /// The prompt that cannot be encoded or answered, by row; no prompt finished in time; those of `each`.
+    pub fn run(
+        &self,
+        rows: &[PromptRow],
+        request: &Request,
+        mut each: impl FnMut(&PromptRow, &GroupRequest, GroupResult) -> Result<()>,
+    ) -> Result<()> {
+        let mut requests: BTreeMap<usize, GroupRequest> = BTreeMap::new();
+        let mut finished: BTreeMap<usize, GroupResult> = BTreeMap::new();
+        let (mut next_in, mut next_out, mut num_open) = (0, 0, 0);
+        while next_out < rows.len() {
+            let room = (MAX_QUEUED_SAMPLES / request.num_samples as usize).max(1);
+            while next_in < rows.len() && num_open < room {
+                let group =
+                    self.group(next_in, &rows[next_in], request).with_context(|| format!("prompt {next_in}"))?;
+                self.service.submit(vec![group.clone()])?;
+                requests.insert(next_in, group);
+                (next_in, num_open) = (next_in + 1, num_open + 1);
+            }
+            let result =
+                self.service.next_group(request.timeout)?.context("a prompt was submitted and never came back")?;
+            num_open -= 1;
+            finished.insert(result.group_id.0 as usize, result);
+            while let Some(result) = finished.remove(&next_out) {
+                let group = requests.remove(&next_out).context("a prompt came back twice")?;
+                each(&rows[next_out], &group, result)?;
+                next_out += 1;
+            }
+        }
+        Ok(())
+    }
+
+    fn group(&self, index: usize, row: &PromptRow, request: &Request) -> Result<GroupRequest> {
+        Ok(GroupRequest {
+            group_id: GroupId(index as u64),
+            prompt_id: row.prompt_id,
+            epoch: 0,
+            prompt_token_ids: self.encode(&row.prompt)?,
+            seeds: (0..request.num_samples).map(|i| derive_seed(request.seed, row.prompt_id.0, i, 0)).collect(),
+            sampling: request.sampling.clone(),
+        })
+    }
+
+    /// A generated response as a row of the trajectory dataset.
+    pub fn to_sample(&self, row: &PromptRow, group: &GroupRequest, worker: &str, sample: GeneratedSample) -> Sample {
+        Sample {
+            step: Step(0),
+            prompt_id: row.prompt_id,
+            group_id: group.group_id,
+            sample_index: sample.sample_index,
+            epoch: group.epoch,
+            seed: sample.seed,
+            data_source: row.data_source.clone(),
+            prompt: row.prompt.clone(),
+            response: self.response(&sample),
+            prompt_token_ids: group.prompt_token_ids.clone(),
+            response_mask: vec![1; sample.token_ids.len()],
+            response_token_ids: sample.token_ids,
+            rollout_log_probs: sample.log_probs,
+            sampled_log_probs: sample.sampled_log_probs,
+            surviving_mass: sample.surviving_mass,
+            old_log_probs: Vec::new(),
+            ref_log_probs: Vec::new(),
+            values: Vec::new(),
+            advantages: Vec::new(),
+            returns: Vec::new(),
+            outcome: None,
+            ground_truth: row.ground_truth.clone(),
+            extra_info: row.extra_info.clone(),
+            finish_reason: sample.finish_reason,
+            policy_versions: sample.policy_versions,
+            staleness: 0,
+            num_drafted: sample.num_drafted,
+            num_accepted: sample.num_accepted,
+            worker: worker.to_owned(),
+            timings: sample.timings,
+        }
+    }
+}
+
+/// Text prompts as one user message each, for the chat template; other prompts stay.
+pub fn as_chat(rows: &mut [PromptRow]) {
+    for row in rows {
+        if let PromptContent::Text(text) = &row.prompt {
+            let message = temper_types::ChatMessage { role: "user".to_owned(), content: text.clone() };
+            row.prompt = PromptContent::Messages(vec![message]);
+        }
+    }
+}
+
+/// Write samples as a dataset that `datasets.load_from_disk` reads.
+///
+/// # Errors
+/// A directory that holds something already (exit code 2), or cannot be written.
+pub fn write_dataset(dir: &Path, run: &str, samples: &[Sample]) -> Result<()> {
+    if dir.read_dir().is_ok_and(|mut entries| entries.next().is_some()) {
+        return Err(usage(format!("--output {}: the directory is not empty", dir.display())));
+    }
+    Ok(temper_data::trajectories::DatasetWriter::open(dir, run)?.write_step(Step(0), samples)?)
+}

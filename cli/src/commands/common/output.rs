@@ -1,0 +1,103 @@
+//! Where results go: stdout, or a file that appears whole or not at all.
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+use serde_json::Value;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+/// Lines of results.
+pub struct Output {
+    writer: Option<BufWriter<Box<dyn Write>>>,
+    /// Temporary and final name of a file being written; `None` where lines go straight to their place.
+    pending: Option<(PathBuf, PathBuf)>,
+    name: String,
+}
+
+impl Output {
+    /// Results to `path`, or to stdout where there is none. A regular file takes its name when it is complete; devices
+    /// and pipes are written as results come.
+    ///
+    /// # Errors
+    /// Where the file cannot be made.
+    pub fn create(path: Option<&Path>) -> Result<Self> {
+        let Some(path) = path else {
+            let writer = Some(BufWriter::new(Box::new(std::io::stdout()) as Box<dyn Write>));
+            return Ok(Output { writer, pending: None, name: "stdout".to_owned() });
+        };
+        let is_special = path.metadata().is_ok_and(|m| !m.is_file());
+        let target = if is_special { path.to_owned() } else { unfinished(path) };
+        let file = File::create(&target).with_context(|| format!("creating {}", path.display()))?;
+        let pending = (!is_special).then(|| (target, path.to_owned()));
+        let writer = Some(BufWriter::new(Box::new(file) as Box<dyn Write>));
+        Ok(Output { writer, pending, name: path.display().to_string() })
+    }
+
+    /// Append one JSON value as a line.
+    ///
+    /// # Errors
+    /// Where it cannot be written.
+    pub fn json_line(&mut self, value: &impl Serialize) -> Result<()> {
+        let text = serde_json::to_string(value)?;
+        self.line(&text)
+    }
+
+    /// Append a line.
+    ///
+    /// # Errors
+    /// Where it cannot be written.
+    pub fn line(&mut self, text: &str) -> Result<()> {
+        let writer = self.writer.as_mut().expect("an output is written before it is finished");
+        writeln!(writer, "{text}").with_context(|| format!("writing {}", self.name))
+    }
+
+    /// Write what is buffered and give the file its name.
+    ///
+    /// # Errors
+    /// Where it cannot be written or renamed.
+    pub fn finish(mut self) -> Result<()> {
+        let mut writer = self.writer.take().expect("an output is finished once");
+        writer.flush().with_context(|| format!("writing {}", self.name))?;
+        drop(writer);
+        if let Some((from, to)) = self.pending.take() {
+            std::fs::rename(&from, &to).with_context(|| format!("renaming {} into place", to.display()))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Output {
+    fn drop(&mut self) {
+        if let Some((from, _)) = &self.pending
+            && let Err(error) = std::fs::remove_file(from)
+        {
+            tracing::warn!(file = %from.display(), %error, "an unfinished file was left behind");
+        }
+    }
+}
+
+fn unfinished(path: &Path) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    name.push(format!(".tmp-{}", std::process::id()));
+    path.with_file_name(name)
+}
+
+/// Write a JSON document to `path`, or to stdout where there is none.
+///
+/// # Errors
+/// Where it cannot be written.
+pub fn write_json(path: Option<&Path>, value: &Value) -> Result<()> {
+    let mut output = Output::create(path)?;
+    output.line(&serde_json::to_string_pretty(value)?)?;
+    output.finish()
+}
+
+/// Print lines of text to stdout.
+///
+/// # Errors
+/// Where stdout is closed.
+pub fn print(text: &str) -> Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).context("writing stdout")
+}

@@ -1,0 +1,286 @@
+//! `temper eval`: how good a model is on prompts with known answers.
+
+use super::common::compute::ComputeArgs;
+use super::common::engine::{Generator, Request, as_chat, write_dataset};
+use super::common::output::print;
+use super::common::sampling::SamplingArgs;
+use crate::usage;
+use anyhow::{Result, anyhow};
+use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::PathBuf;
+use std::time::Duration;
+use temper_algos::metrics::{best_at_k, maj_at_n, mean_at_n, pass_at_k};
+use temper_reward::{RewardConfig, ScoreInput, Scorer};
+use temper_types::{RewardOutcome, Sample};
+
+/// Score a model on prompts with known answers: mean@n, best@n, maj@n and pass@k, by data source.
+///
+/// Prompt files are JSONL, Parquet or Arrow in verl's columns (data_source, prompt, reward_model.ground_truth). A
+/// sample whose scoring fails is left out, counted and named: it is never a score of 0. best@n is the expected best
+/// score, maj@n the score of the most frequent answer (the last line of a response that is not blank), pass@k the
+/// unbiased estimate that one of k samples reaches --correct-at.
+#[derive(clap::Args)]
+#[command(
+    after_help = "Examples:\n  temper eval --model models/smollm2-135m --data recipes/data/chain_sum.parquet --reward number --temperature 0\n  temper eval --model runs/quickstart/checkpoints/step-190/model --data held_out.jsonl --reward exact_match --n 8\n  temper eval --model m --data d.jsonl --reward '{\"components\": [{\"kind\": \"math\", \"extract\": \"boxed\"}]}'"
+)]
+pub struct Eval {
+    /// Hugging Face model directory.
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Prompt file; may be given several times.
+    #[arg(long, value_name = "FILE", required = true)]
+    data: Vec<PathBuf>,
+    /// Name of a reward, or a reward table as JSON.
+    #[arg(long, value_name = "NAME")]
+    reward: String,
+    /// Responses to each prompt.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    n: u32,
+    /// Longest response in tokens.
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    max_new_tokens: u32,
+    /// Take only the first rows.
+    #[arg(long, value_name = "N")]
+    limit: Option<usize>,
+    /// Reward from which a response counts as right.
+    #[arg(long, value_name = "R", default_value_t = 1.0)]
+    correct_at: f64,
+    /// Put text prompts through the chat template, as one user message.
+    #[arg(long)]
+    chat: bool,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    #[command(flatten)]
+    compute: ComputeArgs,
+    /// Longest wait for the next finished prompt, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 3600)]
+    timeout: u64,
+    /// Also keep every response with its reward, as a directory that `datasets.load_from_disk` reads.
+    #[arg(long, value_name = "DIR")]
+    output: Option<PathBuf>,
+    /// Print as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Samples of one data source.
+#[derive(Default)]
+struct Source {
+    num_prompts: u64,
+    num_samples: u64,
+    num_tokens: u64,
+    num_cut: u64,
+    /// Scores and answers of each prompt's scored samples.
+    groups: Vec<(Vec<f64>, Vec<Option<String>>)>,
+    /// Number of failed samples by cause.
+    failures: BTreeMap<String, u64>,
+}
+
+impl Eval {
+    /// Generate, score, report.
+    ///
+    /// # Errors
+    /// A flag or reward that is wrong (exit code 2); a file that cannot be read; no sample that could be scored.
+    pub fn run(self) -> Result<()> {
+        if self.n == 0 {
+            return Err(usage("--n 0: expected 1 or more"));
+        }
+        let scorer = self.scorer()?;
+        let mut rows = temper_data::prompts::read_prompts(&self.data)?;
+        rows.truncate(self.limit.unwrap_or(usize::MAX));
+        if rows.is_empty() {
+            return Err(usage("--limit 0 leaves no prompt: expected 1 or more"));
+        }
+        if self.chat {
+            as_chat(&mut rows);
+        }
+        let generator = Generator::load(&self.model, &self.compute)?;
+        if generator.text.is_none() {
+            return Err(anyhow!("{} has no tokenizer.json: responses have no text to score", self.model.display()));
+        }
+        let request = Request {
+            num_samples: self.n,
+            seed: self.sampling.seed,
+            sampling: generator.sampling(&self.sampling, &self.model, self.max_new_tokens)?,
+            timeout: Duration::from_secs(self.timeout),
+        };
+        let (mut sources, mut kept) = (BTreeMap::<String, Source>::new(), Vec::new());
+        generator.run(&rows, &request, |row, group, result| {
+            let mut samples = Vec::new();
+            for sample in result.samples {
+                let mut sample = generator.to_sample(row, group, &result.worker, sample);
+                sample.outcome = Some(score(&scorer, &sample));
+                samples.push(sample);
+            }
+            sources.entry(row.data_source.clone()).or_default().add(&samples);
+            if self.output.is_some() {
+                kept.extend(samples);
+            }
+            Ok(())
+        })?;
+        if let Some(dir) = &self.output {
+            write_dataset(dir, "eval", &kept)?;
+        }
+        self.report(&sources)
+    }
+
+    fn scorer(&self) -> Result<Scorer> {
+        let config = if self.reward.trim_start().starts_with('{') {
+            serde_json::from_str::<RewardConfig>(&self.reward).map_err(|e| usage(format!("--reward: {e}")))?
+        } else {
+            RewardConfig::from_name(&self.reward).map_err(|e| usage(format!("--reward: {e}")))?
+        };
+        Scorer::new(config).map_err(|e| usage(format!("--reward: {e}")))
+    }
+
+    fn report(&self, sources: &BTreeMap<String, Source>) -> Result<()> {
+        let n = self.n as usize;
+        let rows: Vec<(&String, &Source, Vec<(String, f64)>)> =
+            sources.iter().map(|(name, source)| (name, source, source.metrics(n, self.correct_at))).collect();
+        if self.json {
+            let mut object = Map::new();
+            for (name, source, metrics) in &rows {
+                object.insert((*name).clone(), source.to_json(metrics));
+            }
+            print(&format!("{:#}\n", json!({"model": self.model, "n": n, "reward": self.reward, "sources": object})))?;
+        } else {
+            let mut text = String::new();
+            for (name, source, metrics) in &rows {
+                source.describe(name, metrics, &mut text)?;
+            }
+            print(&text)?;
+        }
+        if sources.values().all(|source| source.groups.is_empty()) {
+            let cause = sources.values().find_map(|source| source.failures.keys().next());
+            return Err(anyhow!("no sample could be scored: {}", cause.map_or("no cause is known", String::as_str)));
+        }
+        Ok(())
+    }
+}
+
+fn score(scorer: &Scorer, sample: &Sample) -> RewardOutcome {
+    scorer.score(ScoreInput {
+        data_source: &sample.data_source,
+        response: &sample.response,
+        ground_truth: sample.ground_truth.as_deref(),
+        extra_info: sample.extra_info.as_deref(),
+        finish_reason: sample.finish_reason,
+        response_len_tokens: sample.response_token_ids.len(),
+    })
+}
+
+/// What votes in maj@n: the last line that is not blank.
+fn answer(response: &str) -> Option<String> {
+    response.lines().rev().map(str::trim).find(|line| !line.is_empty()).map(str::to_owned)
+}
+
+impl Source {
+    fn add(&mut self, samples: &[Sample]) {
+        self.num_prompts += 1;
+        let (mut scores, mut answers) = (Vec::new(), Vec::new());
+        for sample in samples {
+            self.num_samples += 1;
+            self.num_tokens += sample.response_token_ids.len() as u64;
+            self.num_cut += u64::from(sample.finish_reason == temper_types::FinishReason::Length);
+            match &sample.outcome {
+                Some(RewardOutcome::Scored { reward, .. }) => {
+                    scores.push(*reward);
+                    answers.push(answer(&sample.response));
+                }
+                Some(RewardOutcome::Failed(failure)) => *self.failures.entry(failure.to_string()).or_default() += 1,
+                None => {}
+            }
+        }
+        if !scores.is_empty() {
+            self.groups.push((scores, answers));
+        }
+    }
+
+    /// Means over prompts; empty where no sample was scored.
+    fn metrics(&self, n: usize, correct_at: f64) -> Vec<(String, f64)> {
+        if self.groups.is_empty() {
+            return Vec::new();
+        }
+        let over = |f: &dyn Fn(&[f64], &[Option<String>]) -> f64| {
+            self.groups.iter().map(|(scores, answers)| f(scores, answers)).sum::<f64>() / self.groups.len() as f64
+        };
+        let correct = |scores: &[f64]| scores.iter().map(|s| *s >= correct_at).collect::<Vec<_>>();
+        let mut metrics = vec![(format!("mean@{n}"), over(&|scores, _| mean_at_n(scores)))];
+        if n > 1 {
+            metrics.push((format!("best@{n}"), over(&|scores, _| best_at_k(scores, scores.len()))));
+            metrics.push((format!("maj@{n}"), over(&|scores, answers| maj_at_n(answers, scores))));
+        }
+        let mut ks: Vec<usize> = (0..).map(|i| 1 << i).take_while(|k| *k < n).collect();
+        ks.push(n);
+        metrics.extend(ks.iter().map(|k| (format!("pass@{k}"), over(&|scores, _| pass_at_k(&correct(scores), *k)))));
+        metrics
+    }
+
+    fn num_failed(&self) -> u64 {
+        self.failures.values().sum()
+    }
+
+    fn length_mean(&self) -> f64 {
+        self.num_tokens as f64 / self.num_samples.max(1) as f64
+    }
+
+    fn to_json(&self, metrics: &[(String, f64)]) -> Value {
+        let mut object = Map::new();
+        object.extend(metrics.iter().map(|(name, value)| (name.clone(), json!(value))));
+        object.insert("num_prompts".to_owned(), json!(self.num_prompts));
+        object.insert("num_samples".to_owned(), json!(self.num_samples));
+        object.insert("num_failed".to_owned(), json!(self.num_failed()));
+        object.insert("failures".to_owned(), json!(self.failures));
+        object.insert("response_length_mean".to_owned(), json!(self.length_mean()));
+        object.insert("num_cut".to_owned(), json!(self.num_cut));
+        Value::Object(object)
+    }
+
+    fn describe(&self, name: &str, metrics: &[(String, f64)], text: &mut String) -> Result<()> {
+        writeln!(
+            text,
+            "{name}: {} prompts, {} samples, {:.1} tokens a response, {} cut at the limit",
+            self.num_prompts,
+            self.num_samples,
+            self.length_mean(),
+            self.num_cut
+        )?;
+        for (metric, value) in metrics {
+            writeln!(text, "  {metric:<10} {value:.4}")?;
+        }
+        for (cause, count) in &self.failures {
+            writeln!(text, "  {count} samples not scored: {cause}")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_answer_is_the_last_line_that_is_not_blank() {
+        assert_eq!(answer("so\n 42 \n\n").as_deref(), Some("42"));
+        assert_eq!(answer(" \n"), None);
+    }
+
+    #[test]
+    fn metrics_are_means_over_prompts() {
+        let answers = |list: &[&str]| list.iter().map(|a| Some((*a).to_owned())).collect::<Vec<_>>();
+        let groups = vec![
+            (vec![1.0, 0.0, 0.0, 0.0], answers(&["a", "b", "b", "c"])),
+            (vec![1.0, 1.0, 0.0, 1.0], answers(&["a", "a", "d", "a"])),
+        ];
+        let source = Source { groups, ..Source::default() };
+        let metrics: BTreeMap<String, f64> = source.metrics(4, 1.0).into_iter().collect();
+        let expect =
+            [("mean@4", 0.5), ("best@4", 1.0), ("maj@4", 0.5), ("pass@1", 0.5), ("pass@2", 0.75), ("pass@4", 1.0)];
+        for (name, want) in expect {
+            assert!((metrics[name] - want).abs() < 1e-12, "{name}: {}", metrics[name]);
+        }
+        assert_eq!(metrics.len(), expect.len());
+    }
+}

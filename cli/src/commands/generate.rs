@@ -1,0 +1,239 @@
+//! `temper generate`: answers to prompts, with their token ids and log-probs.
+
+use super::common::compute::ComputeArgs;
+use super::common::engine::{Generator, Request, as_chat, write_dataset};
+use super::common::output::{Output, print};
+use super::common::sampling::SamplingArgs;
+use crate::usage;
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use serde_json::{Map, Value, json};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use temper_types::{PromptContent, PromptId, PromptRow, Sample};
+
+/// Layout of the result.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// One JSON object a response.
+    Jsonl,
+    /// A directory that `datasets.load_from_disk` reads.
+    Arrow,
+}
+
+/// Answer prompts, and keep the token ids with the log-prob of every token.
+///
+/// A prompts file has one prompt a row: JSONL, Parquet or Arrow with "prompt" (text, or chat messages, which go through
+/// the chat template) or "prompt_token_ids"; in a .txt file every line is a prompt. The result has --n rows for every
+/// prompt, in the prompts' order: prompt_token_ids, response_token_ids (the stop token included), response (without
+/// it), rollout_log_probs, finish_reason. rollout_log_probs is log_softmax(logits / temperature), never truncated;
+/// where --top-p, --top-k, --min-p or a penalty acts, sampled_log_probs and surviving_mass stand beside it. Tokens and
+/// log-probs do not depend on batch mates, threads or the order of prompts.
+#[derive(clap::Args)]
+#[command(
+    after_help = "Examples:\n  temper generate --model models/smollm2-135m --prompt 'What is 2+2?' --chat --max-new-tokens 64\n  temper generate --model models/smollm2-135m --prompts prompts.jsonl --n 4 --seed 7 --max-new-tokens 128 --output out.jsonl\n  temper generate --model models/smollm2-135m --prompts prompts.jsonl --max-new-tokens 128 --format arrow --output out/"
+)]
+pub struct Generate {
+    /// Hugging Face model directory.
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    #[command(flatten)]
+    prompts: PromptArgs,
+    /// Longest response in tokens.
+    #[arg(long, value_name = "N")]
+    max_new_tokens: u32,
+    /// Responses to each prompt.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    n: u32,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    #[command(flatten)]
+    compute: ComputeArgs,
+    /// Drafter of speculative decoding; this version has none.
+    #[arg(long, value_name = "off", default_value = "off")]
+    speculative: String,
+    /// Longest wait for the next finished prompt, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 3600)]
+    timeout: u64,
+    /// Layout of the result; arrow needs --output.
+    #[arg(long, value_enum, default_value_t = Format::Jsonl)]
+    format: Format,
+    /// Where the result goes; default: stdout.
+    #[arg(long, value_name = "PATH")]
+    output: Option<PathBuf>,
+    /// Print the summary as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Where prompts come from.
+#[derive(clap::Args)]
+#[group(required = true, multiple = false, args = ["prompt", "prompts"])]
+struct PromptArgs {
+    /// One prompt as text.
+    #[arg(long, value_name = "TEXT")]
+    prompt: Option<String>,
+    /// File of prompts.
+    #[arg(long, value_name = "FILE")]
+    prompts: Option<PathBuf>,
+    /// Put text prompts through the chat template, as one user message.
+    #[arg(long)]
+    chat: bool,
+}
+
+impl PromptArgs {
+    fn rows(&self) -> Result<Vec<PromptRow>> {
+        let mut rows = match (&self.prompt, &self.prompts) {
+            (Some(text), _) => vec![text_row(0, text)],
+            (None, Some(path)) if path.extension().is_some_and(|e| e == "txt") => read_lines(path)?,
+            (None, Some(path)) => temper_data::prompts::read_prompts(&[path])?,
+            (None, None) => return Err(usage("expected --prompt or --prompts")),
+        };
+        if self.chat {
+            as_chat(&mut rows);
+        }
+        Ok(rows)
+    }
+}
+
+fn read_lines(path: &Path) -> Result<Vec<PromptRow>> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    let lines = text.lines().filter(|line| !line.trim().is_empty());
+    let rows: Vec<PromptRow> = lines.zip(0..).map(|(line, index)| text_row(index, line)).collect();
+    anyhow::ensure!(!rows.is_empty(), "{}: the file holds no prompt", path.display());
+    Ok(rows)
+}
+
+fn text_row(index: u64, text: &str) -> PromptRow {
+    PromptRow {
+        prompt_id: PromptId(index),
+        data_source: "prompt".to_owned(),
+        prompt: PromptContent::Text(text.to_owned()),
+        ability: None,
+        ground_truth: None,
+        extra_info: None,
+        completion: None,
+        chosen: None,
+        rejected: None,
+    }
+}
+
+impl Generate {
+    /// Answer the prompts.
+    ///
+    /// # Errors
+    /// A flag out of range (exit code 2); a model or prompt that cannot be read, by file and line.
+    pub fn run(self) -> Result<()> {
+        if self.speculative != "off" {
+            return Err(usage(format!(
+                "--speculative {}: this version has no drafter: expected off",
+                self.speculative
+            )));
+        }
+        if self.n == 0 {
+            return Err(usage("--n 0: expected 1 or more"));
+        }
+        if self.format == Format::Arrow && self.output.is_none() {
+            return Err(usage("--format arrow writes a directory: expected --output DIR"));
+        }
+        let rows = self.prompts.rows()?;
+        let generator = Generator::load(&self.model, &self.compute)?;
+        let request = Request {
+            num_samples: self.n,
+            seed: self.sampling.seed,
+            sampling: generator.sampling(&self.sampling, &self.model, self.max_new_tokens)?,
+            timeout: Duration::from_secs(self.timeout),
+        };
+        let begin = Instant::now();
+        let summary = match self.format {
+            Format::Jsonl => self.jsonl(&generator, &rows, &request)?,
+            Format::Arrow => self.arrow(&generator, &rows, &request)?,
+        };
+        self.report(&summary, begin.elapsed(), &generator)
+    }
+
+    fn jsonl(&self, generator: &Generator, rows: &[PromptRow], request: &Request) -> Result<Summary> {
+        let mut output = Output::create(self.output.as_deref())?;
+        let mut summary = Summary::default();
+        generator.run(rows, request, |row, group, result| {
+            for sample in result.samples {
+                let sample = generator.to_sample(row, group, &result.worker, sample);
+                summary.add(&sample);
+                output.json_line(&to_json(&sample))?;
+            }
+            Ok(())
+        })?;
+        output.finish()?;
+        Ok(summary)
+    }
+
+    fn arrow(&self, generator: &Generator, rows: &[PromptRow], request: &Request) -> Result<Summary> {
+        let dir = self.output.as_deref().context("--format arrow needs --output")?;
+        let mut summary = Summary::default();
+        let mut samples = Vec::new();
+        generator.run(rows, request, |row, group, result| {
+            samples.extend(result.samples.into_iter().map(|s| generator.to_sample(row, group, &result.worker, s)));
+            Ok(())
+        })?;
+        samples.iter().for_each(|sample| summary.add(sample));
+        write_dataset(dir, "generate", &samples)?;
+        Ok(summary)
+    }
+
+    fn report(&self, summary: &Summary, elapsed: Duration, generator: &Generator) -> Result<()> {
+        let seconds = elapsed.as_secs_f64();
+        let rate = summary.num_tokens as f64 / seconds.max(1e-9);
+        let text = if self.json {
+            let object = json!({
+                "num_samples": summary.num_samples, "num_response_tokens": summary.num_tokens,
+                "finish_reasons": summary.finish_reasons, "seconds": seconds, "tokens_per_second": rate,
+                "dtype": generator.dtype, "policy_version": generator.version,
+            });
+            format!("{object}\n")
+        } else {
+            let (samples, tokens) = (summary.num_samples, summary.num_tokens);
+            format!(
+                "{samples} responses, {tokens} tokens in {seconds:.2} s ({rate:.0} tokens/s, {})\n",
+                generator.dtype
+            )
+        };
+        if self.output.is_some() {
+            return print(&text);
+        }
+        eprint!("{text}");
+        Ok(())
+    }
+}
+
+/// The columns of a response. `sampled_log_probs` and `surviving_mass` are there where the law was truncated.
+fn to_json(sample: &Sample) -> Value {
+    let mut row = Map::new();
+    row.insert("prompt_token_ids".to_owned(), json!(sample.prompt_token_ids));
+    row.insert("response_token_ids".to_owned(), json!(sample.response_token_ids));
+    row.insert("response".to_owned(), json!(sample.response));
+    row.insert("rollout_log_probs".to_owned(), json!(sample.rollout_log_probs));
+    row.insert("finish_reason".to_owned(), json!(sample.finish_reason.name()));
+    for (name, values) in [("sampled_log_probs", &sample.sampled_log_probs), ("surviving_mass", &sample.surviving_mass)]
+    {
+        if !values.is_empty() {
+            row.insert(name.to_owned(), json!(values));
+        }
+    }
+    Value::Object(row)
+}
+
+/// Counts over all responses.
+#[derive(Default)]
+struct Summary {
+    num_samples: u64,
+    num_tokens: u64,
+    finish_reasons: std::collections::BTreeMap<&'static str, u64>,
+}
+
+impl Summary {
+    fn add(&mut self, sample: &Sample) {
+        self.num_samples += 1;
+        self.num_tokens += sample.response_token_ids.len() as u64;
+        *self.finish_reasons.entry(sample.finish_reason.name()).or_default() += 1;
+    }
+}
