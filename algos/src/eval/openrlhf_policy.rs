@@ -101,6 +101,7 @@ pub(super) fn loss(case: &Case<'_>) -> Result<Results, Error> {
     let engine = case.opt_vector("rollout_log_probs")?.unwrap_or_else(|| old.clone());
     let mut correction = correction(case, &batch, &old, &engine)?;
     // GSPO corrects by taking its ratio against the engine itself.
+    let start = old.clone();
     if settings.gspo && correction.take().is_some() {
         old.clone_from(&engine);
     }
@@ -132,7 +133,7 @@ pub(super) fn loss(case: &Case<'_>) -> Result<Results, Error> {
     }
     let bits = batch.response_mask();
     let mean = |values: &[f64]| masked_mean(values, bits);
-    let kl: Vec<f64> = (0..batch.num_slots()).map(|t| -gap(t)).collect();
+    let kl: Vec<f64> = (0..batch.num_slots()).map(|t| start[t] - now[t]).collect();
     let engine_kl: Vec<f64> = engine.iter().zip(&old).map(|(e, o)| e - o).collect();
     let optional = |value: Option<f64>| value.map_or(Value::Null, json);
     let by_row = case.text("is_correction_level", "off")? == "seq";
