@@ -3,7 +3,7 @@
 use crate::clock::Clock;
 use crate::engine::Engine;
 use crate::model::Model;
-use crate::{Error, EngineOptions};
+use crate::{EngineOptions, Error};
 use serde::Serialize;
 use temper_proto::GroupRequest;
 use temper_types::{GroupId, Philox, PromptId, SamplingParams};

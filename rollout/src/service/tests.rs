@@ -74,10 +74,7 @@ fn a_passed_deadline_is_named_and_the_groups_go_on() {
             Ok(result) => break result.unwrap(),
             Err(error) => {
                 assert_eq!(error.code, ErrorCode::DeadlineExceeded);
-                assert_eq!(
-                    error.to_string(),
-                    "rollout-7: next_group failed: none of 1 groups finished within 0ns"
-                );
+                assert_eq!(error.to_string(), "rollout-7: next_group failed: none of 1 groups finished within 0ns");
                 deadlines += 1;
             }
         }
