@@ -20,6 +20,7 @@ use super::parallel::SharedMut;
 use super::simd::{Kernel, Simd};
 use crate::{AttnShape, KvCache, SeqSpan};
 use std::cell::RefCell;
+use std::cmp::Ordering;
 
 /// Slots of a chunk.
 const CHUNK: usize = 512;
@@ -209,19 +210,19 @@ impl<E: KvElement> Block<'_, E> {
                     *scratch.chunk_stats.add(pair) = softmax_parts::<S>(scores, range, self.shape.scale);
                 }
             }
-            // Slots that every row sees share their loads; each row's own slots before and after are added apart.
+            // Slots that every row sees share their loads; each row's own slots before and after are added apart, so
+            // that the slots of a row still come in ascending order.
             let common = (self.visible_in_chunk(rows - 1, start).0, self.visible_in_chunk(0, start).1);
             let common = if common.0 < common.1 { common } else { (usize::MAX, usize::MAX) };
-            for row in 0..rows {
+            for step in 0..2 * rows + 1 {
+                let (row, num_rows) = if step == rows { (0, rows) } else { (step % (rows + 1), 1) };
                 let (first, end) = self.visible_in_chunk(row, start);
-                accumulate::<S, E>(left(row, 1), right, (first, end.min(common.0)), out(row));
-            }
-            if common.0 < common.1 {
-                accumulate::<S, E>(left(0, rows), right, common, out(0));
-                for row in 0..rows {
-                    let (_, end) = self.visible_in_chunk(row, start);
-                    accumulate::<S, E>(left(row, 1), right, (common.1, end), out(row));
-                }
+                let keys = match step.cmp(&rows) {
+                    Ordering::Less => (first, end.min(common.0)),
+                    Ordering::Equal => common,
+                    Ordering::Greater => (common.1, end),
+                };
+                accumulate::<S, E>(left(row, num_rows), right, keys, out(row));
             }
             for pair in 0..self.pairs() {
                 merge::<S>(scratch, pair, width);

@@ -95,12 +95,10 @@ fn tile_table(first: *const f32, tiles: usize, stride: usize) -> Vec<*const f32>
 }
 
 /// One task.
-struct Task<'a, E> {
+struct Task<'a> {
     args: &'a AttentionGrad<'a>,
     span: &'a SeqSpan<'a>,
     kv_head: usize,
-    data: &'a [E],
-    layout: &'a KvLayout,
     dqkv: SharedMut<'a, f32>,
     sizes: Sizes,
     scratch: Scratch,
@@ -111,42 +109,42 @@ struct Task<'a, E> {
     douts: Vec<*const f32>,
 }
 
-impl<E: KvElement> Task<'_, E> {
-    /// First query head's element of `row` in a `[T, H*K]` or fused row.
-    fn query_start(&self, row: usize, width: usize) -> usize {
-        (self.span.row_start + row) * width + self.kv_head * self.sizes.heads * self.sizes.dim
-    }
+/// Copies keys and values out of the cache, zero behind the last row, and clears their gradients.
+struct Gather<'a, E> {
+    task: &'a Task<'a>,
+    data: &'a [E],
+    layout: &'a KvLayout,
+}
 
-    /// Copy keys and values out of the cache, zero behind the last row, and clear their gradients.
-    ///
-    /// # Safety
-    /// The features of `S` are enabled, and scratch has the task's sizes.
+impl<E: KvElement> Kernel for Gather<'_, E> {
+    type Output = ();
     #[inline(always)]
-    unsafe fn gather<S: Simd>(&self) {
-        let Sizes { rows, tiles, dim, width, .. } = self.sizes;
+    unsafe fn run<S: Simd>(self) {
+        let Sizes { rows, tiles, dim, width, .. } = self.task.sizes;
+        let scratch = &self.task.scratch;
         // SAFETY: tiles lie inside the checked block table; destinations inside scratch.
         unsafe {
             let slots = tiles * TILE;
-            std::ptr::write_bytes(self.scratch.dkeys, 0, slots * width);
-            std::ptr::write_bytes(self.scratch.dvalues, 0, slots * width);
-            std::ptr::write_bytes(self.scratch.keys, 0, slots * width);
-            std::ptr::write_bytes(self.scratch.values_by_dim, 0, slots * dim);
+            std::ptr::write_bytes(scratch.dkeys, 0, slots * width);
+            std::ptr::write_bytes(scratch.dvalues, 0, slots * width);
+            std::ptr::write_bytes(scratch.keys, 0, slots * width);
+            std::ptr::write_bytes(scratch.values_by_dim, 0, slots * dim);
             for tile in 0..tiles {
                 let stored = TILE.min(rows - tile * TILE);
-                let offset = self.layout.keys(self.args.layer, self.span.blocks, tile, self.kv_head);
+                let offset = self.layout.keys(self.task.args.layer, self.task.span.blocks, tile, self.task.kv_head);
                 let source = self.data[offset..].as_ptr();
-                let by_dim = self.scratch.keys_by_dim.add(tile * TILE * dim);
+                let by_dim = scratch.keys_by_dim.add(tile * TILE * dim);
                 let mut lanes = [0f32; TILE];
                 for d in 0..dim {
                     S::store(lanes.as_mut_ptr(), E::load::<S>(source.add(d * TILE)));
                     lanes[stored..].fill(0.0);
                     S::store(by_dim.add(d * TILE), S::load(lanes.as_ptr()));
                     for (slot, x) in lanes.iter().enumerate() {
-                        *self.scratch.keys.add((tile * TILE + slot) * width + d) = *x;
+                        *scratch.keys.add((tile * TILE + slot) * width + d) = *x;
                     }
                 }
                 let values = source.add(self.layout.values_offset());
-                let by_dim = self.scratch.values_by_dim.add(tile * TILE * dim);
+                let by_dim = scratch.values_by_dim.add(tile * TILE * dim);
                 for slot in 0..stored {
                     for first in (0..dim).step_by(16) {
                         S::store(lanes.as_mut_ptr(), E::load::<S>(values.add(slot * width + first)));
@@ -158,11 +156,18 @@ impl<E: KvElement> Task<'_, E> {
             }
         }
     }
+}
+
+impl Task<'_> {
+    /// First query head's element of `row` in a `[T, H*K]` or fused row.
+    fn query_start(&self, row: usize, width: usize) -> usize {
+        (self.span.row_start + row) * width + self.kv_head * self.sizes.heads * self.sizes.dim
+    }
 
     /// Queries, output gradients, deltas and log-sum-exps of the block of `rows` from `first` on.
     ///
     /// # Safety
-    /// As [`Task::gather`].
+    /// The features of `S` are enabled, and scratch has the task's sizes.
     #[inline(always)]
     unsafe fn load_block<S: Simd>(&self, first: usize, rows: usize) {
         let Sizes { heads, dim, width, .. } = self.sizes;
@@ -198,7 +203,7 @@ impl<E: KvElement> Task<'_, E> {
     /// One block of query rows against one chunk of keys (`tiles` of the sequence).
     ///
     /// # Safety
-    /// As [`Task::gather`], after [`Task::load_block`].
+    /// As [`Task::load_block`], which came before.
     #[inline(always)]
     unsafe fn block_by_chunk<S: Simd>(&self, (first, rows): (usize, usize), tiles: std::ops::Range<usize>) {
         let Sizes { heads, dim, width, .. } = self.sizes;
@@ -210,23 +215,27 @@ impl<E: KvElement> Task<'_, E> {
         // SAFETY: pairs and tiles are inside scratch; keys behind the last row are zero.
         unsafe {
             let (k, v) = (&self.keys_by_dim[tiles.clone()], &self.values_by_dim[tiles.clone()]);
-            scores::<S, f32>(by_pair(scratch.queries), k, dim, chunk(scratch.probs));
-            scores::<S, f32>(by_pair(scratch.douts), v, dim, chunk(scratch.dscores));
+            let operands = [(scratch.queries, k, scratch.probs), (scratch.douts, v, scratch.dscores)];
+            for (rows, tiles, target) in operands {
+                scores::<S, f32>(by_pair(rows), tiles, dim, chunk(target));
+            }
             for pair in 0..pairs {
                 let (seen, end) = visible(&self.args.shape, first + pair / heads);
                 let start = tiles.start * TILE;
                 self.score_grads::<S>(pair, (seen as f32 - start as f32, end as f32 - start as f32), keys);
             }
-            let left = Left { ptr: scratch.dscores, rows: pairs, row_stride: STRIDE, step: 1 };
-            let right = Right { tiles: &self.keys[tiles.clone()], stride: width, vectors };
-            accumulate::<S, f32>(left, right, (0, keys), Out { ptr: scratch.dqueries, row_stride: width });
+            // dQ += dS K, dK += dS^T Q, dV += P^T dO
             let slots = tiles.start * TILE * width;
-            let right = Right { tiles: &self.queries, stride: width, vectors };
-            let out = Out { ptr: scratch.dkeys.add(slots), row_stride: width };
-            accumulate::<S, f32>(by_key(scratch.dscores), right, (0, pairs), out);
-            let right = Right { tiles: &self.douts, stride: width, vectors };
-            let out = Out { ptr: scratch.dvalues.add(slots), row_stride: width };
-            accumulate::<S, f32>(by_key(scratch.probs), right, (0, pairs), out);
+            let by_pair = Left { ptr: scratch.dscores, rows: pairs, row_stride: STRIDE, step: 1 };
+            let products = [
+                (by_pair, &self.keys[tiles.clone()], keys, scratch.dqueries),
+                (by_key(scratch.dscores), &self.queries[..], pairs, scratch.dkeys.add(slots)),
+                (by_key(scratch.probs), &self.douts[..], pairs, scratch.dvalues.add(slots)),
+            ];
+            for (left, tiles, depth, target) in products {
+                let out = Out { ptr: target, row_stride: width };
+                accumulate::<S, f32>(left, Right { tiles, stride: width, vectors }, (0, depth), out);
+            }
         }
     }
 
@@ -288,14 +297,13 @@ impl<E: KvElement> Task<'_, E> {
     }
 }
 
-impl<E: KvElement> Kernel for &Task<'_, E> {
+impl Kernel for &Task<'_> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let Sizes { rows, block_rows, .. } = self.sizes;
         // SAFETY: the family's features are enabled, and scratch has the task's sizes.
         unsafe {
-            self.gather::<S>();
             for first in (0..rows).step_by(block_rows) {
                 let count = block_rows.min(rows - first);
                 self.load_block::<S>(first, count);
@@ -337,12 +345,11 @@ fn run_task<E: KvElement>(
             args,
             span,
             kv_head,
-            data,
-            layout,
             dqkv,
             sizes,
             scratch,
         };
+        dev.isa.run(Gather { task: &task, data, layout });
         dev.isa.run(&task);
     });
 }

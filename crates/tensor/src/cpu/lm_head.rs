@@ -13,10 +13,14 @@ use crate::{LmHead, LmHeadGrad, PackedLinear, Store, TokenStats};
 use law::{PARTS, part_ids};
 use std::sync::{Mutex, PoisonError};
 
-/// Logits of a chunk: 16 MiB.
-const CHUNK_LOGITS: usize = 4 << 20;
-/// Rows of a chunk at least, so that the matrix product stays efficient.
+/// Logits of a forward chunk: 16 MiB, which stays in the last-level cache.
+const FORWARD_LOGITS: usize = 4 << 20;
+/// Logits of a backward chunk: 64 MiB, because every chunk reads and writes the whole gradient of the weight.
+const BACKWARD_LOGITS: usize = 16 << 20;
+/// Rows of a chunk at least, so that the matrix products stay efficient.
 const MIN_CHUNK_ROWS: usize = 16;
+/// Chunks are multiples of this where they are larger, so that row tiles come out even.
+const ROW_TILE: usize = 12;
 
 /// Memory for logits that is kept between calls.
 #[derive(Default)]
@@ -34,19 +38,13 @@ impl LogitsMemory {
     }
 }
 
-/// Rows whose logits are in memory at once; a function of the vocabulary alone.
-pub(crate) fn chunk_rows(vocab: usize) -> usize {
-    (CHUNK_LOGITS / vocab.max(1)).max(MIN_CHUNK_ROWS)
+/// Rows whose logits, `floats` at most, are in memory at once; a function of the vocabulary alone.
+fn chunk_rows(floats: usize, vocab: usize) -> usize {
+    (floats / vocab.max(1) / ROW_TILE * ROW_TILE).max(MIN_CHUNK_ROWS)
 }
 
 /// Raw logits of `hidden[rows, D]`, masked ids at minus infinity.
-pub(crate) fn masked_logits(
-    dev: &CpuDevice,
-    hidden: &[f32],
-    head: &PackedLinear,
-    masked_ids: &[u32],
-    logits: &mut [f32],
-) {
+fn masked_logits(dev: &CpuDevice, hidden: &[f32], head: &PackedLinear, masked_ids: &[u32], logits: &mut [f32]) {
     let vocab = head.shape().n;
     gemm::linear(dev, hidden, head, None, (logits, Store::Write));
     if masked_ids.is_empty() {
@@ -65,12 +63,23 @@ pub(crate) fn for_chunks(
     hidden: &[f32],
     head: &PackedLinear,
     masked_ids: &[u32],
+    f: impl FnMut(usize, &mut [f32]),
+) {
+    for_chunks_of(dev, FORWARD_LOGITS, hidden, (head, masked_ids), f);
+}
+
+/// [`for_chunks`] with at most `floats` logits in a chunk, or [`MIN_CHUNK_ROWS`] rows.
+fn for_chunks_of(
+    dev: &CpuDevice,
+    floats: usize,
+    hidden: &[f32],
+    (head, masked_ids): (&PackedLinear, &[u32]),
     mut f: impl FnMut(usize, &mut [f32]),
 ) {
     let (vocab, dim) = (head.shape().n, head.shape().k);
     let rows = hidden.len() / dim;
     assert_eq!(hidden.len(), rows * dim, "hidden rows of {dim}");
-    let chunk = chunk_rows(vocab).min(rows);
+    let chunk = chunk_rows(floats, vocab).min(rows);
     dev.logits.with(chunk * vocab, |memory| {
         for first in (0..rows).step_by(chunk.max(1)) {
             let count = chunk.min(rows - first);
@@ -150,7 +159,8 @@ pub(crate) fn grad(dev: &CpuDevice, args: LmHeadGrad<'_>, dhidden: &mut [f32], d
         args.d_entropies.is_empty() || args.d_entropies.len() == forward.targets.len(),
         "one entropy gradient per row, or none"
     );
-    for_chunks(dev, hidden, forward.head, forward.masked_ids, |first, logits| {
+    let head = (forward.head, forward.masked_ids);
+    for_chunks_of(dev, BACKWARD_LOGITS, hidden, head, |first, logits| {
         logit_grads(dev, &args, first, logits);
         let rows = logits.len() / shape.n;
         let span = first * shape.k..(first + rows) * shape.k;

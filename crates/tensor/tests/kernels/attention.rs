@@ -220,12 +220,28 @@ fn gradients_match_finite_differences() {
         (shape(4, 2, 4, None), 19),
         (shape(3, 1, 6, Some(4)), 21),
         (shape(2, 2, 18, None), 17),
-        (shape(1, 1, 2, None), 300),
     ] {
         let (qkv, dout) = (random(rows * shape.qkv_dim(), 40, 1.0), random(rows * shape.out_dim(), 41, 1.0));
         let want = finite_differences(&qkv, |qkv| dot(&reference::attention(qkv, &shape).0, &dout));
         let got = run_grad(&device(2), &qkv, &dout, (shape, DType::F32, 16), &[rows]);
         assert_close(&got, &want, (1e-4, 1e-5), &format!("{shape:?}"));
+    }
+}
+
+/// A sequence longer than one chunk of keys; differences are taken at every 41st element.
+#[test]
+fn gradients_match_finite_differences_over_several_chunks() {
+    let (shape, rows) = (shape(1, 1, 2, None), 300);
+    let (qkv, dout) = (random(rows * shape.qkv_dim(), 46, 1.0), random(rows * shape.out_dim(), 47, 1.0));
+    let got = run_grad(&device(2), &qkv, &dout, (shape, DType::F32, 16), &[rows]);
+    let loss = |qkv: &[f64]| dot(&reference::attention(qkv, &shape).0, &dout);
+    for index in (0..qkv.len()).step_by(41) {
+        let one = finite_differences(&qkv[index..=index], |x| {
+            let mut moved: Vec<f64> = qkv.iter().map(|x| f64::from(*x)).collect();
+            moved[index] = x[0];
+            loss(&moved)
+        });
+        assert_close(&got[index..=index], &one, (1e-4, 1e-5), &format!("element {index}"));
     }
 }
 

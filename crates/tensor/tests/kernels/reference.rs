@@ -61,9 +61,7 @@ pub fn attention(qkv: &[f64], shape: &AttnShape) -> (Vec<f64>, Vec<f64>) {
             let query = &qkv[t * width + head * dim..][..dim];
             let key = |s: usize| &qkv[s * width + (heads + head / group) * dim..][..dim];
             let value = |s: usize| &qkv[s * width + (heads + shape.num_kv_heads + head / group) * dim..][..dim];
-            let score = |s: usize| {
-                query.iter().zip(key(s)).map(|(q, k)| q * k).sum::<f64>() * f64::from(shape.scale)
-            };
+            let score = |s: usize| query.iter().zip(key(s)).map(|(q, k)| q * k).sum::<f64>() * f64::from(shape.scale);
             let scores: Vec<f64> = (first..=t).map(score).collect();
             let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let total: f64 = scores.iter().map(|s| (s - max).exp()).sum();

@@ -1,9 +1,7 @@
 //! Norms, the gated activation, RoPE and embeddings: kernels over independent rows.
 
 use crate::reference;
-use crate::support::{
-    assert_bits, assert_close, device, devices, dot, finite_differences, host, random, wide,
-};
+use crate::support::{assert_bits, assert_close, device, devices, dot, finite_differences, host, random, wide};
 use temper_tensor::{AttnShape, CpuDevice, DType, Device, HeadNorm, HeadNormGrad, NormGrad, NormShape};
 
 const EPS: f32 = 1e-5;
@@ -90,8 +88,7 @@ fn run_head_norm(
 ) -> HeadNormResult {
     let rows = qkv.len() / shape.qkv_dim();
     let (qkv, q_weight, k_weight) = (dev.upload(qkv), dev.upload(q_weight), dev.upload(k_weight));
-    let args =
-        HeadNorm { qkv: qkv.all(), q_weight: q_weight.all(), k_weight: k_weight.all(), shape, rows, eps: EPS };
+    let args = HeadNorm { qkv: qkv.all(), q_weight: q_weight.all(), k_weight: k_weight.all(), shape, rows, eps: EPS };
     let (mut out, mut rstd) = (dev.zeros(qkv.len()), dev.zeros(rows * (shape.num_heads + shape.num_kv_heads)));
     dev.head_norm(args, out.all_mut(), Some(rstd.all_mut()));
     let (mut dqkv, mut dq, mut dk) = (dev.upload(dy), dev.zeros(q_weight.len()), dev.zeros(k_weight.len()));
@@ -171,8 +168,7 @@ fn swiglu_bits_are_equal_on_every_device() {
 fn rope_rotates_and_its_gradient_rotates_back() {
     for shape in [heads(3, 1, 8), heads(2, 2, 12), heads(9, 3, 64)] {
         let half = shape.head_dim / 2;
-        let frequencies: Vec<f32> =
-            (0..half).map(|i| 10_000f64.powf(-(i as f64) / half as f64) as f32).collect();
+        let frequencies: Vec<f32> = (0..half).map(|i| 10_000f64.powf(-(i as f64) / half as f64) as f32).collect();
         let positions = [0, 1, 17, 999, 5, 4000];
         let qkv = random(positions.len() * shape.qkv_dim(), 21, 2.0);
         let want = reference::rope(&wide(&qkv), &positions, &frequencies, &shape);

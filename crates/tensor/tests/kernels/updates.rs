@@ -75,15 +75,7 @@ fn run_adamw(dev: &CpuDevice, param: &[f32], steps: u64) -> [Vec<f32>; 3] {
 }
 
 fn step_of(step: u64) -> AdamWStep {
-    AdamWStep {
-        learning_rate: 1e-3,
-        beta1: 0.9,
-        beta2: 0.999,
-        eps: 1e-8,
-        weight_decay: 0.1,
-        step,
-        grad_scale: 0.5,
-    }
+    AdamWStep { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, step, grad_scale: 0.5 }
 }
 
 #[test]

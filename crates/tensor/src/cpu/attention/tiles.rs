@@ -70,7 +70,17 @@ pub(crate) struct Right<'a, E> {
     pub(crate) vectors: usize,
 }
 
-/// Calls `$body` with the constant `$rows` equal to `$count`, which is 1 to 6.
+/// Rows of the micro-kernel that comes next: as many as fit, of the sizes that are compiled.
+#[inline(always)]
+fn next_rows<S: Simd>(left: usize) -> usize {
+    match left.min(S::TILE_ROWS) {
+        0..=2 => left.min(S::TILE_ROWS),
+        3..=5 => 3,
+        _ => 6,
+    }
+}
+
+/// Calls `$body` with the constant `$rows` equal to `$count`, one of the results of [`next_rows`].
 macro_rules! with_rows {
     ($count:expr, $rows:ident => $body:expr) => {
         match $count {
@@ -86,17 +96,11 @@ macro_rules! with_rows {
                 const $rows: usize = 3;
                 $body
             }
-            4 => {
-                const $rows: usize = 4;
-                $body
-            }
-            5 => {
-                const $rows: usize = 5;
-                $body
-            }
             _ => {
-                const $rows: usize = 6;
-                $body
+                if S::TILE_ROWS >= 6 {
+                    const $rows: usize = 6;
+                    $body
+                }
             }
         }
     };
@@ -115,7 +119,7 @@ pub(crate) unsafe fn scores<S: Simd, E: KvElement>(left: Left, tiles: &[*const E
             let wide = S::TILE_VECTORS == 4 && tile + 4 <= tiles.len();
             let mut row = 0;
             while row < left.rows {
-                let count = (left.rows - row).min(S::TILE_ROWS).min(6);
+                let count = next_rows::<S>(left.rows - row);
                 let (from, to) = (left.at(row, 0), out.at(row, tile * TILE));
                 let strides = (left.row_stride, left.step, out.row_stride);
                 if wide {
@@ -186,7 +190,7 @@ pub(crate) unsafe fn accumulate<S: Simd, E: KvElement>(
             let wide = S::TILE_VECTORS == 4 && vector + 4 <= right.vectors;
             let mut row = 0;
             while row < left.rows {
-                let count = (left.rows - row).min(S::TILE_ROWS).min(6);
+                let count = next_rows::<S>(left.rows - row);
                 let (from, to) = (Left { ptr: left.at(row, 0), ..left }, Out { ptr: out.at(row, vector * 16), ..out });
                 if wide {
                     with_rows!(count, R => values_micro::<S, E, R, 4>(from, (right, vector * 16), (first, end), to));

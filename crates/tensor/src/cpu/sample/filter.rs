@@ -39,7 +39,11 @@ pub(super) fn kept_ids(params: &SampleRow<'_>, logits: &[f32], weights: &[f32]) 
     }
     if params.top_p < 1.0 && !ids.is_empty() {
         let total: f64 = ids.iter().map(|id| f64::from(weights[*id as usize])).sum();
-        let nucleus = nucleus_len(&mut ids, weights, f64::from(params.top_p) * total, likelier);
+        let wanted = f64::from(params.top_p) * total;
+        // Ids this unlikely hold less than the mass that may go, all together, so the nucleus lies among the others.
+        let unlikely = 0.99 * (total - wanted) / ids.len() as f64;
+        ids.retain(|id| f64::from(weights[*id as usize]) >= unlikely);
+        let nucleus = nucleus_len(&mut ids, weights, wanted, likelier);
         ids.truncate(nucleus);
         ids.sort_unstable();
     }
