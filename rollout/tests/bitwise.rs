@@ -30,7 +30,7 @@ fn config(family: Family) -> ModelConfig {
         json["sliding_window"] = 19.into();
     }
     let serde_json::Value::Object(json) = json else { panic!("an object") };
-    ModelConfig::from_json(json, Path::new("config.json")).unwrap()
+    ModelConfig::from_json(json, Path::new("config.json")).expect("a valid configuration")
 }
 
 struct Fixture {
@@ -56,10 +56,10 @@ fn generate(
     let bytes = TokenByteTable((0..VOCAB).map(|id| vec![id as u8]).collect());
     let service =
         LocalRolloutService::new(Arc::clone(&fixture.device), Arc::clone(&fixture.policy), config, Arc::new(bytes))
-            .unwrap();
-    service.submit(requests.to_vec()).unwrap();
+            .expect("limits within range");
+    service.submit(requests.to_vec()).expect("every request fits");
     let timeout = std::time::Duration::from_secs(600);
-    let results: Vec<_> = std::iter::from_fn(|| service.next_group(timeout).unwrap()).collect();
+    let results: Vec<_> = std::iter::from_fn(|| service.next_group(timeout).expect("no deadline passes")).collect();
     assert_eq!((results.len(), service.stats().kv_blocks_in_use), (requests.len(), 0));
     let find = |request: &GroupRequest| {
         results.iter().find(|result| result.group_id == request.group_id).expect("every group has a result")
@@ -85,7 +85,7 @@ fn generate_alone(fixture: &Fixture, request: &GroupRequest) -> Vec<GeneratedSam
 
 /// The engine's log-probs are the bits of the training forward over the same tokens.
 fn check_training_forward(fixture: &Fixture, requests: &[GroupRequest], samples: &[Vec<GeneratedSample>]) {
-    let policy = fixture.policy.read().unwrap();
+    let policy = fixture.policy.read().expect("no writer panicked");
     let mut arena = TrainArena::new();
     for (request, group) in requests.iter().zip(samples) {
         let mut batch = TrainBatch::new();

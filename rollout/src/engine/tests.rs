@@ -231,7 +231,8 @@ fn an_abort_frees_exactly_its_blocks_and_answers_once() {
 
 #[test]
 fn bad_requests_are_refused_and_nothing_is_queued() {
-    let cases: [(fn(&mut GroupRequest), &str); 9] = [
+    type Change = fn(&mut GroupRequest);
+    let cases: [(Change, &str); 9] = [
         (|r| r.prompt_token_ids.clear(), "the prompt has no token"),
         (|r| r.prompt_token_ids[1] = VOCAB, "prompt[1] = 40 is no token id"),
         (|r| r.seeds.clear(), "no seed"),
