@@ -6,15 +6,24 @@ use serde_json::json;
 use std::path::Path;
 use std::sync::Arc;
 use temper_actor::{ModelConfig, OutputGrads, PackedPolicy, ParamStore, Recompute, TrainArena, TrainBatch};
-use temper_tensor::{DType, Device, SampleRow, TokenStats};
+use temper_tensor::{CpuConfig, CpuDevice, DType, Device, Isa, SampleRow, TokenStats};
 use temper_types::{Philox, uniform53};
 
 const VOCAB: usize = 53;
 
 /// A tiny model of a family, with sizes that are no multiples of any vector width.
 fn config(family: &str, heads: (usize, usize), window: Option<usize>) -> ModelConfig {
+    sized_config(family, (36, 52), heads, window)
+}
+
+fn sized_config(
+    family: &str,
+    (hidden, ffn): (usize, usize),
+    heads: (usize, usize),
+    window: Option<usize>,
+) -> ModelConfig {
     let json = json!({
-        "model_type": family, "architectures": [], "vocab_size": VOCAB, "hidden_size": 36, "intermediate_size": 52,
+        "model_type": family, "architectures": [], "vocab_size": VOCAB, "hidden_size": hidden, "intermediate_size": ffn,
         "num_hidden_layers": 2, "num_attention_heads": heads.0 * heads.1, "num_key_value_heads": heads.0,
         "head_dim": 14, "max_position_embeddings": 160, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
         "hidden_act": "silu", "tie_word_embeddings": family != "mistral", "sliding_window": window,
@@ -73,6 +82,7 @@ fn bits<'a>(stats: impl IntoIterator<Item = &'a TokenStats>) -> Vec<[u32; 3]> {
 #[derive(Debug, Clone)]
 struct Setup {
     family: &'static str,
+    width: (usize, usize),
     heads: (usize, usize),
     window: Option<usize>,
     dtype: DType,
@@ -90,9 +100,11 @@ fn setup() -> impl Strategy<Value = Setup> {
     let dtype = prop::sample::select(vec![DType::F32, DType::Bf16]);
     let block_size = prop::sample::select(vec![16, 32, 64]);
     let lens = prop_oneof![prop::collection::vec(2..90usize, 1..5), prop::collection::vec(2..12usize, 8..=64)];
-    (family, heads, window, dtype, 1..=3usize, block_size, 1..40usize, lens, any::<u64>()).prop_map(
-        |(family, heads, window, dtype, threads, block_size, chunk, lens, seed)| Setup {
+    let shape = (prop::sample::select(vec![(36, 52), (36, 52), (272, 560)]), heads);
+    (family, shape, window, dtype, 1..=3usize, block_size, 1..40usize, lens, any::<u64>()).prop_map(
+        |(family, (width, heads), window, dtype, threads, block_size, chunk, lens, seed)| Setup {
             family,
+            width,
             heads,
             window,
             dtype,
@@ -106,7 +118,7 @@ fn setup() -> impl Strategy<Value = Setup> {
 }
 
 fn check(setup: &Setup) -> Result<(), TestCaseError> {
-    let config = config(setup.family, setup.heads, setup.window);
+    let config = sized_config(setup.family, setup.width, setup.heads, setup.window);
     let (alone, dev) = (device(1), device(setup.threads));
     let store = params(&*alone, &config, setup.seed);
     let sequences = sequences(setup.seed, &setup.lens);
@@ -138,7 +150,7 @@ fn check(setup: &Setup) -> Result<(), TestCaseError> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Decode, chunked prefill mixed with decode, scoring and training agree in every bit, whatever the batch, the
     /// block size, the chunks and the number of threads.
@@ -235,6 +247,23 @@ fn one_ulp_in_one_weight_shows() {
             assert_ne!(bits(&got), bits([&want]), "{name} in {dtype}");
             store.write_tensor(&*dev, name, &original).unwrap();
         }
+    }
+}
+
+/// In f32 every instruction family gives the same bits, so a run can move between CPUs.
+#[test]
+fn instruction_families_agree_in_f32() {
+    let config = config("qwen3", (2, 2), None);
+    let batch = train_batch(&sequences(8, &[50, 3, 21]));
+    let families = [Isa::Avx512, Isa::Avx2, Isa::Portable].into_iter().filter(|isa| isa.is_available());
+    let per_family = families.map(|isa| {
+        let dev: Arc<dyn Device> = Arc::new(CpuDevice::new(CpuConfig { num_threads: 2, isa: Some(isa) }));
+        let policy = PackedPolicy::new(&dev, &params(&*dev, &config, 6), &config, DType::F32);
+        (isa, bits([&policy.score_only(&batch, 1.0, &mut TrainArena::new())]))
+    });
+    let all: Vec<_> = per_family.collect();
+    for (isa, got) in &all[1..] {
+        assert_eq!(got, &all[0].1, "{isa:?} against {:?}", all[0].0);
     }
 }
 
