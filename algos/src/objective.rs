@@ -1,21 +1,36 @@
 //! What a trainer minimises in one stage: one enum over all losses, so that the trainer names no algorithm.
+//!
+//! Preferences come as rows: row `2 i` is the chosen response of pair `i`, row `2 i + 1` the rejected one. KTO's rows are
+//! told apart by their advantage: above 0 desirable, below 0 undesirable, 0 a mismatched completion that only enters
+//! the reference point.
 
+use crate::preference::{
+    CpoConfig, DpoConfig, KtoConfig, KtoInput, OrpoConfig, Pair, PreferenceCounts, PreferenceInput, PreferenceMetrics,
+    PreferenceOutput, cpo_loss, dpo_loss, kto_loss, orpo_loss,
+};
 use crate::{
-    Error, GlobalCounts, LossMetrics, PolicyLossConfig, PolicyLossInput, Scope, SftLossType, TokenBatch, policy_loss,
-    sft_loss,
+    Error, GlobalCounts, LossMetrics, LossMode, PolicyLossConfig, PolicyLossInput, Scope, SftLossType, TokenBatch,
+    policy_loss, sft_loss,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// The loss of a stage, with its settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[expect(clippy::large_enum_variant, reason = "there is one per stage")]
 #[serde(tag = "objective", content = "settings", rename_all = "snake_case")]
 pub enum Objective {
     /// Negative log-likelihood of demonstrations.
     Sft(SftLossType),
     /// A policy-gradient loss.
     Policy(PolicyLossConfig),
+    /// DPO and its family, over pairs with a reference.
+    Dpo(DpoConfig),
+    /// CPO and SimPO, over pairs without a reference.
+    Cpo(CpoConfig),
+    /// ORPO, over pairs without a reference.
+    Orpo(OrpoConfig),
+    /// KTO, over labelled rows with a reference.
+    Kto(KtoConfig),
 }
 
 /// Everything an objective may read; per-token arrays are `[T]`.
@@ -31,10 +46,12 @@ pub struct ObjectiveInput<'a> {
     pub old_log_probs: &'a [f64],
     /// Log-probs under the reference.
     pub ref_log_probs: Option<&'a [f64]>,
-    /// Advantages.
+    /// Advantages, or KTO's labels.
     pub advantages: &'a [f64],
     /// Importance weights of rollout correction.
     pub rollout_is_weights: Option<&'a [f64]>,
+    /// Log-probs by the engine.
+    pub rollout_log_probs: Option<&'a [f64]>,
 }
 
 /// This call's share of the loss, its gradients and its sums.
@@ -59,14 +76,28 @@ impl Objective {
         match self {
             Objective::Sft(_) => Ok(()),
             Objective::Policy(config) => config.validate(),
+            Objective::Dpo(config) => config.validate(),
+            Objective::Cpo(config) => config.validate(),
+            Objective::Orpo(config) => config.validate(),
+            Objective::Kto(config) => config.validate(),
         }
     }
 
-    /// What a call has to see at once.
+    /// What a call has to see at once. A pair's rows may fall into two micro-batches, so pairs ask for all of them.
     pub fn scope(&self) -> Scope {
         match self {
             Objective::Sft(_) => Scope::Token,
             Objective::Policy(config) => config.scope(),
+            Objective::Dpo(_) | Objective::Cpo(_) | Objective::Orpo(_) | Objective::Kto(_) => Scope::MiniBatch,
+        }
+    }
+
+    /// True where the loss reads log-probs under the reference.
+    pub fn needs_reference(&self) -> bool {
+        match self {
+            Objective::Sft(_) | Objective::Cpo(_) | Objective::Orpo(_) => false,
+            Objective::Policy(config) => config.use_kl_loss,
+            Objective::Dpo(_) | Objective::Kto(_) => true,
         }
     }
 
@@ -78,31 +109,103 @@ impl Objective {
         match self {
             Objective::Sft(kind) => {
                 let out = sft_loss(*kind, &input.batch, input.log_probs, counts.num_tokens)?;
-                let metrics = LossMetrics {
-                    num_tokens: input.batch.num_tokens() as f64,
-                    entropy_sum: masked_sum(&input.batch, input.entropies),
-                    ..LossMetrics::default()
-                };
-                Ok(ObjectiveOutput { loss: out.loss, d_log_probs: out.d_log_probs, d_entropies: Vec::new(), metrics })
+                Ok(likelihood(input, out.loss, out.d_log_probs))
             }
-            Objective::Policy(config) => {
-                let policy_input = PolicyLossInput {
-                    batch: input.batch,
-                    log_probs: input.log_probs,
-                    old_log_probs: input.old_log_probs,
-                    advantages: input.advantages,
-                    ref_log_probs: input.ref_log_probs,
-                    entropies: Some(input.entropies),
-                    rollout_is_weights: input.rollout_is_weights,
-                    rollout_log_probs: None,
-                    noise_seed: noise_seed(input.log_probs),
-                };
-                let out = policy_loss(config, &policy_input, counts)?;
-                let d_entropies = if config.entropy_coeff > 0.0 { out.d_entropies } else { Vec::new() };
-                Ok(ObjectiveOutput { loss: out.loss, d_log_probs: out.d_log_probs, d_entropies, metrics: out.metrics })
+            Objective::Policy(config) => policy(config, input, counts),
+            Objective::Dpo(config) => preference(input, |pairs| dpo_loss(config, pairs, &PreferenceCounts::of(pairs))),
+            Objective::Cpo(config) => preference(input, |pairs| cpo_loss(config, pairs, &PreferenceCounts::of(pairs))),
+            Objective::Orpo(config) => {
+                preference(input, |pairs| orpo_loss(config, pairs, &PreferenceCounts::of(pairs)))
             }
+            Objective::Kto(config) => labelled(config, input),
         }
     }
+}
+
+fn likelihood(input: &ObjectiveInput<'_>, loss: f64, d_log_probs: Vec<f64>) -> ObjectiveOutput {
+    let metrics = LossMetrics {
+        num_tokens: input.batch.num_tokens() as f64,
+        entropy_sum: masked_sum(&input.batch, input.entropies),
+        ..LossMetrics::default()
+    };
+    ObjectiveOutput { loss, d_log_probs, d_entropies: Vec::new(), metrics }
+}
+
+fn policy(
+    config: &PolicyLossConfig,
+    input: &ObjectiveInput<'_>,
+    counts: &GlobalCounts,
+) -> Result<ObjectiveOutput, Error> {
+    let old_log_probs = match config.loss_mode {
+        LossMode::BypassMode => {
+            let missing = Error::Missing { operation: "bypass_mode", name: "rollout_log_probs" };
+            input.rollout_log_probs.ok_or(missing)?
+        }
+        _ => input.old_log_probs,
+    };
+    let policy_input = PolicyLossInput {
+        batch: input.batch,
+        log_probs: input.log_probs,
+        old_log_probs,
+        advantages: input.advantages,
+        ref_log_probs: input.ref_log_probs,
+        entropies: Some(input.entropies),
+        rollout_is_weights: input.rollout_is_weights,
+        rollout_log_probs: input.rollout_log_probs,
+        noise_seed: noise_seed(input.log_probs),
+    };
+    let out = policy_loss(config, &policy_input, counts)?;
+    let d_entropies = if config.entropy_coeff > 0.0 { out.d_entropies } else { Vec::new() };
+    Ok(ObjectiveOutput { loss: out.loss, d_log_probs: out.d_log_probs, d_entropies, metrics: out.metrics })
+}
+
+fn preference(
+    input: &ObjectiveInput<'_>,
+    loss: impl Fn(&PreferenceInput<'_>) -> Result<PreferenceOutput, Error>,
+) -> Result<ObjectiveOutput, Error> {
+    let num_rows = input.batch.num_rows();
+    if !num_rows.is_multiple_of(2) {
+        let cause = format!("{num_rows} rows do not form pairs: expected chosen and rejected rows in turn");
+        return Err(Error::batch("preference", cause));
+    }
+    let pairs: Vec<Pair> = (0..num_rows / 2).map(|i| Pair { chosen: 2 * i, rejected: 2 * i + 1 }).collect();
+    let out = loss(&PreferenceInput {
+        batch: input.batch,
+        pairs: &pairs,
+        log_probs: input.log_probs,
+        ref_log_probs: input.ref_log_probs,
+        ..PreferenceInput::default()
+    })?;
+    let mut result = likelihood(input, out.loss, out.d_log_probs);
+    result.metrics.preference = out.metrics;
+    Ok(result)
+}
+
+fn labelled(config: &KtoConfig, input: &ObjectiveInput<'_>) -> Result<ObjectiveOutput, Error> {
+    let batch = &input.batch;
+    batch.expect_finite("kto", "log_probs", input.log_probs)?;
+    batch.expect_tokens("advantages", input.advantages)?;
+    let missing = Error::Missing { operation: "kto", name: "ref_log_probs" };
+    let reference = input.ref_log_probs.ok_or(missing)?;
+    batch.expect_finite("kto", "ref_log_probs", reference)?;
+    let sum = |values: &[f64], row: usize| -> f64 { batch.active(row).map(|t| values[t]).sum() };
+    let label = |row: usize| batch.row(row).next().map_or(0.0, |t| input.advantages[t]);
+    let (rows, mismatched): (Vec<usize>, Vec<usize>) = (0..batch.num_rows()).partition(|row| label(*row) != 0.0);
+    let column = |values: &[f64]| -> Vec<f64> { rows.iter().map(|row| sum(values, *row)).collect() };
+    let (now, base) = (column(input.log_probs), column(reference));
+    let labels: Vec<bool> = rows.iter().map(|row| label(*row) > 0.0).collect();
+    let kl: Vec<f64> = mismatched.iter().map(|row| sum(input.log_probs, *row) - sum(reference, *row)).collect();
+    let kto = KtoInput { log_probs: &now, ref_log_probs: &base, labels: &labels, kl_log_ratios: &kl };
+    let out = kto_loss(config, &kto, rows.len() as u64)?;
+    let mut d_log_probs = vec![0.0; batch.num_slots()];
+    let mut metrics = PreferenceMetrics::default();
+    for (i, row) in rows.iter().enumerate() {
+        batch.active(*row).for_each(|t| d_log_probs[t] = out.d_log_probs[i]);
+        metrics.add_labelled(labels[i], config.beta * (now[i] - base[i]), now[i]);
+    }
+    let mut result = likelihood(input, out.loss, d_log_probs);
+    result.metrics.preference = metrics;
+    Ok(result)
 }
 
 /// Seed of a loss's random choices: a function of the numbers it reads, so that a resumed run repeats them.

@@ -68,6 +68,7 @@ pub(crate) struct Columns {
     pub(crate) ref_log_probs: Vec<f64>,
     pub(crate) advantages: Vec<f64>,
     pub(crate) rollout_weights: Vec<f64>,
+    pub(crate) rollout_log_probs: Vec<f64>,
 }
 
 impl Columns {
@@ -87,6 +88,7 @@ impl Columns {
             columns.ref_log_probs.extend(row.ref_log_probs.iter().map(|v| f64::from(*v)));
             columns.advantages.extend_from_slice(&row.advantages);
             columns.rollout_weights.extend_from_slice(&row.rollout_weights);
+            columns.rollout_log_probs.extend(row.rollout_log_probs.iter().map(|v| f64::from(*v)));
             if columns.old_log_probs.len() != end {
                 let got = row.old_log_probs.len();
                 let problem = format!("old_log_probs has {got} entries: expected {} or none", end - start);

@@ -360,6 +360,7 @@ fn evaluate(
         ref_log_probs: Some(&columns.ref_log_probs[..]).filter(|v| !v.is_empty()),
         advantages: &columns.advantages,
         rollout_is_weights: Some(&columns.rollout_weights[..]).filter(|v| !v.is_empty()),
+        rollout_log_probs: Some(&columns.rollout_log_probs[..]).filter(|v| !v.is_empty()),
     };
     Ok(objective.evaluate(&input, counts)?)
 }
@@ -372,15 +373,7 @@ fn slice_gradients(out: &ObjectiveOutput, tokens: Range<usize>) -> OutputGradien
 
 fn name_metrics(report: &mut UpdateReport, metrics: &LossMetrics) {
     report.entropy = metrics.entropy();
-    let named = [
-        ("pg_loss", metrics.pg_loss),
-        ("pg_clipfrac", metrics.pg_clipfrac()),
-        ("pg_clipfrac_lower", metrics.pg_clipfrac_lower()),
-        ("ppo_kl", metrics.ppo_kl()),
-        ("kl_loss", metrics.kl_loss),
-        ("log_ratio_max", metrics.log_ratio_max),
-    ];
-    report.metrics = named.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+    report.metrics = metrics.named().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
 }
 
 /// Clipping as torch's `clip_grad_norm_`: scale by `max / (norm + 1e-6)` where that is below 1.

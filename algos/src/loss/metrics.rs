@@ -1,5 +1,7 @@
 //! What a loss reports, as sums that add up over micro-batches and ranks.
 
+use crate::preference::PreferenceMetrics;
+
 /// Sums over one call; add them up, then ask for means.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct LossMetrics {
@@ -23,6 +25,8 @@ pub struct LossMetrics {
     pub entropy_sum: f64,
     /// Largest `|log_prob - old_log_prob|`; combines by maximum.
     pub log_ratio_max: f64,
+    /// Sums over pairs, where the loss is one over preferences.
+    pub preference: PreferenceMetrics,
 }
 
 impl LossMetrics {
@@ -37,7 +41,37 @@ impl LossMetrics {
         self.num_clipped_lower += other.num_clipped_lower;
         self.ppo_kl_sum += other.ppo_kl_sum;
         self.entropy_sum += other.entropy_sum;
+        self.preference.merge(&other.preference);
         self.log_ratio_max = self.log_ratio_max.max(other.log_ratio_max);
+    }
+
+    /// What there is to report, by name: the policy's numbers where it has tokens, the preferences' where it has pairs.
+    pub fn named(&self) -> Vec<(&'static str, f64)> {
+        let mut named = Vec::new();
+        if self.num_pg_tokens > 0.0 {
+            named.extend([
+                ("pg_loss", self.pg_loss),
+                ("pg_clipfrac", self.pg_clipfrac()),
+                ("pg_clipfrac_lower", self.pg_clipfrac_lower()),
+                ("ppo_kl", self.ppo_kl()),
+                ("kl_loss", self.kl_loss),
+                ("log_ratio_max", self.log_ratio_max),
+            ]);
+        }
+        let m = &self.preference;
+        if m.num_pairs > 0.0 {
+            let (chosen, rejected) = (m.per_pair(m.chosen_reward_sum), m.per_pair(m.rejected_reward_sum));
+            named.extend([
+                ("rewards/chosen", chosen),
+                ("rewards/rejected", rejected),
+                ("rewards/accuracies", m.accuracy()),
+                ("rewards/margins", chosen - rejected),
+                ("logps/chosen", m.per_pair(m.chosen_log_prob_sum)),
+                ("logps/rejected", m.per_pair(m.rejected_log_prob_sum)),
+                ("nll_loss", m.nll_loss),
+            ]);
+        }
+        named
     }
 
     fn per_pg_token(&self, sum: f64) -> f64 {

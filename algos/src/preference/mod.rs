@@ -103,6 +103,33 @@ impl PreferenceMetrics {
         self.rejected_log_prob_sum += log_probs.1;
     }
 
+    /// Take in one labelled row (kto): its implicit reward counts for its side, and a row is half a pair.
+    pub(crate) fn add_labelled(&mut self, desirable: bool, reward: f64, log_prob: f64) {
+        self.num_pairs += 0.5;
+        let preferred = if desirable { reward > 0.0 } else { reward < 0.0 };
+        self.num_preferred += 0.5 * f64::from(u8::from(preferred));
+        if desirable {
+            self.chosen_reward_sum += reward;
+            self.chosen_log_prob_sum += log_prob;
+        } else {
+            self.rejected_reward_sum += reward;
+            self.rejected_log_prob_sum += log_prob;
+        }
+    }
+
+    /// Add the metrics of other pairs of the same mini-batch.
+    pub fn merge(&mut self, other: &PreferenceMetrics) {
+        self.num_pairs += other.num_pairs;
+        self.num_preferred += other.num_preferred;
+        self.chosen_reward_sum += other.chosen_reward_sum;
+        self.rejected_reward_sum += other.rejected_reward_sum;
+        self.chosen_log_prob_sum += other.chosen_log_prob_sum;
+        self.rejected_log_prob_sum += other.rejected_log_prob_sum;
+        self.nll_loss += other.nll_loss;
+        self.log_odds_ratio_sum += other.log_odds_ratio_sum;
+        self.log_odds_sum += other.log_odds_sum;
+    }
+
     /// Share of pairs whose chosen reward is above the rejected one; 0 without pairs.
     pub fn accuracy(&self) -> f64 {
         self.per_pair(self.num_preferred)
