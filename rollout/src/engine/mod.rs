@@ -16,7 +16,8 @@
 //!
 //! # Invariants
 //! Every group that was accepted ends with exactly one [`GroupResult`], from [`Engine::pop_finished`] or
-//! [`Engine::abort`] · a refused submit queues nothing · an open sample has a key in the scheduler, a finished one none.
+//! [`Engine::abort`] · a refused submit queues nothing · an open sample has a key in the scheduler, a finished one has
+//! none.
 
 mod admission;
 mod batch;
