@@ -15,6 +15,7 @@
 //! Operations are asynchronous in spirit: results are read through [`Device::read`] or a returned host vector only.
 
 mod args;
+pub mod bench;
 mod buffer;
 pub mod cpu;
 mod device;

@@ -29,6 +29,6 @@ pub use device::{CpuConfig, CpuDevice};
 pub use simd::Isa;
 
 pub(crate) use aligned::AlignedVec;
-pub(crate) use gemm::PackedPanels;
+pub(crate) use gemm::{PackedPanels, peak_probe};
 pub(crate) use kv::CpuKvPool;
 pub(crate) use rope::CpuRopeTable;

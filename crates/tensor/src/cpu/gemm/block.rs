@@ -11,11 +11,16 @@ use crate::cpu::simd::{Kernel, Simd};
 
 /// Output columns of a panel.
 pub(super) const PANEL: usize = 64;
-/// Steps of the summed dimension that run before the tiles move to the next rows: 32 KiB of panel words.
-const SEGMENT_STEPS: usize = 192;
+/// Most steps of the summed dimension that run before the tiles move to the next rows: 160 KiB of panel words, which
+/// stay in the second cache level while a block's tiles pass over them. Even, so that no pair is cut.
+const SEGMENT_STEPS: usize = 640;
 /// Carry memory: one slot for each level of the tree that joins eight parts, one for a chain that is cut.
 const CARRY_SLOTS: usize = 4;
 const CHAIN_SLOT: usize = 3;
+/// Rows that are addressed from one pointer: stride factors 0, 1 and 2 cost no instruction.
+const HALF_ROWS: usize = 3;
+/// Steps by which the panel is asked for ahead.
+const PREFETCH_STEPS: usize = 12;
 /// Most rows of a register tile.
 pub(super) const MAX_TILE_ROWS: usize = 6;
 
@@ -23,6 +28,10 @@ pub(super) const MAX_TILE_ROWS: usize = 6;
 pub(super) trait Product {
     /// The lanes of the sums.
     type S: Simd;
+    /// Words of the left operand in one step.
+    const LEFT_WORDS: usize;
+    /// Most rows of a tile whose operands fit the registers.
+    const MAX_ROWS: usize;
     /// An element of the left operand in every lane.
     type A: Copy;
     /// Sixteen elements of the panel.
@@ -51,6 +60,8 @@ pub(super) struct Single<S>(std::marker::PhantomData<S>);
 #[allow(clippy::undocumented_unsafe_blocks, reason = "one contract for all methods, stated on the trait")]
 impl<S: Simd> Product for Single<S> {
     type S = S;
+    const LEFT_WORDS: usize = 1;
+    const MAX_ROWS: usize = S::TILE_ROWS;
     type A = S::V;
     type B = S::V;
 
@@ -75,6 +86,8 @@ pub(super) struct WidenedPair<S>(std::marker::PhantomData<S>);
 #[allow(clippy::undocumented_unsafe_blocks, reason = "one contract for all methods, stated on the trait")]
 impl<S: Simd> Product for WidenedPair<S> {
     type S = S;
+    const LEFT_WORDS: usize = 2;
+    const MAX_ROWS: usize = if S::TILE_ROWS < 4 { S::TILE_ROWS } else { 4 };
     type A = (S::V, S::V);
     type B = (S::V, S::V);
 
@@ -92,12 +105,22 @@ impl<S: Simd> Product for WidenedPair<S> {
     }
 }
 
-/// The left operand: word `(row, step)` is at `row * row_stride + step * step_stride`.
+/// The left operand.
 #[derive(Clone, Copy)]
 pub(super) struct Left {
     pub(super) ptr: *const f32,
-    pub(super) row_stride: usize,
-    pub(super) step_stride: usize,
+    pub(super) layout: Layout,
+    /// Words from one row to the next ([`Layout::Rows`]) or from one step to the next ([`Layout::Steps`]).
+    pub(super) ld: usize,
+}
+
+/// Which dimension of the left operand is contiguous.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Layout {
+    /// The steps of a row.
+    Rows,
+    /// The rows of a step. Only for products of one word a step.
+    Steps,
 }
 
 /// Where the words of a panel come from.
@@ -210,9 +233,11 @@ impl Block {
         for part in 0..num_parts {
             let part_start = (part * part_steps).min(self.steps);
             let part_end = (part_start + part_steps).min(self.steps);
+            let num_segments = (part_end - part_start).div_ceil(SEGMENT_STEPS).max(1);
+            let segment_steps = (part_end - part_start).div_ceil(num_segments).next_multiple_of(2);
             let mut start = part_start;
             loop {
-                let end = (start + SEGMENT_STEPS).min(part_end);
+                let end = (start + segment_steps).min(part_end);
                 let (opens, closes) = (start == part_start, end == part_end);
                 let segment = Segment { start, end, opens, closes, part, last_part: num_parts - 1 };
                 // SAFETY: the buffer holds a segment of words; the rest is the caller's contract.
@@ -248,10 +273,10 @@ impl Block {
         }
     }
 
-    /// Every register tile of a segment: rows are split as evenly as tiles of at most `TILE_ROWS` allow.
+    /// Every register tile of a segment: rows are split as evenly as the largest tile allows.
     #[inline(always)]
     unsafe fn all_tiles<P: Product>(&self, segment: &Segment, memory: Memory) {
-        let num_tiles = self.rows.div_ceil(P::S::TILE_ROWS);
+        let num_tiles = self.rows.div_ceil(P::MAX_ROWS);
         for vector in (0..PANEL / 16).step_by(P::S::TILE_VECTORS) {
             if vector * 16 >= self.out.columns {
                 break;
@@ -266,8 +291,9 @@ impl Block {
                         2 => self.tile::<P, 2>(segment, memory, (row, vector)),
                         3 => self.tile::<P, 3>(segment, memory, (row, vector)),
                         4 => self.tile::<P, 4>(segment, memory, (row, vector)),
-                        5 => self.tile::<P, 5>(segment, memory, (row, vector)),
-                        _ => self.tile::<P, MAX_TILE_ROWS>(segment, memory, (row, vector)),
+                        5 if P::MAX_ROWS >= 5 => self.tile::<P, 5>(segment, memory, (row, vector)),
+                        _ if P::MAX_ROWS >= 6 => self.tile::<P, MAX_TILE_ROWS>(segment, memory, (row, vector)),
+                        _ => unreachable!("tiles have at most {} rows", P::MAX_ROWS),
                     }
                 }
                 row += rows;
@@ -278,7 +304,6 @@ impl Block {
     /// One register tile: `MR` rows from `row`, `TILE_VECTORS` vectors from `vector`.
     #[inline(always)]
     unsafe fn tile<P: Product, const MR: usize>(&self, seg: &Segment, memory: Memory, (row, vector): (usize, usize)) {
-        let num_vectors = const { P::S::TILE_VECTORS };
         // SAFETY: the tile lies within the operands, the panel's words and the carry memory.
         unsafe {
             let mut acc = [[P::S::splat(0.0); 4]; MR];
@@ -286,24 +311,12 @@ impl Block {
                 let carry = memory.carry.add(CHAIN_SLOT * self.rows * PANEL);
                 acc = load_tile::<P, MR>(carry.add(row * PANEL + vector * 16));
             }
-            let (row_stride, step_stride) = (self.left.row_stride, self.left.step_stride);
-            let mut a_ptr = self.left.ptr.add(row * row_stride + seg.start * step_stride);
-            let mut b_ptr = memory.panel.add(vector * 16);
-            for _ in seg.start..seg.end {
-                let mut b = [P::load_b(b_ptr); 4];
-                for (j, b) in b.iter_mut().enumerate().take(num_vectors) {
-                    *b = P::load_b(b_ptr.add(j * 16));
-                    P::S::prefetch(b_ptr.wrapping_add(12 * PANEL + j * 16));
-                }
-                for (i, acc) in acc.iter_mut().enumerate() {
-                    let a = P::load_a(a_ptr.add(i * row_stride));
-                    for j in 0..num_vectors {
-                        acc[j] = P::mac(a, b[j], acc[j]);
-                    }
-                }
-                a_ptr = a_ptr.add(step_stride);
-                b_ptr = b_ptr.add(PANEL);
-            }
+            let b = memory.panel.add(vector * 16);
+            let (left, ld, steps) = (self.left.ptr, self.left.ld, seg.end - seg.start);
+            acc = match self.left.layout {
+                Layout::Rows => chain_rows::<P, MR>(acc, left.add(row * ld + seg.start * P::LEFT_WORDS), ld, b, steps),
+                Layout::Steps => chain_steps::<P, MR>(acc, left.add(seg.start * ld + row), ld, b, steps),
+            };
             self.finish::<P, MR>(acc, seg, memory.carry, (row, vector));
         }
     }
@@ -406,4 +419,73 @@ unsafe fn store_tile<P: Product, const MR: usize>(ptr: *mut f32, tile: &Tile<P, 
             unsafe { P::S::store(ptr.add(i * PANEL + j * 16), *v) }
         }
     }
+}
+
+/// One step of every sum of a tile; rows 0, 1, 2 of the left operand are at `a[0] + i * row_stride`, the others behind
+/// `a[1]`.
+#[inline(always)]
+#[allow(clippy::needless_range_loop, reason = "indices keep the sums in registers")]
+unsafe fn step<P: Product, const MR: usize>(
+    mut acc: Tile<P, MR>,
+    a: [*const f32; 2],
+    row_stride: usize,
+    b: *const f32,
+) -> Tile<P, MR> {
+    // SAFETY: the caller's pointers are valid for the step.
+    unsafe {
+        let mut columns = [P::load_b(b); 4];
+        for (j, column) in columns.iter_mut().enumerate().take(P::S::TILE_VECTORS) {
+            *column = P::load_b(b.add(j * 16));
+            P::S::prefetch(b.wrapping_add(PREFETCH_STEPS * PANEL + j * 16));
+        }
+        for i in 0..MR {
+            let number = P::load_a(a[i / HALF_ROWS].add(i % HALF_ROWS * row_stride));
+            for j in 0..P::S::TILE_VECTORS {
+                acc[i][j] = P::mac(number, columns[j], acc[i][j]);
+            }
+        }
+    }
+    acc
+}
+
+/// Continue a tile's chains over steps whose left words are contiguous in each row.
+#[inline(always)]
+unsafe fn chain_rows<P: Product, const MR: usize>(
+    mut acc: Tile<P, MR>,
+    mut a: *const f32,
+    row_stride: usize,
+    mut b: *const f32,
+    steps: usize,
+) -> Tile<P, MR> {
+    // SAFETY: the caller's pointers are valid for `steps` steps.
+    unsafe {
+        let mut below = a.wrapping_add(HALF_ROWS * row_stride);
+        for _ in 0..steps {
+            acc = step::<P, MR>(acc, [a, below], row_stride, b);
+            a = a.add(P::LEFT_WORDS);
+            below = below.wrapping_add(P::LEFT_WORDS);
+            b = b.add(PANEL);
+        }
+    }
+    acc
+}
+
+/// Continue a tile's chains over steps whose left words are contiguous across rows.
+#[inline(always)]
+unsafe fn chain_steps<P: Product, const MR: usize>(
+    mut acc: Tile<P, MR>,
+    mut a: *const f32,
+    step_stride: usize,
+    mut b: *const f32,
+    steps: usize,
+) -> Tile<P, MR> {
+    // SAFETY: the caller's pointers are valid for `steps` steps.
+    unsafe {
+        for _ in 0..steps {
+            acc = step::<P, MR>(acc, [a, a.wrapping_add(HALF_ROWS)], 1, b);
+            a = a.add(step_stride);
+            b = b.add(PANEL);
+        }
+    }
+    acc
 }

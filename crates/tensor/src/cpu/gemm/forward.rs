@@ -1,6 +1,6 @@
 //! `out = x W^T + bias`.
 
-use super::block::{Block, Left, Output, PANEL, PanelSource};
+use super::block::{Block, Layout, Left, Output, PANEL, PanelSource};
 use super::split::Grid;
 use super::words::Format;
 use super::{Body, operand_format, rows_to_words, run_block, scratch};
@@ -68,7 +68,7 @@ fn linear_words(
             steps: row_words / words_per_step,
             reduction: w.reduction,
             numbers_per_step: if body == Body::Single { 1 } else { 2 },
-            left: Left { ptr: x.at(rows.start * row_words), row_stride: row_words, step_stride: words_per_step },
+            left: Left { ptr: x.at(rows.start * row_words), layout: Layout::Rows, ld: row_words },
             panel: if widen { PanelSource::Widen(words) } else { PanelSource::Resident(words) },
             out: Output {
                 ptr: out.ptr_at(rows.start * n + column),

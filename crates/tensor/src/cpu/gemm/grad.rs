@@ -1,6 +1,6 @@
 //! Gradients of the linear layer.
 
-use super::block::{Block, Left, Output, PANEL, PanelSource};
+use super::block::{Block, Layout, Left, Output, PANEL, PanelSource};
 use super::forward::{LEFT_WORDS, SharedX};
 use super::split::Grid;
 use super::words::{Format, Gather, GatherAll};
@@ -65,7 +65,7 @@ fn input_grad_words(
             steps: row_words,
             reduction: Reduction::Chain,
             numbers_per_step: format.numbers_per_word(),
-            left: Left { ptr: dy.at(rows.start * row_words), row_stride: row_words, step_stride: 1 },
+            left: Left { ptr: dy.at(rows.start * row_words), layout: Layout::Rows, ld: row_words },
             panel: PanelSource::Gather(gather),
             out: Output {
                 ptr: dx.ptr_at(rows.start * k + column),
@@ -115,7 +115,7 @@ pub(crate) fn weight_grad(
                     steps,
                     reduction: Reduction::Chain,
                     numbers_per_step: format.numbers_per_word(),
-                    left: Left { ptr: left.as_ptr(), row_stride: 1, step_stride: width },
+                    left: Left { ptr: left.as_ptr(), layout: Layout::Steps, ld: width },
                     panel: PanelSource::Gather(gather),
                     out: Output {
                         ptr: dw.ptr_at(outputs.start * k + column),

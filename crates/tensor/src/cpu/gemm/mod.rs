@@ -9,6 +9,7 @@ mod block;
 mod forward;
 mod grad;
 mod native;
+mod peak;
 mod scratch;
 mod split;
 mod words;
@@ -23,6 +24,7 @@ use words::{Format, RowWords, WeightPanel};
 
 pub(crate) use forward::linear;
 pub(crate) use grad::{input_grad, weight_grad};
+pub(crate) use peak::peak_probe;
 
 /// Words of a packed weight: `[panel][step][64]`, a panel being 64 output rows of the weight, padded with zeros. A word
 /// is one f32, or the bf16 pair of two consecutive inputs (the even one in the low half), padded to whole pairs.

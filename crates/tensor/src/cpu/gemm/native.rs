@@ -3,7 +3,7 @@
 #[cfg(target_arch = "x86_64")]
 use super::block::{Block, Product};
 #[cfg(target_arch = "x86_64")]
-use crate::cpu::simd::Avx512;
+use crate::cpu::simd::{Avx512, Simd};
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
@@ -16,6 +16,8 @@ struct NativePair;
 #[allow(clippy::undocumented_unsafe_blocks, reason = "one contract for all methods, stated on the trait")]
 impl Product for NativePair {
     type S = Avx512;
+    const LEFT_WORDS: usize = 1;
+    const MAX_ROWS: usize = Avx512::TILE_ROWS;
     type A = __m512i;
     type B = __m512i;
 
@@ -40,6 +42,23 @@ impl Product for NativePair {
 fn as_pairs(words: __m512i) -> __m512bh {
     // SAFETY: both types are 64 bytes of plain numbers.
     unsafe { std::mem::transmute::<__m512i, __m512bh>(words) }
+}
+
+/// Multiply pairs in registers `rounds` times with twelve chains; returns a number that keeps them alive.
+///
+/// # Safety
+/// The CPU has AVX-512 BF16.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi1,bmi2")]
+pub(super) unsafe fn probe(rounds: usize) -> f32 {
+    let (a, b) = (_mm512_set1_epi32(std::hint::black_box(0x3f80_3f80)), _mm512_set1_epi32(0x3a00_3a00));
+    let mut sums = [_mm512_set1_ps(1.0); super::peak::NUM_CHAINS];
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            *sum = _mm512_dpbf16_ps(*sum, as_pairs(a), as_pairs(b));
+        }
+    }
+    sums.iter().map(|sum| _mm512_reduce_add_ps(*sum)).sum()
 }
 
 /// Run a block whose operands are bf16 pairs.
