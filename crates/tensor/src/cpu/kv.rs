@@ -77,7 +77,10 @@ pub(crate) struct CpuKvPool {
 
 impl CpuKvPool {
     pub(crate) fn new(spec: &KvCacheSpec) -> Self {
-        assert!(spec.block_size > 0 && spec.block_size % TILE == 0, "block_size is a multiple of 16: {spec:?}");
+        assert!(
+            spec.block_size > 0 && spec.block_size.is_multiple_of(TILE),
+            "block_size is a multiple of 16: {spec:?}"
+        );
         let layout = KvLayout::new(spec);
         let len = spec.num_layers * spec.num_blocks * layout.block_elements();
         let data = match spec.dtype {

@@ -216,11 +216,7 @@ fn run_grad(
 
 #[test]
 fn gradients_match_finite_differences() {
-    for (shape, rows) in [
-        (shape(4, 2, 4, None), 19),
-        (shape(3, 1, 6, Some(4)), 21),
-        (shape(2, 2, 18, None), 17),
-    ] {
+    for (shape, rows) in [(shape(4, 2, 4, None), 19), (shape(3, 1, 6, Some(4)), 21), (shape(2, 2, 18, None), 17)] {
         let (qkv, dout) = (random(rows * shape.qkv_dim(), 40, 1.0), random(rows * shape.out_dim(), 41, 1.0));
         let want = finite_differences(&qkv, |qkv| dot(&reference::attention(qkv, &shape).0, &dout));
         let got = run_grad(&device(2), &qkv, &dout, (shape, DType::F32, 16), &[rows]);

@@ -125,6 +125,43 @@ fn bits_do_not_depend_on_threads_family_or_batch_mates() {
     }
 }
 
+/// More rows than a chunk of logits holds (84 at this vocabulary): each row as if it were alone.
+#[test]
+fn chunks_of_rows_do_not_reach_a_bit() {
+    let case = Case::new(90, 49_152, 4, 1.0);
+    let stats = case.stats(&device(2), DType::F32);
+    for row in [0, 83, 84, 89] {
+        let mut alone = Case::new(1, 49_152, 4, 1.0);
+        alone.hidden = case.hidden[row * 4..(row + 1) * 4].to_vec();
+        alone.targets = vec![case.targets[row]];
+        let got = alone.stats(&device(1), DType::F32);
+        assert_bits(&got.log_probs, &stats.log_probs[row..=row], "log-prob");
+        assert_bits(&got.entropies, &stats.entropies[row..=row], "entropy");
+    }
+}
+
+/// More rows than a backward chunk holds: the weight's gradient is the sum over both chunks.
+#[test]
+fn gradients_add_up_over_chunks() {
+    let case = Case::new(11_300, 1490, 2, 1.0);
+    let (dhidden, dweight) = case.grad(&device(2), &vec![0.01; 11_300], &[]);
+    let (wide_weight, wide_hidden) = (wide(&case.weight), wide(&case.hidden));
+    for (row, got) in [(0, &dhidden[..2]), (11_299, &dhidden[22_598..])] {
+        let mut alone = Case::new(1, 1490, 2, 1.0);
+        (alone.hidden, alone.targets) = (case.hidden[2 * row..2 * row + 2].to_vec(), vec![case.targets[row]]);
+        let want = finite_differences(&alone.hidden, |hidden| 0.01 * alone.reference(&wide_weight, hidden)[0][0]);
+        assert_close(got, &want, (1e-4, 1e-7), "dhidden");
+    }
+    let mut want = vec![1.0; 2];
+    for (hidden, target) in wide_hidden.chunks(2).zip(&case.targets) {
+        let logits: Vec<f64> = wide_weight.chunks(2).map(|w| w[0] * hidden[0] + w[1] * hidden[1]).collect();
+        let p = reference::log_softmax(&logits, 1.0, &MASKED)[100].exp();
+        let factor = 0.01 * (f64::from(u8::from(*target == 100)) - p);
+        want.iter_mut().zip(hidden).for_each(|(sum, x)| *sum += factor * x);
+    }
+    assert_close(&dweight[200..202], &want, (1e-5, 1e-5), "dweight of id 100");
+}
+
 fn sample(case: &Case, dev: &CpuDevice, dtype: DType, rows: &[SampleRow<'_>]) -> Vec<Sampled> {
     let shape = LinearShape { n: case.vocab, k: case.dim };
     let head = dev.pack(dev.upload(&case.weight).all(), shape, dtype, Reduction::Groups8);

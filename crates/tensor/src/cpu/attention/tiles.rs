@@ -150,20 +150,44 @@ unsafe fn scores_micro<S: Simd, E: KvElement, const R: usize, const N: usize>(
         let mut sums = [[S::splat(0.0); N]; R];
         for d in 0..depth {
             let mut keys = [S::splat(0.0); N];
-            for n in 0..N {
-                keys[n] = E::load::<S>(tiles[n].add(d * TILE));
+            for (key, tile) in keys.iter_mut().zip(&tiles) {
+                *key = E::load::<S>(tile.add(d * TILE));
             }
-            for r in 0..R {
-                let x = S::splat(*left.add(r * row_stride + d * step));
-                for n in 0..N {
-                    sums[r][n] = S::fma(x, keys[n], sums[r][n]);
-                }
+            add_products::<S, R, N>(&mut sums, (left.add(d * step), row_stride), &keys);
+        }
+        store_sums::<S, R, N>(&sums, Out { ptr: out, row_stride: out_stride });
+    }
+}
+
+/// `sums[r] += left[r] * right`, the numbers of `left` lying `stride` apart.
+///
+/// # Safety
+/// `left` has R numbers.
+#[inline(always)]
+unsafe fn add_products<S: Simd, const R: usize, const N: usize>(
+    sums: &mut [[S::V; N]; R],
+    (left, stride): (*const f32, usize),
+    right: &[S::V; N],
+) {
+    for (r, sums) in sums.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let x = S::splat(*left.add(r * stride));
+            for (sum, right) in sums.iter_mut().zip(right) {
+                *sum = S::fma(x, *right, *sum);
             }
         }
-        for r in 0..R {
-            for n in 0..N {
-                S::store(out.add(r * out_stride + n * 16), sums[r][n]);
-            }
+    }
+}
+
+/// # Safety
+/// `out` has R rows of N vectors.
+#[inline(always)]
+unsafe fn store_sums<S: Simd, const R: usize, const N: usize>(sums: &[[S::V; N]; R], out: Out) {
+    for (r, sums) in sums.iter().enumerate() {
+        for (n, sum) in sums.iter().enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe { S::store(out.at(r, n * 16), *sum) }
         }
     }
 }
@@ -216,9 +240,9 @@ unsafe fn values_micro<S: Simd, E: KvElement, const R: usize, const N: usize>(
     // SAFETY: the caller's promise.
     unsafe {
         let mut sums = [[S::splat(0.0); N]; R];
-        for r in 0..R {
-            for n in 0..N {
-                sums[r][n] = S::load(out.at(r, n * 16));
+        for (r, sums) in sums.iter_mut().enumerate() {
+            for (n, sum) in sums.iter_mut().enumerate() {
+                *sum = S::load(out.at(r, n * 16));
             }
         }
         let mut k = first;
@@ -228,22 +252,13 @@ unsafe fn values_micro<S: Simd, E: KvElement, const R: usize, const N: usize>(
             while k < end.min(tile_end) {
                 let value = base.add((k % TILE) * right.stride);
                 let mut values = [S::splat(0.0); N];
-                for n in 0..N {
-                    values[n] = E::load::<S>(value.add(n * 16));
+                for (n, v) in values.iter_mut().enumerate() {
+                    *v = E::load::<S>(value.add(n * 16));
                 }
-                for r in 0..R {
-                    let x = S::splat(*left.at(r, k));
-                    for n in 0..N {
-                        sums[r][n] = S::fma(x, values[n], sums[r][n]);
-                    }
-                }
+                add_products::<S, R, N>(&mut sums, (left.at(0, k), left.row_stride), &values);
                 k += 1;
             }
         }
-        for r in 0..R {
-            for n in 0..N {
-                S::store(out.at(r, n * 16), sums[r][n]);
-            }
-        }
+        store_sums::<S, R, N>(&sums, out);
     }
 }
