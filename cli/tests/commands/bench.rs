@@ -1,0 +1,86 @@
+//! `temper bench`: every figure is there and follows from its samples.
+
+use crate::support::{fail, fixture, new_model, numbers, succeed, text};
+use serde_json::Value;
+
+fn bench(args: &[&str]) -> Value {
+    serde_json::from_str(&succeed(&[&["bench"][..], args, &["--json"]].concat())).unwrap()
+}
+
+/// The median, the mean of the middle two where their number is even.
+fn median(value: &Value) -> f64 {
+    let mut samples = numbers(value);
+    samples.sort_by(f64::total_cmp);
+    let (n, middle) = (samples.len(), samples.len() / 2);
+    if n.is_multiple_of(2) { (samples[middle - 1] + samples[middle]) / 2.0 } else { samples[middle] }
+}
+
+fn assert_near(label: &str, got: &Value, want: f64) {
+    let got = got.as_f64().unwrap();
+    assert!((got - want).abs() <= 1e-3 * want.abs() + 1e-3, "{label}: got {got}, want {want}");
+}
+
+#[test]
+fn generation_is_timed() {
+    let model = fixture("llama");
+    let report = bench(&[
+        "rollout",
+        "--model",
+        text(&model),
+        "--batch",
+        "2",
+        "--prompt-len",
+        "5",
+        "--new-tokens",
+        "6",
+        "--runs",
+        "3",
+    ]);
+    assert_eq!(numbers(&report["samples_s"]).len(), 3);
+    assert_near("tokens_per_second", &report["tokens_per_second"], 12.0 / median(&report["samples_s"]));
+    assert_near("prefill_tok_s", &report["prefill_tok_s"], 10.0 / median(&report["prefill_samples_s"]));
+    assert!(report["rss_mb"].as_u64().unwrap() > 0);
+}
+
+#[test]
+fn training_steps_are_timed() {
+    let model = fixture("llama");
+    for more in [&["--dtype", "bf16"][..], &["--recompute", "--micro-batch-tokens", "10"]] {
+        let args = ["train", "--model", text(&model), "--batch", "2", "--seq", "8", "--runs", "3"];
+        let report = bench(&[&args[..], more].concat());
+        assert_near("step_tok_s", &report["step_tok_s"], 16.0 / median(&report["samples_s"]));
+        assert!(report["loss"].as_f64().unwrap() > 0.0);
+    }
+}
+
+#[test]
+fn whole_grpo_steps_are_timed() {
+    let dir = tempfile::tempdir().unwrap();
+    let init = new_model(dir.path());
+    let args = ["grpo", "--model", text(&init), "--prompts", "2", "--gens", "3", "--len", "5", "--steps", "4"];
+    let report = bench(&args);
+    let steps = numbers(&report["steps"]);
+    assert_eq!((steps.len(), numbers(&report["rewards"]).len()), (4, 4));
+    let (gen_s, train_s) = (numbers(&report["gen_samples_s"]), numbers(&report["train_samples_s"]));
+    for (step, (gen_s, train_s)) in steps.iter().zip(gen_s.iter().zip(&train_s)) {
+        assert!(gen_s + train_s <= *step, "{report}");
+    }
+    assert!(report["start_to_first_step_s"].as_f64().unwrap() >= report["load_s"].as_f64().unwrap());
+}
+
+#[test]
+fn products_are_timed_against_the_peak() {
+    let report = bench(&["gemm", "--shapes", "64x128", "--rows", "8", "--dtype", "f32", "--threads", "1"]);
+    let row = &report["rows"][0];
+    assert_near("gflops", &row["gflops"], 2.0 * 8.0 * 64.0 * 128.0 / median(&row["samples_s"]) / 1e9);
+    assert!(report["peaks"][0]["peak_gflops"].as_f64().unwrap() > 0.0);
+}
+
+#[test]
+fn bad_usage_exits_with_2() {
+    let model = fixture("llama");
+    fail(&["bench", "rollout", "--model", text(&model), "--batch", "0"], 2, &["--batch 0"]);
+    fail(&["bench", "train", "--model", text(&model), "--seq", "1"], 2, &["--seq 1"]);
+    fail(&["bench", "gemm", "--shapes", "64by128"], 2, &["--shapes 64by128", "KxN"]);
+    fail(&["bench", "gemm", "--dtype", "f64"], 2, &["f64"]);
+}

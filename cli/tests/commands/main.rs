@@ -1,0 +1,11 @@
+//! The commands over models, run directories and vectors, run as a user runs them.
+
+mod bench;
+#[path = "../common/mod.rs"]
+mod common;
+mod eval;
+mod files;
+mod generate;
+mod inspect;
+mod score;
+mod support;
