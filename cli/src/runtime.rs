@@ -61,7 +61,8 @@ impl TextService for LocalText {
     }
 
     fn encode_response(&self, response: &PromptContent) -> ServiceResult<Vec<u32>> {
-        let encode = |text: &str| self.tokenizer.encode(text, SpecialTokens::Omit).map_err(text_error("encode_response"));
+        let encode =
+            |text: &str| self.tokenizer.encode(text, SpecialTokens::Omit).map_err(text_error("encode_response"));
         let mut ids = match response {
             PromptContent::TokenIds(ids) => return Ok(ids.clone()),
             PromptContent::Text(text) => encode(text)?,

@@ -9,7 +9,9 @@ use std::path::PathBuf;
 ///
 /// Says in words what would be done; exits with 2 and one message where it cannot be.
 #[derive(clap::Args)]
-#[command(after_help = "Examples:\n  temper check recipes/quickstart.toml\n  temper check recipes/quickstart.toml --set stage.grpo.num_generations=8 --resolved")]
+#[command(
+    after_help = "Examples:\n  temper check recipes/quickstart.toml\n  temper check recipes/quickstart.toml --set stage.grpo.num_generations=8 --resolved"
+)]
 pub struct Check {
     /// The recipe.
     recipe: PathBuf,

@@ -17,7 +17,9 @@ use temper_telemetry::{MetricsRow, Progress, read_metrics};
 /// Ctrl-C ends the run after the current step with a checkpoint (exit code 130); `--resume` goes on from the last
 /// complete checkpoint, and the result is the same to the bit as without the interruption.
 #[derive(clap::Args)]
-#[command(after_help = "Examples:\n  temper train recipes/quickstart.toml\n  temper train recipes/quickstart.toml --resume\n  temper train recipes/quickstart.toml --run-dir runs/seed7 --set seed=7 --set stage.grpo.steps=50")]
+#[command(
+    after_help = "Examples:\n  temper train recipes/quickstart.toml\n  temper train recipes/quickstart.toml --resume\n  temper train recipes/quickstart.toml --run-dir runs/seed7 --set seed=7 --set stage.grpo.steps=50"
+)]
 pub struct Train {
     /// The recipe.
     recipe: PathBuf,

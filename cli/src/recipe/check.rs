@@ -36,7 +36,9 @@ pub fn check(recipe: &Recipe, source: &Source) -> Result<CheckReport, RecipeErro
     }
     check_validation(recipe, source, &data)?;
     if recipe.checkpoint.keep_last == 0 {
-        return Err(source.error("checkpoint.keep_last", "0 is out of range: expected at least 1, or nothing could be resumed"));
+        return Err(
+            source.error("checkpoint.keep_last", "0 is out of range: expected at least 1, or nothing could be resumed")
+        );
     }
     let timeout = recipe.rollout_timeout_seconds;
     if !(timeout > 0.0 && timeout.is_finite()) {
@@ -49,7 +51,9 @@ pub fn check(recipe: &Recipe, source: &Source) -> Result<CheckReport, RecipeErro
 
 fn check_model(model: &ModelSource, source: &Source) -> Result<(), RecipeError> {
     match (&model.path, &model.init) {
-        (None, None) => Err(source.error("model", "there is no model: expected `path` (a Hugging Face directory) or [model.init]")),
+        (None, None) => {
+            Err(source.error("model", "there is no model: expected `path` (a Hugging Face directory) or [model.init]"))
+        }
         (Some(_), Some(_)) => Err(source.error("model.init", "excludes `path`: expected one of them")),
         (None, Some(init)) => init.validate().map_err(|e| source.error("model.init", e)),
         (Some(path), None) => check_model_dir(path).map_err(|problem| source.error("model.path", problem)),
@@ -109,7 +113,10 @@ fn check_stage(
 fn check_sft(source: &Source, key: &str, stage: &SftStage, rows: &[PromptRow]) -> Result<(), RecipeError> {
     match rows.iter().find(|row| row.completion.is_none()) {
         Some(row) => {
-            let problem = format!("row {} of `{}` has no `completion`: supervised stages need one in every row", row.prompt_id, stage.data);
+            let problem = format!(
+                "row {} of `{}` has no `completion`: supervised stages need one in every row",
+                row.prompt_id, stage.data
+            );
             Err(source.error(&format!("{key}.data"), problem))
         }
         None => Ok(()),
@@ -143,7 +150,11 @@ fn check_ground_truth(recipe: &Recipe, source: &Source, key: &str, rows: &[Promp
 /// What the loop cannot provide yet is refused before the first step, not in it.
 fn check_plan(source: &Source, key: &str, stage: &PolicyStage) -> Result<(), RecipeError> {
     let Plan { values, sum_pi_squared, greedy_baseline, .. } = stage.algorithm.plan();
-    let missing = [(values, "a critic"), (sum_pi_squared, "sums of squared probabilities"), (greedy_baseline, "greedy baseline responses")];
+    let missing = [
+        (values, "a critic"),
+        (sum_pi_squared, "sums of squared probabilities"),
+        (greedy_baseline, "greedy baseline responses"),
+    ];
     match missing.into_iter().find(|(needed, _)| *needed) {
         Some((_, what)) => {
             let estimator: AdvEstimator = stage.algorithm.advantage.adv_estimator;
@@ -217,7 +228,12 @@ fn stage_summary(stage: &Stage, rows: usize) -> String {
     match stage {
         Stage::Sft(s) => {
             let taken = s.steps * s.batch_size as u64;
-            format!("{} steps of {} demonstrations; {rows} rows, {:.1} passes over them", s.steps, s.batch_size, passes(taken))
+            format!(
+                "{} steps of {} demonstrations; {rows} rows, {:.1} passes over them",
+                s.steps,
+                s.batch_size,
+                passes(taken)
+            )
         }
         Stage::Policy(s) => {
             let samples = s.prompts_per_step * s.num_generations;
@@ -237,4 +253,3 @@ fn stage_summary(stage: &Stage, rows: usize) -> String {
         }
     }
 }
-

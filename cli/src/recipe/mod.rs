@@ -13,8 +13,9 @@ mod source;
 mod stage;
 mod typed;
 
-pub use check::{CheckReport, check, summary};
+pub use check::{CheckReport, check};
 pub use error::RecipeError;
 pub use render::render;
-pub use source::{Origin, Source};
-pub use typed::{ModelSource, Placement, PlacementMode, Recipe};
+pub use source::Source;
+pub use typed::Recipe;
+use typed::ModelSource;

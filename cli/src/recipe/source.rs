@@ -107,7 +107,8 @@ impl Source {
             // Arrays are replaced whole, so what an extended file said of their elements is gone.
             if key.ends_with(".0") {
                 let prefix = key.trim_end_matches('0').to_owned();
-                self.origins.retain(|k, o| !k.starts_with(&prefix) || matches!(o, Origin::File { path: p, .. } if p == path));
+                self.origins
+                    .retain(|k, o| !k.starts_with(&prefix) || matches!(o, Origin::File { path: p, .. } if p == path));
             }
             self.origins.insert(key, Origin::File { path: path.to_path_buf(), line });
         }
@@ -118,45 +119,32 @@ impl Source {
     fn set(&mut self, assignment: &str) -> Result<(), RecipeError> {
         let fail = |problem: &str| RecipeError::Set { argument: assignment.to_owned(), problem: problem.to_owned() };
         let (key, text) = assignment.split_once('=').ok_or_else(|| fail("expected key=value, such as seed=7"))?;
-        let (key, text) = (key.trim(), text.trim());
-        let value = parse_value(text);
-        let mut parts: Vec<&str> = key.split('.').collect();
-        let last = parts.pop().filter(|p| !p.is_empty()).ok_or_else(|| fail("the key is empty"))?;
-        let mut path = Vec::new();
-        let mut at = &mut Value::Table(std::mem::take(&mut self.table));
-        let mut root = std::mem::replace(at, Value::Boolean(false));
-        at = &mut root;
-        let mut outcome = Ok(());
-        for part in parts {
-            match descend(at, part) {
-                Ok((next, name)) => {
-                    at = next;
-                    path.push(name);
-                }
-                Err(problem) => {
-                    outcome = Err(fail(&problem));
-                    break;
-                }
-            }
-            if outcome.is_err() {
-                break;
-            }
-        }
-        if outcome.is_ok() {
-            outcome = match at {
-                Value::Table(table) => {
-                    table.insert(last.to_owned(), value);
-                    path.push(last.to_owned());
-                    self.origins.insert(path.join("."), Origin::Set);
-                    Ok(())
-                }
-                _ => Err(fail("the key's parent is no table")),
-            };
-        }
+        let parts: Vec<&str> = key.trim().split('.').collect();
+        let mut root = Value::Table(std::mem::take(&mut self.table));
+        let assigned = assign(&mut root, &parts, parse_value(text.trim()));
         if let Value::Table(table) = root {
             self.table = table;
         }
-        outcome
+        let path = assigned.map_err(|problem| fail(&problem))?;
+        self.origins.insert(path.join("."), Origin::Set);
+        Ok(())
+    }
+}
+
+/// Put `value` where `parts` lead; gives the path with stages by index.
+fn assign(at: &mut Value, parts: &[&str], value: Value) -> Result<Vec<String>, String> {
+    match (parts, at) {
+        ([] | [""], _) => Err("the key is empty".to_owned()),
+        ([last], Value::Table(table)) => {
+            table.insert((*last).to_owned(), value);
+            Ok(vec![(*last).to_owned()])
+        }
+        ([_], _) => Err("the key's parent is no table".to_owned()),
+        ([first, rest @ ..], at) => {
+            let (next, name) = descend(at, first)?;
+            let below = assign(next, rest, value)?;
+            Ok(std::iter::once(name).chain(below).collect())
+        }
     }
 }
 
@@ -252,7 +240,11 @@ mod tests {
     fn later_sources_win_and_origins_say_who_did() {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let base = write(dir.path(), "base.toml", "seed = 1\n[model]\npath = \"m\"\n");
-        let child = write(dir.path(), "child.toml", "extends = \"base.toml\"\n\n[model]\npath = \"n\"\n[[stage]]\nkind = \"sft\"\n");
+        let child = write(
+            dir.path(),
+            "child.toml",
+            "extends = \"base.toml\"\n\n[model]\npath = \"n\"\n[[stage]]\nkind = \"sft\"\n",
+        );
         let sets = ["seed=9".to_owned(), "stage.sft.steps=3".to_owned(), "model.note=plain words".to_owned()];
         let source = Source::read(&child, &sets).expect("a good recipe");
         assert_eq!(source.table["seed"].as_integer(), Some(9));

@@ -42,7 +42,10 @@ fn stage(source: &Source, key: &str, value: &Value) -> Result<Stage, RecipeError
         return Ok(Stage::Sft(typed::<SftStage>(source, key, Value::Table(table))?));
     }
     if let Some(estimator) = table.get("adv_estimator") {
-        let problem = format!("{}: `adv_estimator` stands in [stage.algorithm.advantage] = {estimator}", unknown_key("adv_estimator", []));
+        let problem = format!(
+            "{}: `adv_estimator` stands in [stage.algorithm.advantage] = {estimator}",
+            unknown_key("adv_estimator", [])
+        );
         return Err(source.error(&format!("{key}.adv_estimator"), problem));
     }
     let mut with_preset = Table::new();

@@ -174,4 +174,3 @@ pub(super) fn unknown_key<'a>(given: &str, known: impl IntoIterator<Item = &'a s
         None => format!("unknown key; known: {}", list.join(", ")),
     }
 }
-
