@@ -115,7 +115,8 @@ pub struct HeadNormGrad<'a> {
 /// Inputs of the backward of attention.
 #[derive(Debug, Clone, Copy)]
 pub struct AttentionGrad<'a> {
-    /// Fused projection rows after norm and RoPE (only the query part is read; K/V come from the cache), `[T, qkv_dim]`.
+    /// Fused projection rows after norm and RoPE, of which only the query part is read (K/V come from the cache),
+    /// `[T, qkv_dim]`.
     pub qkv: View<'a>,
     /// The forward's output, `[T, H*K]`.
     pub out: View<'a>,

@@ -96,7 +96,8 @@ impl Kernel for Update<'_> {
     }
 }
 
-/// One step in place: decay first (`p *= 1 - lr wd`), then `p -= lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)`.
+/// One step in place: decay first (`p *= 1 - lr wd`), then
+/// `p -= lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)`.
 pub(crate) fn step(
     dev: &CpuDevice,
     step: AdamWStep,

@@ -20,7 +20,8 @@ pub(super) fn penalise(params: &SampleRow<'_>, logits: &mut [f32]) {
     }
 }
 
-/// Ids that survive min-p, top-k and top-p, ascending; `weights` are `e^(z - max)`. At temperature 0 nothing is dropped.
+/// Ids that survive min-p, top-k and top-p, ascending; `weights` are `e^(z - max)`. At temperature 0 nothing is
+/// dropped.
 pub(super) fn kept_ids(params: &SampleRow<'_>, logits: &[f32], weights: &[f32]) -> Vec<u32> {
     let truncates = params.temperature > 0.0;
     let floor = if truncates { params.min_p } else { 0.0 };
