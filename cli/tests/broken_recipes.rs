@@ -30,7 +30,7 @@ const CASES: &[Case] = &[
         "[validaton]",
         &["recipe.toml:", "validaton", "did you mean `validation`?"],
     ),
-    case("wrong type", "batch_size = 16", "batch_size = \"many\"", &["recipe.toml:4", "stage.0.batch_size", "string"]),
+    case("wrong type", "batch_size = 16", "batch_size = \"many\"", &["recipe.toml:35", "stage.0.batch_size", "string"]),
     case(
         "impossible batch split",
         "mini_batches = 2",
