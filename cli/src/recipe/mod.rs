@@ -17,5 +17,5 @@ pub use check::{CheckReport, check};
 pub use error::RecipeError;
 pub use render::render;
 pub use source::Source;
-pub use typed::Recipe;
 use typed::ModelSource;
+pub use typed::Recipe;
