@@ -20,9 +20,11 @@ const CHAIN_SLOT: usize = 3;
 /// Rows that are addressed from one pointer: stride factors 0, 1 and 2 cost no instruction.
 const HALF_ROWS: usize = 3;
 /// Steps by which the panel is asked for ahead.
-const PREFETCH_STEPS: usize = 12;
+const PREFETCH_STEPS: usize = 16;
 /// Most rows of a register tile.
 pub(super) const MAX_TILE_ROWS: usize = 6;
+/// Rows whose words of a step are neighbours in [`Layout::Groups`].
+pub(super) const GROUP_ROWS: usize = MAX_TILE_ROWS;
 
 /// One step of a chain: how words of both operands are read and multiplied.
 pub(super) trait Product {
@@ -110,17 +112,17 @@ impl<S: Simd> Product for WidenedPair<S> {
 pub(super) struct Left {
     pub(super) ptr: *const f32,
     pub(super) layout: Layout,
-    /// Words from one row to the next ([`Layout::Rows`]) or from one step to the next ([`Layout::Steps`]).
+    /// Words from one row to the next ([`Layout::Rows`]) or from one group of rows to the next ([`Layout::Groups`]).
     pub(super) ld: usize,
 }
 
-/// Which dimension of the left operand is contiguous.
+/// How the left operand lies in memory.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Layout {
-    /// The steps of a row.
+    /// The words of a row are contiguous.
     Rows,
-    /// The rows of a step. Only for products of one word a step.
-    Steps,
+    /// Groups of [`GROUP_ROWS`] rows, `[group][step][row]`. Only for products of one word a step.
+    Groups,
 }
 
 /// Where the words of a panel come from.
@@ -273,18 +275,18 @@ impl Block {
         }
     }
 
-    /// Every register tile of a segment: rows are split as evenly as the largest tile allows.
+    /// Every register tile of a segment. Rows are split as evenly as the largest tile allows; groups are split alone.
     #[inline(always)]
     unsafe fn all_tiles<P: Product>(&self, segment: &Segment, memory: Memory) {
-        let num_tiles = self.rows.div_ceil(P::MAX_ROWS);
+        let whole = if self.left.layout == Layout::Groups { GROUP_ROWS } else { self.rows };
         for vector in (0..PANEL / 16).step_by(P::S::TILE_VECTORS) {
             if vector * 16 >= self.out.columns {
                 break;
             }
-            let mut row = 0;
-            for tile in 0..num_tiles {
-                let rows = (self.rows - row).div_ceil(num_tiles - tile);
-                // SAFETY: the caller's contract; the tile lies within the block.
+            let (mut row, mut end) = (0, whole.min(self.rows));
+            while row < self.rows {
+                let rows = (end - row).div_ceil((end - row).div_ceil(P::MAX_ROWS));
+                // SAFETY: the caller's contract; the tile lies within the block and within a group.
                 unsafe {
                     match rows {
                         1 => self.tile::<P, 1>(segment, memory, (row, vector)),
@@ -297,6 +299,9 @@ impl Block {
                     }
                 }
                 row += rows;
+                if row == end {
+                    end = (end + whole).min(self.rows);
+                }
             }
         }
     }
@@ -311,13 +316,30 @@ impl Block {
                 let carry = memory.carry.add(CHAIN_SLOT * self.rows * PANEL);
                 acc = load_tile::<P, MR>(carry.add(row * PANEL + vector * 16));
             }
+            if seg.closes && seg.part == seg.last_part {
+                self.prefetch_out::<P, MR>((row, vector));
+            }
             let b = memory.panel.add(vector * 16);
             let (left, ld, steps) = (self.left.ptr, self.left.ld, seg.end - seg.start);
             acc = match self.left.layout {
                 Layout::Rows => chain_rows::<P, MR>(acc, left.add(row * ld + seg.start * P::LEFT_WORDS), ld, b, steps),
-                Layout::Steps => chain_steps::<P, MR>(acc, left.add(seg.start * ld + row), ld, b, steps),
+                Layout::Groups => {
+                    let group = left.add(row / GROUP_ROWS * ld + seg.start * GROUP_ROWS + row % GROUP_ROWS);
+                    chain_groups::<P, MR>(acc, group, b, steps)
+                }
             };
             self.finish::<P, MR>(acc, seg, memory.carry, (row, vector));
+        }
+    }
+
+    /// Ask for the output's lines while the last chain runs.
+    #[inline(always)]
+    unsafe fn prefetch_out<P: Product, const MR: usize>(&self, (row, vector): (usize, usize)) {
+        for i in row..row + MR {
+            for j in vector..vector + P::S::TILE_VECTORS {
+                // SAFETY: the caller's contract; the address need not be valid.
+                unsafe { P::S::prefetch(self.out.ptr.wrapping_add(i * self.out.ld + j * 16)) }
+            }
         }
     }
 
@@ -470,12 +492,11 @@ unsafe fn chain_rows<P: Product, const MR: usize>(
     acc
 }
 
-/// Continue a tile's chains over steps whose left words are contiguous across rows.
+/// Continue a tile's chains over steps of a group of rows.
 #[inline(always)]
-unsafe fn chain_steps<P: Product, const MR: usize>(
+unsafe fn chain_groups<P: Product, const MR: usize>(
     mut acc: Tile<P, MR>,
     mut a: *const f32,
-    step_stride: usize,
     mut b: *const f32,
     steps: usize,
 ) -> Tile<P, MR> {
@@ -483,7 +504,7 @@ unsafe fn chain_steps<P: Product, const MR: usize>(
     unsafe {
         for _ in 0..steps {
             acc = step::<P, MR>(acc, [a, a.wrapping_add(HALF_ROWS)], 1, b);
-            a = a.add(step_stride);
+            a = a.add(GROUP_ROWS);
             b = b.add(PANEL);
         }
     }

@@ -1,9 +1,9 @@
 //! Gradients of the linear layer.
 
-use super::block::{Block, Layout, Left, Output, PANEL, PanelSource};
+use super::block::{Block, GROUP_ROWS, Layout, Left, Output, PANEL, PanelSource};
 use super::forward::{LEFT_WORDS, SharedX};
 use super::split::Grid;
-use super::words::{Format, Gather, GatherAll};
+use super::words::{Format, Gather, LeftGroups};
 use super::{Body, operand_format, rows_to_words, run_block, scratch};
 use crate::cpu::CpuDevice;
 use crate::cpu::parallel::SharedMut;
@@ -13,7 +13,7 @@ use temper_types::DType;
 /// Rows of dx that share a gathered panel of the weight.
 const INPUT_BLOCK_ROWS: usize = 480;
 /// Rows of dw that share a gathered panel of x, and whose columns of dy are gathered at once.
-const WEIGHT_BLOCK_ROWS: usize = 96;
+const WEIGHT_BLOCK_ROWS: usize = 192;
 
 /// `dx[T, k] (=|+=) dy[T, n] W`: one chain over ascending n.
 pub(crate) fn input_grad(
@@ -102,20 +102,20 @@ pub(crate) fn weight_grad(
     let (dy, x, dw) = (SharedX(dy.as_ptr()), SharedX(x.as_ptr()), SharedMut::new(dw));
     dev.pool.run(grid.num_tasks(), &|task| {
         let (outputs, _) = grid.task(task);
-        let width = outputs.len();
         let steps = format.num_words(rows);
-        scratch::with_left(steps * width, |left| {
-            let columns = Gather { ptr: dy.at(outputs.start), ld: n, num_rows: rows, columns: width, width, format };
-            dev.isa.run(GatherAll(columns, left));
+        let group_len = LeftGroups::group_len(steps);
+        scratch::with_left(outputs.len().div_ceil(GROUP_ROWS) * group_len, |left| {
+            let all = Gather { ptr: dy.at(0), ld: n, num_rows: rows, columns: outputs.len(), width: n, format };
+            dev.isa.run(LeftGroups { gather: all, first: outputs.start, out: left });
             for column in (0..k).step_by(PANEL) {
                 let columns = (k - column).min(PANEL);
                 let gather = Gather { ptr: x.at(column), ld: k, num_rows: rows, columns, width: PANEL, format };
                 let block = Block {
-                    rows: width,
+                    rows: outputs.len(),
                     steps,
                     reduction: Reduction::Chain,
                     numbers_per_step: format.numbers_per_word(),
-                    left: Left { ptr: left.as_ptr(), layout: Layout::Steps, ld: width },
+                    left: Left { ptr: left.as_ptr(), layout: Layout::Groups, ld: group_len },
                     panel: PanelSource::Gather(gather),
                     out: Output {
                         ptr: dw.ptr_at(outputs.start * k + column),

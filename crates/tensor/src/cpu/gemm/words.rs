@@ -4,7 +4,7 @@
 //! native instruction, words are f32 that hold rounded numbers, with the odd number of each pair first, so that a chain
 //! over ascending words multiplies in the order of `vdpbf16ps`.
 
-use super::block::PANEL;
+use super::block::{GROUP_ROWS, PANEL};
 use crate::cpu::simd::{Kernel, Simd, round_bf16, to_bf16};
 use std::ops::Range;
 
@@ -62,6 +62,9 @@ pub(super) unsafe fn widen_pairs<S: Simd>(pairs: *const f32, num_pairs: usize, o
     }
 }
 
+/// Rows of a gathered matrix that are asked for ahead: they are too far apart for the hardware to guess.
+const PREFETCH_ROWS: usize = 12;
+
 /// Columns of a row-major f32 matrix whose rows are the summed dimension.
 #[derive(Clone, Copy)]
 pub(super) struct Gather {
@@ -106,6 +109,7 @@ impl Gather {
         unsafe {
             let from = self.ptr.add(row * self.ld);
             for column in (0..whole).step_by(16) {
+                S::prefetch(from.wrapping_add(PREFETCH_ROWS * self.ld + column));
                 S::store(out.add(column), S::load(from.add(column)));
             }
             for column in whole..self.columns {
@@ -151,17 +155,65 @@ impl Gather {
     }
 }
 
-/// Every word row of a [`Gather`] into memory of the caller.
-pub(super) struct GatherAll<'a>(pub(super) Gather, pub(super) &'a mut [f32]);
+/// Columns of a row-major matrix `[num_rows, ld]` as a left operand in groups: `[group][word row][6]`.
+pub(super) struct LeftGroups<'a> {
+    /// The columns; `ptr` addresses the whole matrix, `first` is where its columns begin.
+    pub(super) gather: Gather,
+    /// First column.
+    pub(super) first: usize,
+    /// Words from one group to the next, [`LeftGroups::group_len`].
+    pub(super) out: &'a mut [f32],
+}
 
-impl Kernel for GatherAll<'_> {
+impl LeftGroups<'_> {
+    /// Words of a group: its own, and room for the lanes that a vector store writes behind them.
+    pub(super) const fn group_len(num_words: usize) -> usize {
+        num_words * GROUP_ROWS + 16
+    }
+
+    #[inline(always)]
+    unsafe fn pack_group_row<S: Simd>(&self, word_row: usize, column: usize, out: *mut f32) {
+        let gather = &self.gather;
+        // SAFETY: the row exists or counts as zero; `out` holds 16 words.
+        unsafe {
+            if gather.format == Format::Exact {
+                let from = gather.ptr.add(word_row * gather.ld + column);
+                let readable = gather.ld - column;
+                let words = if readable >= 16 { S::load(from) } else { S::load_partial(from, readable) };
+                S::store(out, words);
+                return;
+            }
+            for i in 0..GROUP_ROWS.min(gather.ld - column) {
+                *out.add(i) = match gather.format {
+                    Format::Pairs => {
+                        let even = gather.number(2 * word_row, column + i);
+                        pair_word(even, gather.number(2 * word_row + 1, column + i))
+                    }
+                    _ => round_bf16(gather.number(word_row ^ 1, column + i)),
+                };
+            }
+        }
+    }
+}
+
+impl Kernel for LeftGroups<'_> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let num_words = self.0.format.num_words(self.0.num_rows);
-        assert!(self.1.len() >= num_words * self.0.width, "the packed operand fits its memory");
-        // SAFETY: the matrix is valid by the caller's contract, the memory by the assertion.
-        unsafe { self.0.pack::<S>(0..num_words, self.1.as_mut_ptr()) }
+        let num_words = self.gather.format.num_words(self.gather.num_rows);
+        let (group_len, num_groups) = (Self::group_len(num_words), self.gather.columns.div_ceil(GROUP_ROWS));
+        assert!(self.out.len() >= num_groups * group_len, "the packed operand fits its memory");
+        let out = self.out.as_mut_ptr();
+        for word_row in 0..num_words {
+            for group in 0..num_groups {
+                let column = self.first + group * GROUP_ROWS;
+                // SAFETY: the matrix is valid by the caller's contract, the memory by the assertion. Lanes behind the
+                // group's words are overwritten by its next step or lie in the room behind the group.
+                unsafe {
+                    self.pack_group_row::<S>(word_row, column, out.add(group * group_len + word_row * GROUP_ROWS))
+                }
+            }
+        }
     }
 }
 
