@@ -181,7 +181,7 @@ impl PolicyStage {
         at_least_one(key, "num_generations", self.num_generations)?;
         at_least_one(key, "mini_batches", self.mini_batches)?;
         at_least_one(key, "epochs", self.epochs)?;
-        if self.prompts_per_step % self.mini_batches != 0 {
+        if !self.prompts_per_step.is_multiple_of(self.mini_batches) {
             let (prompts, parts) = (self.prompts_per_step, self.mini_batches);
             return Err(Error::config(
                 format!("{key}.mini_batches"),

@@ -136,7 +136,7 @@ impl Controller {
             }
             let every = self.spec.checkpoint.every_steps;
             let stopping = self.stop.load(Ordering::SeqCst);
-            if stage_ended || stopping || (every > 0 && self.state.stage_step % every == 0) {
+            if stage_ended || stopping || (every > 0 && self.state.stage_step.is_multiple_of(every)) {
                 last = Some(self.checkpoint(&row)?);
             }
             if let (true, Some(checkpoint), false) = (stopping, &last, self.is_complete()) {
@@ -268,7 +268,11 @@ impl Controller {
 
     /// Say in which step and phase a service failed.
     pub(crate) fn attribute<T>(&self, result: Result<T, ServiceError>) -> Result<T, Error> {
-        result.map_err(|source| Error::Service { step: self.current_step, phase: self.phase.name(), source })
+        result.map_err(|source| Error::Service {
+            step: self.current_step,
+            phase: self.phase.name(),
+            source: Box::new(source),
+        })
     }
 }
 

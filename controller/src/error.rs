@@ -14,7 +14,7 @@ pub enum Error {
         /// Phase of the step.
         phase: &'static str,
         /// The worker's error.
-        source: ServiceError,
+        source: Box<ServiceError>,
     },
     /// Prompts could not be read or generated, or rows could not be stored.
     #[error(transparent)]

@@ -40,7 +40,7 @@ impl Packed {
         if packed.response_mask.contains(&1) {
             return Ok(packed);
         }
-        Err(Error::NothingToTrain { step: step, cause: why_nothing(samples) })
+        Err(Error::NothingToTrain { step, cause: why_nothing(samples) })
     }
 
     /// Rows of each mini-batch: equal numbers of groups, in order.

@@ -23,7 +23,7 @@ impl Controller {
     /// Metrics after the current step where they are due, named `val/...`: every `every_steps`, and after the last.
     pub(crate) fn validation_after_step(&mut self, stage: &PolicyStage) -> Result<Columns, Error> {
         let (done, every) = (self.state.stage_step + 1, self.spec.validation.every_steps);
-        let is_due = done == stage.steps || (every > 0 && done % every == 0);
+        let is_due = done == stage.steps || (every > 0 && done.is_multiple_of(every));
         if is_due { self.validate(stage, "val") } else { Ok(Columns::new()) }
     }
 
