@@ -2,10 +2,11 @@
 
 mod common;
 
-use common::{SMALL, recipe, stderr, train};
+use common::{SMALL, recipe, stderr, temper};
 use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
+use std::process::Output;
 use temper_controller::{Phase, latest_checkpoint, verify_checkpoint};
 use temper_data::trajectories::read_dataset;
 use temper_types::{Philox, Sample, SampleTimings};
@@ -44,6 +45,16 @@ fn schedule(seed: u64) -> Vec<(u64, Phase)> {
     let mut points: Vec<(u64, Phase)> = (0..NUM_KILLS).map(point).collect();
     points.sort();
     points
+}
+
+/// Train `recipe` into `run_dir` with further arguments; `kill_at` is `STEP:PHASE`.
+fn train(recipe: &Path, run_dir: &Path, args: &[&str], kill_at: Option<&str>) -> Output {
+    let mut command = temper();
+    command.arg("train").arg(recipe).arg("--run-dir").arg(run_dir).args(args);
+    if let Some(point) = kill_at {
+        command.env("TEMPER_KILL_AT", point);
+    }
+    command.output().expect("the binary starts")
 }
 
 /// Everything that two equal runs have in common.
@@ -120,7 +131,7 @@ fn an_interrupted_run_exits_130_with_a_checkpoint_and_goes_on() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let (recipe, expected) = reference(dir.path());
     let run_dir = dir.path().join("interrupted");
-    let mut child = common::temper()
+    let mut child = temper()
         .args(["train".as_ref(), recipe.as_os_str(), "--run-dir".as_ref(), run_dir.as_os_str()])
         .stderr(std::process::Stdio::piped())
         .stdout(std::process::Stdio::null())

@@ -1,7 +1,5 @@
 //! A small recipe and the means to run the binary on it.
 
-#![allow(dead_code, reason = "each test program uses its part")]
-
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -77,16 +75,6 @@ pub fn recipe(dir: &Path, text: &str) -> PathBuf {
 /// The binary under test.
 pub fn temper() -> Command {
     Command::new(env!("CARGO_BIN_EXE_temper"))
-}
-
-/// Train `recipe` into `run_dir` with further arguments; `kill_at` is `STEP:PHASE`.
-pub fn train(recipe: &Path, run_dir: &Path, args: &[&str], kill_at: Option<&str>) -> Output {
-    let mut command = temper();
-    command.arg("train").arg(recipe).arg("--run-dir").arg(run_dir).args(args);
-    if let Some(point) = kill_at {
-        command.env("TEMPER_KILL_AT", point);
-    }
-    command.output().expect("the binary starts")
 }
 
 /// stderr of a run, for messages.
