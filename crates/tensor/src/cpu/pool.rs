@@ -96,7 +96,7 @@ impl Pool {
         while shared.workers_done.load(Ordering::Acquire) < self.workers.len() {
             std::hint::spin_loop();
             spins = spins.wrapping_add(1);
-            if spins % 4096 == 0 {
+            if spins.is_multiple_of(4096) {
                 std::thread::yield_now();
             }
         }

@@ -38,6 +38,28 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn load_bf16(ptr: *const u16) -> Self::V;
     /// 16 pairs of bf16: lane i holds numbers 2i (first) and 2i + 1 (second), widened.
     unsafe fn load_bf16_pairs(ptr: *const u16) -> (Self::V, Self::V);
+    /// [`round_bf16`], lane by lane.
+    #[inline(always)]
+    unsafe fn round_bf16(a: Self::V) -> Self::V {
+        let mut lanes = [0f32; 16];
+        // SAFETY: the array holds 16 lanes.
+        unsafe {
+            Self::store(lanes.as_mut_ptr(), a);
+            Self::load(lanes.map(round_bf16).as_ptr())
+        }
+    }
+    /// Pairs of bf16, rounded: the bits of lane i hold `even[i]` in the low half and `odd[i]` in the high half.
+    #[inline(always)]
+    unsafe fn pair_bf16(even: Self::V, odd: Self::V) -> Self::V {
+        let (mut low, mut high) = ([0f32; 16], [0f32; 16]);
+        // SAFETY: the arrays hold 16 lanes.
+        unsafe {
+            Self::store(low.as_mut_ptr(), even);
+            Self::store(high.as_mut_ptr(), odd);
+            let pair = |i: usize| f32::from_bits(u32::from(to_bf16(low[i])) | (u32::from(to_bf16(high[i])) << 16));
+            Self::load(std::array::from_fn::<f32, 16, _>(pair).as_ptr())
+        }
+    }
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
@@ -178,4 +200,46 @@ pub(crate) fn from_bf16(x: u16) -> f32 {
 #[inline(always)]
 pub(crate) fn round_bf16(x: f32) -> f32 {
     from_bf16(to_bf16(x))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Both lane-wise roundings of `even` and `odd`, 16 numbers each.
+    struct Roundings<'a>(&'a [f32], &'a [f32]);
+
+    impl Kernel for Roundings<'_> {
+        type Output = [u32; 32];
+        #[inline(always)]
+        unsafe fn run<S: Simd>(self) -> [u32; 32] {
+            let mut out = [0f32; 32];
+            // SAFETY: the slices and the array hold 16 numbers each.
+            unsafe {
+                let (even, odd) = (S::load(self.0.as_ptr()), S::load(self.1.as_ptr()));
+                S::store(out.as_mut_ptr(), S::round_bf16(even));
+                S::store(out.as_mut_ptr().add(16), S::pair_bf16(even, odd));
+            }
+            out.map(f32::to_bits)
+        }
+    }
+
+    #[test]
+    fn lanes_round_to_bf16_like_the_scalar_function() {
+        let special = [0.0, -0.0, f32::NAN, -f32::NAN, f32::INFINITY, f32::MAX, f32::MIN_POSITIVE, -1e-39];
+        let edges = [0x3f80_8000, 0x3f81_8000, 0x007f_ffff, 0x007f_8000, 0x7fff_ffff, 0x7f80_0001].map(f32::from_bits);
+        let spread = (0..4096u32).map(|i| f32::from_bits(i.wrapping_mul(0x9e37_79b1)));
+        let numbers: Vec<f32> = special.into_iter().chain(edges).chain(spread).collect();
+        for isa in [Isa::Avx512, Isa::Avx2, Isa::Portable].into_iter().filter(|isa| isa.is_available()) {
+            for window in numbers.windows(32) {
+                let (even, odd) = window.split_at(16);
+                let got = isa.run(Roundings(even, odd));
+                for i in 0..16 {
+                    let pair = u32::from(to_bf16(even[i])) | (u32::from(to_bf16(odd[i])) << 16);
+                    assert_eq!(got[i], round_bf16(even[i]).to_bits(), "{isa:?}: {:x}", even[i].to_bits());
+                    assert_eq!(got[16 + i], pair, "{isa:?}: {:x}, {:x}", even[i].to_bits(), odd[i].to_bits());
+                }
+            }
+        }
+    }
 }

@@ -345,6 +345,7 @@ impl Block {
 
     /// Put the sums of a segment where they belong: the carry, a level of the tree, or the output.
     #[inline(always)]
+    #[allow(clippy::needless_range_loop, reason = "indices keep the sums in registers")]
     unsafe fn finish<P: Product, const MR: usize>(
         &self,
         mut acc: Tile<P, MR>,

@@ -83,74 +83,54 @@ pub(super) struct Gather {
 }
 
 impl Gather {
-    /// Write word rows `range` to `out[range.len()][width]`.
+    /// Write word rows `range` to `out[range.len()][width]`, `width` being a multiple of 16.
     ///
     /// # Safety
     /// The matrix and `out` are valid for the range, which is made of whole pairs where the format is swapped.
     #[inline(always)]
     pub(super) unsafe fn pack<S: Simd>(&self, range: Range<usize>, out: *mut f32) {
         for (index, word_row) in range.enumerate() {
-            // SAFETY: the row exists or is treated as zero; `out` holds the row.
-            unsafe {
-                let out = out.add(index * self.width);
-                match self.format {
-                    Format::Exact => self.pack_row::<S>(word_row, out),
-                    Format::Swapped => self.pack_rounded(word_row ^ 1, out),
-                    Format::Pairs => self.pack_pairs(word_row, out),
+            for column in (0..self.width).step_by(16) {
+                // SAFETY: the caller's contract; lanes behind the last column are not read.
+                unsafe {
+                    let words = if column < self.columns {
+                        self.words::<S>(word_row, column, self.columns - column)
+                    } else {
+                        S::splat(0.0)
+                    };
+                    S::store(out.add(index * self.width + column), words);
                 }
             }
         }
     }
 
+    /// The words of up to `lanes` columns from `column` in a word row.
     #[inline(always)]
-    unsafe fn pack_row<S: Simd>(&self, row: usize, out: *mut f32) {
-        let whole = self.columns / 16 * 16;
+    unsafe fn words<S: Simd>(&self, word_row: usize, column: usize, lanes: usize) -> S::V {
         // SAFETY: the caller's contract.
         unsafe {
-            let from = self.ptr.add(row * self.ld);
-            for column in (0..whole).step_by(16) {
-                S::prefetch(from.wrapping_add(PREFETCH_ROWS * self.ld + column));
-                S::store(out.add(column), S::load(from.add(column)));
-            }
-            for column in whole..self.columns {
-                *out.add(column) = *from.add(column);
-            }
-            for column in self.columns..self.width {
-                *out.add(column) = 0.0;
+            match self.format {
+                Format::Exact => self.numbers::<S>(word_row, column, lanes),
+                Format::Swapped => S::round_bf16(self.numbers::<S>(word_row ^ 1, column, lanes)),
+                Format::Pairs => {
+                    let even = self.numbers::<S>(2 * word_row, column, lanes);
+                    S::pair_bf16(even, self.numbers::<S>(2 * word_row + 1, column, lanes))
+                }
             }
         }
     }
 
-    /// The number at `(row, column)`, or 0 behind the last row.
+    /// Up to `lanes` numbers of a row, 0 behind the last row.
     #[inline(always)]
-    unsafe fn number(&self, row: usize, column: usize) -> f32 {
-        // SAFETY: the row exists.
-        if row < self.num_rows { unsafe { *self.ptr.add(row * self.ld + column) } } else { 0.0 }
-    }
-
-    #[inline(always)]
-    unsafe fn pack_rounded(&self, row: usize, out: *mut f32) {
-        // SAFETY: the caller's contract.
+    unsafe fn numbers<S: Simd>(&self, row: usize, column: usize, lanes: usize) -> S::V {
+        // SAFETY: the caller's contract; the prefetched address need not be valid.
         unsafe {
-            for column in 0..self.columns {
-                *out.add(column) = round_bf16(self.number(row, column));
+            if row >= self.num_rows {
+                return S::splat(0.0);
             }
-            for column in self.columns..self.width {
-                *out.add(column) = 0.0;
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn pack_pairs(&self, pair: usize, out: *mut f32) {
-        // SAFETY: the caller's contract.
-        unsafe {
-            for column in 0..self.columns {
-                *out.add(column) = pair_word(self.number(2 * pair, column), self.number(2 * pair + 1, column));
-            }
-            for column in self.columns..self.width {
-                *out.add(column) = 0.0;
-            }
+            let from = self.ptr.add(row * self.ld + column);
+            S::prefetch(from.wrapping_add(PREFETCH_ROWS * self.ld));
+            if lanes >= 16 { S::load(from) } else { S::load_partial(from, lanes) }
         }
     }
 }
@@ -170,30 +150,6 @@ impl LeftGroups<'_> {
     pub(super) const fn group_len(num_words: usize) -> usize {
         num_words * GROUP_ROWS + 16
     }
-
-    #[inline(always)]
-    unsafe fn pack_group_row<S: Simd>(&self, word_row: usize, column: usize, out: *mut f32) {
-        let gather = &self.gather;
-        // SAFETY: the row exists or counts as zero; `out` holds 16 words.
-        unsafe {
-            if gather.format == Format::Exact {
-                let from = gather.ptr.add(word_row * gather.ld + column);
-                let readable = gather.ld - column;
-                let words = if readable >= 16 { S::load(from) } else { S::load_partial(from, readable) };
-                S::store(out, words);
-                return;
-            }
-            for i in 0..GROUP_ROWS.min(gather.ld - column) {
-                *out.add(i) = match gather.format {
-                    Format::Pairs => {
-                        let even = gather.number(2 * word_row, column + i);
-                        pair_word(even, gather.number(2 * word_row + 1, column + i))
-                    }
-                    _ => round_bf16(gather.number(word_row ^ 1, column + i)),
-                };
-            }
-        }
-    }
 }
 
 impl Kernel for LeftGroups<'_> {
@@ -210,7 +166,8 @@ impl Kernel for LeftGroups<'_> {
                 // SAFETY: the matrix is valid by the caller's contract, the memory by the assertion. Lanes behind the
                 // group's words are overwritten by its next step or lie in the room behind the group.
                 unsafe {
-                    self.pack_group_row::<S>(word_row, column, out.add(group * group_len + word_row * GROUP_ROWS))
+                    let words = self.gather.words::<S>(word_row, column, self.gather.ld - column);
+                    S::store(out.add(group * group_len + word_row * GROUP_ROWS), words);
                 }
             }
         }

@@ -56,6 +56,29 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn round_bf16(a: __m512) -> __m512 {
+        unsafe {
+            let bits = _mm512_castps_si512(a);
+            let high = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+            let rounded = _mm512_and_si512(sum, high);
+            let below_normal = _mm512_testn_epi32_mask(rounded, _mm512_set1_epi32(0x7f80_0000));
+            let sign = _mm512_set1_epi32(i32::MIN);
+            let flushed = _mm512_mask_and_epi32(rounded, below_normal, rounded, sign);
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(a, a);
+            let quiet = _mm512_set1_epi32(0x0040_0000);
+            _mm512_castsi512_ps(_mm512_mask_or_epi32(flushed, nan, _mm512_and_si512(bits, high), quiet))
+        }
+    }
+    #[inline(always)]
+    unsafe fn pair_bf16(even: __m512, odd: __m512) -> __m512 {
+        unsafe {
+            let low = _mm512_srli_epi32::<16>(_mm512_castps_si512(Self::round_bf16(even)));
+            _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_castps_si512(Self::round_bf16(odd))))
+        }
+    }
+    #[inline(always)]
     unsafe fn add(a: __m512, b: __m512) -> __m512 {
         unsafe { _mm512_add_ps(a, b) }
     }
