@@ -45,7 +45,7 @@ pub struct Eval {
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
     /// Reward from which a response counts as right.
-    #[arg(long, value_name = "R", default_value_t = 1.0)]
+    #[arg(long, value_name = "R", default_value_t = 1.0, allow_negative_numbers = true)]
     correct_at: f64,
     /// Put text prompts through the chat template, as one user message.
     #[arg(long)]

@@ -39,6 +39,9 @@ pub struct Generate {
     model: PathBuf,
     #[command(flatten)]
     prompts: PromptArgs,
+    /// Put text prompts through the chat template, as one user message.
+    #[arg(long)]
+    chat: bool,
     /// Longest response in tokens.
     #[arg(long, value_name = "N")]
     max_new_tokens: u32,
@@ -76,23 +79,16 @@ struct PromptArgs {
     /// File of prompts.
     #[arg(long, value_name = "FILE")]
     prompts: Option<PathBuf>,
-    /// Put text prompts through the chat template, as one user message.
-    #[arg(long)]
-    chat: bool,
 }
 
 impl PromptArgs {
     fn rows(&self) -> Result<Vec<PromptRow>> {
-        let mut rows = match (&self.prompt, &self.prompts) {
-            (Some(text), _) => vec![text_row(0, text)],
-            (None, Some(path)) if path.extension().is_some_and(|e| e == "txt") => read_lines(path)?,
-            (None, Some(path)) => temper_data::prompts::read_prompts(&[path])?,
-            (None, None) => return Err(usage("expected --prompt or --prompts")),
-        };
-        if self.chat {
-            as_chat(&mut rows);
+        match (&self.prompt, &self.prompts) {
+            (Some(text), _) => Ok(vec![text_row(0, text)]),
+            (None, Some(path)) if path.extension().is_some_and(|e| e == "txt") => read_lines(path),
+            (None, Some(path)) => Ok(temper_data::prompts::read_prompts(&[path])?),
+            (None, None) => Err(usage("expected --prompt or --prompts")),
         }
-        Ok(rows)
     }
 }
 
@@ -136,7 +132,10 @@ impl Generate {
         if self.format == Format::Arrow && self.output.is_none() {
             return Err(usage("--format arrow writes a directory: expected --output DIR"));
         }
-        let rows = self.prompts.rows()?;
+        let mut rows = self.prompts.rows()?;
+        if self.chat {
+            as_chat(&mut rows);
+        }
         let generator = Generator::load(&self.model, &self.compute)?;
         let request = Request {
             num_samples: self.n,

@@ -33,7 +33,7 @@ pub struct Score {
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Divides the logits; 0 is read as 1, as in the log-probs of greedy generation.
-    #[arg(long, value_name = "T", default_value_t = 1.0)]
+    #[arg(long, value_name = "T", default_value_t = 1.0, allow_negative_numbers = true)]
     temperature: f32,
     /// Also write {tensor name: L2 norm of d(mean negative log-likelihood over all scored tokens) / d(tensor)}.
     #[arg(long, value_name = "FILE")]

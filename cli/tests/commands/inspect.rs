@@ -1,14 +1,13 @@
 //! `temper inspect` over a run.
 
-use crate::common::{SMALL, recipe, stderr, train};
+use crate::common::{SMALL, recipe};
 use crate::support::{fail, succeed, text, write};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 fn a_run(dir: &Path) -> PathBuf {
     let run = dir.join("run");
-    let output = train(&recipe(dir, SMALL), &run, &[], None);
-    assert!(output.status.success(), "{}", stderr(&output));
+    succeed(&["train", text(&recipe(dir, SMALL)), "--run-dir", text(&run)]);
     run
 }
 

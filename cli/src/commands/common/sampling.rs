@@ -10,19 +10,19 @@ use temper_types::SamplingParams;
 #[derive(Debug, Clone, clap::Args)]
 pub struct SamplingArgs {
     /// Divides the logits; 0 takes the most likely token. Default: 1.
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
     temperature: Option<f32>,
     /// Nucleus mass that is kept, in (0, 1]. Default: 1, all.
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     top_p: Option<f32>,
     /// Number of most likely tokens kept; 0 keeps all. Default: 0.
     #[arg(long, value_name = "K")]
     top_k: Option<u32>,
     /// Drop tokens less likely than P times the most likely one; 0 keeps all. Default: 0.
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     min_p: Option<f32>,
     /// Divide (positive) or multiply (negative) the logits of tokens seen before. Default: 1, off.
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     repetition_penalty: Option<f32>,
     /// Stop tokens are not drawn before this many tokens.
     #[arg(long, value_name = "N", default_value_t = 0)]
