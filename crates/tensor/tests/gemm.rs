@@ -194,6 +194,35 @@ fn gradients_have_the_bits_of_the_scalar_reference_on_every_family() {
 }
 
 #[test]
+fn sums_longer_than_a_segment_keep_their_order() {
+    for (m, n, k) in [(14, 20, 2500), (3, 7, 16_500), (700, 9, 5)] {
+        let case = Case::new(m, n, k);
+        let dev = CpuDevice::new(CpuConfig::default());
+        for dtype in DTYPES {
+            for reduction in REDUCTIONS {
+                let packed = pack(&dev, &case.w, case.shape, (dtype, reduction));
+                let want = case.reference((dtype, reduction, Order::Promised));
+                let what = format!("linear {m}x{n}x{k} {dtype} {reduction:?}");
+                assert_bits(&linear(&dev, &case.x, &packed, Some(&case.bias)), &want, &what);
+            }
+            let (x, dy) = (dev.upload(&case.x), dev.upload(&case.dy));
+            let mut dw = dev.upload(&case.w);
+            dev.linear_weight_grad(dy.all(), x.all(), case.shape, dtype, dw.all_mut());
+            assert_bits(&host(&dev, &dw), &case.reference_weight_grad(dtype), "weight_grad over many rows");
+        }
+    }
+    let case = Case::new(4, 1500, 70);
+    let dev = CpuDevice::new(CpuConfig::default());
+    for dtype in DTYPES {
+        let packed = pack(&dev, &case.w, case.shape, (dtype, Reduction::Chain));
+        let (w, dy) = (dev.upload(&case.w), dev.upload(&case.dy));
+        let mut dx = dev.zeros(case.x.len());
+        dev.linear_input_grad(dy.all(), w.all(), &packed, dx.all_mut(), Store::Write);
+        assert_bits(&host(&dev, &dx), &case.reference_input_grad(dtype), "input_grad over many outputs");
+    }
+}
+
+#[test]
 fn store_add_rounds_the_sum_once_after_the_bias() {
     let case = Case::new(9, 70, 50);
     for dev in devices() {
@@ -375,5 +404,18 @@ fn native_bf16_is_tested_where_the_cpu_has_it() {
             linear(dev, &case.x, &pack(dev, &case.w, case.shape, (DType::Bf16, reduction)), Some(&case.bias))
         };
         assert_bits(&run(&native), &run(&widened), "vdpbf16ps against two fused multiply-adds");
+    }
+}
+
+#[test]
+fn rates_are_measured_for_every_product() {
+    use temper_tensor::bench::{GemmKind, measure_linear, measure_peak};
+    let dev = CpuDevice::new(CpuConfig::default());
+    for dtype in DTYPES {
+        assert!(measure_peak(&dev, dtype) > 0.0);
+        for kind in [GemmKind::Forward, GemmKind::InputGrad, GemmKind::WeightGrad] {
+            let rate = measure_linear(&dev, dtype, kind, 16, 64, 64);
+            assert!(rate.is_finite() && rate > 0.0, "{dtype} {kind:?}: {rate}");
+        }
     }
 }

@@ -1,7 +1,8 @@
 //! `out = x W^T + bias`.
 
-use super::block::{Block, Layout, Left, Output, PANEL, PanelSource};
+use super::block::{Block, Layout, Left, Output, PanelSource};
 use super::split::Grid;
+use super::tile::PANEL;
 use super::words::Format;
 use super::{Body, operand_format, rows_to_words, run_block, scratch};
 use crate::cpu::CpuDevice;
@@ -13,8 +14,10 @@ use temper_types::DType;
 const MAX_BLOCK_ROWS: usize = 240;
 /// Blocks of up to this many rows widen bf16 weights in registers; more rows share words widened once.
 const MAX_WIDENED_ROWS: usize = 12;
-/// Words of laid-out inputs in scratch at once (32 MiB); more rows run in turns.
+/// Words of laid-out inputs in scratch at once (32 MiB, or a few rows); more rows run in turns.
 pub(super) const LEFT_WORDS: usize = 8 << 20;
+/// Rows of a turn at least, so that a panel is read for more than a few rows.
+pub(super) const MIN_TURN_ROWS: usize = 96;
 
 /// `out[T, n] (=|+=) x[T, k] W^T + bias`.
 pub(crate) fn linear(
@@ -37,7 +40,7 @@ pub(crate) fn linear(
         return;
     }
     let words = format.num_words(k);
-    let turn = (LEFT_WORDS / words).max(MAX_BLOCK_ROWS);
+    let turn = (LEFT_WORDS / words).max(MIN_TURN_ROWS);
     for (x, out) in x.chunks(turn * k).zip(out.chunks_mut(turn * n)) {
         scratch::with_left(x.len() / k * words, |left| {
             rows_to_words(dev, x, k, format, left);

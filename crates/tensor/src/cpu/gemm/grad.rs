@@ -1,8 +1,9 @@
 //! Gradients of the linear layer.
 
-use super::block::{Block, GROUP_ROWS, Layout, Left, Output, PANEL, PanelSource};
-use super::forward::{LEFT_WORDS, SharedX};
+use super::block::{Block, Layout, Left, Output, PanelSource};
+use super::forward::{LEFT_WORDS, MIN_TURN_ROWS, SharedX};
 use super::split::Grid;
+use super::tile::{GROUP_ROWS, PANEL};
 use super::words::{Format, Gather, LeftGroups};
 use super::{Body, operand_format, rows_to_words, run_block, scratch};
 use crate::cpu::CpuDevice;
@@ -36,7 +37,7 @@ pub(crate) fn input_grad(
         return;
     }
     let words = format.num_words(n);
-    let turn = (LEFT_WORDS / words).max(INPUT_BLOCK_ROWS);
+    let turn = (LEFT_WORDS / words).max(MIN_TURN_ROWS);
     for (dy, dx) in dy.chunks(turn * n).zip(dx.chunks_mut(turn * k)) {
         scratch::with_left(dy.len() / n * words, |left| {
             rows_to_words(dev, dy, n, format, left);

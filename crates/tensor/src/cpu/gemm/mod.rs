@@ -12,14 +12,16 @@ mod native;
 mod peak;
 mod scratch;
 mod split;
+mod tile;
 mod words;
 
 use super::CpuDevice;
 use super::aligned::AlignedVec;
 use super::parallel::SharedMut;
 use crate::{LinearShape, PackedLinear};
-use block::{Block, PANEL, SingleBlock, WidenedBlock};
+use block::{Block, SingleBlock, WidenedBlock};
 use temper_types::DType;
+use tile::PANEL;
 use words::{Format, RowWords, WeightPanel};
 
 pub(crate) use forward::linear;

@@ -1,7 +1,9 @@
 //! bf16 pairs multiplied by `vdpbf16ps`: the odd product joins the sum first, then the even one.
 
 #[cfg(target_arch = "x86_64")]
-use super::block::{Block, Product};
+use super::block::Block;
+#[cfg(target_arch = "x86_64")]
+use super::tile::Product;
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::simd::{Avx512, Simd};
 #[cfg(target_arch = "x86_64")]

@@ -7,7 +7,7 @@ const MIN_BALANCED_ROWS: usize = 12;
 /// Tasks per thread behind which an uneven last round no longer matters.
 const ENOUGH_ROUNDS: usize = 10;
 /// Blocks are whole tiles of the widest family.
-const ROW_STEP: usize = super::block::MAX_TILE_ROWS;
+const ROW_STEP: usize = super::tile::MAX_TILE_ROWS;
 
 /// A grid of blocks of rows times panels; panels run fastest, so that threads share a block's rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

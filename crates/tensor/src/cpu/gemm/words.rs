@@ -4,7 +4,7 @@
 //! native instruction, words are f32 that hold rounded numbers, with the odd number of each pair first, so that a chain
 //! over ascending words multiplies in the order of `vdpbf16ps`.
 
-use super::block::{GROUP_ROWS, PANEL};
+use super::tile::{GROUP_ROWS, PANEL};
 use crate::cpu::simd::{Kernel, Simd, round_bf16, to_bf16};
 use std::ops::Range;
 
