@@ -7,6 +7,7 @@
 //! # Source
 //! Schulman, "Approximating KL divergence"; clamps and names are verl's.
 
+use crate::math::Cut;
 use crate::{Error, TokenBatch};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -69,10 +70,10 @@ impl KlType {
 }
 
 fn k3_clamped(d: f64) -> Dual {
-    let x = (-d).clamp(-20.0, 20.0);
+    let x = (-d).cut(-20.0, 20.0);
     let raw = x.exp() - x - 1.0;
     let passes = (-20.0..=20.0).contains(&-d) && (-10.0..=10.0).contains(&raw);
-    Dual { value: raw.clamp(-10.0, 10.0), d: if passes { 1.0 - x.exp() } else { 0.0 } }
+    Dual { value: raw.cut(-10.0, 10.0), d: if passes { 1.0 - x.exp() } else { 0.0 } }
 }
 
 /// Estimate for every token of a batch, `[T]`, with derivatives; 0 where the mask is 0.
@@ -167,7 +168,7 @@ impl KlController {
         match self.config.kind {
             KlControllerType::Fixed => {}
             KlControllerType::Adaptive => {
-                let error = (current_kl / self.config.target_kl - 1.0).clamp(-0.2, 0.2);
+                let error = (current_kl / self.config.target_kl - 1.0).cut(-0.2, 0.2);
                 self.coef *= 1.0 + error * n_steps as f64 / self.config.horizon;
             }
         }

@@ -8,6 +8,7 @@
 //! OpenRLHF's `compute_approx_kl`; AReaL's `KLEstimator`; slime's `compute_approx_kl` (weights as a factor on the value).
 
 use crate::kl::Dual;
+use crate::math::Cut;
 use serde::{Deserialize, Serialize};
 
 /// Estimator.
@@ -48,7 +49,7 @@ impl BoundedKl {
             }
         };
         let inside = raw.value.abs() <= self.bound;
-        Dual { value: raw.value.clamp(-self.bound, self.bound), d: if inside { raw.d } else { 0.0 } }
+        Dual { value: raw.value.cut(-self.bound, self.bound), d: if inside { raw.d } else { 0.0 } }
     }
 
     /// The same value with the gradient of the reverse KL, corrected for samples of the old policy.

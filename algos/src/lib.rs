@@ -9,6 +9,7 @@
 
 mod advantages;
 mod batch;
+pub mod catalog;
 pub mod distill;
 pub mod distribution;
 mod error;

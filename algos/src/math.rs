@@ -1,5 +1,17 @@
 //! Scalar functions that stay exact in the tails.
 
+/// Cutting a number to a range.
+pub(crate) trait Cut {
+    /// `min(max(self, low), high)`: defined for any bounds, where `f64::clamp` panics.
+    fn cut(self, low: f64, high: f64) -> f64;
+}
+
+impl Cut for f64 {
+    fn cut(self, low: f64, high: f64) -> f64 {
+        self.max(low).min(high)
+    }
+}
+
 /// `1 / (1 + e^-x)`.
 pub(crate) fn sigmoid(x: f64) -> f64 {
     if x >= 0.0 {

@@ -8,6 +8,7 @@
 
 use crate::kl::Dual;
 use crate::loss::{GlobalCounts, LossAggMode, agg_loss, larger};
+use crate::math::Cut;
 use crate::{Error, TokenBatch};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -84,7 +85,7 @@ pub fn value_loss(
         let (v, target, old) = (input.predictions[t], input.returns[t], input.old_values[t]);
         let plain = half_square(v, target, 1.0);
         let (low, high) = (old - config.cliprange_value, old + config.cliprange_value);
-        let clipped = half_square(v.clamp(low, high), target, f64::from(u8::from((low..=high).contains(&v))));
+        let clipped = half_square(v.cut(low, high), target, f64::from(u8::from((low..=high).contains(&v))));
         let loss = if config.cliprange_value > 0.0 { larger(plain, clipped) } else { plain };
         num_clipped += usize::from(config.cliprange_value > 0.0 && clipped.value > plain.value);
         losses[t] = loss.value;

@@ -11,6 +11,7 @@
 use super::groups::{group_rows, mean_of, std_of};
 use super::{gae, rloo};
 use crate::masked::{masked_mean, masked_var_biased};
+use crate::math::Cut;
 use crate::{AdvantageOutput, Error, TokenBatch};
 use serde::{Deserialize, Serialize};
 
@@ -86,7 +87,7 @@ pub fn rewards_with_kl(
     let mut out: Vec<f64> = kl.iter().map(|kl| if kl_coef > 0.0 { -kl_coef * kl } else { 0.0 }).collect();
     for (row, reward) in rewards.iter().enumerate() {
         if let Some(last) = batch.active(row).next_back() {
-            out[last] += clip_range.map_or(*reward, |(low, high)| reward.clamp(low, high));
+            out[last] += clip_range.map_or(*reward, |(low, high)| reward.cut(low, high));
         }
     }
     Ok(out)

@@ -10,6 +10,7 @@
 
 use crate::Error;
 use crate::batch::expect_len;
+use crate::math::Cut;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -62,7 +63,8 @@ pub struct FunctionAdvantages {
 impl FunctionRewards<'_> {
     fn check(&self) -> Result<usize, Error> {
         let k = self.weights.len();
-        if k == 0 || self.num_generations == 0 || !self.scores.len().is_multiple_of(k * self.num_generations) {
+        let group = k.saturating_mul(self.num_generations);
+        if group == 0 || !self.scores.len().is_multiple_of(group) {
             let cause =
                 format!("{} scores are no whole groups of {} rows by {k}", self.scores.len(), self.num_generations);
             return Err(Error::batch("reward functions", cause));
@@ -173,7 +175,7 @@ pub fn function_rloo(rewards: &FunctionRewards<'_>, options: &RlooOptions, kl: &
     let n = rewards.check()?;
     expect_len("kl", n, kl.len())?;
     let clip = |r: f64| match options.reward_clip_range {
-        Some((low, high)) if !r.is_nan() => r.clamp(low, high),
+        Some((low, high)) if !r.is_nan() => r.cut(low, high),
         _ => r,
     };
     let totals: Vec<f64> =

@@ -6,6 +6,7 @@ use crate::kl::Dual;
 use crate::kl_bounded::BoundedKl;
 use crate::loss::{DecoupledOptions, ProximalMethod, decoupled_loss, gate, m2po_mask, proximal_log_prob};
 use crate::masked::{masked_mean, masked_var_biased};
+use crate::math::Cut;
 use crate::math::{log_sigmoid, sigmoid};
 use crate::{Error, GlobalCounts, ImportanceLevel, PolicyLossInput, TokenBatch};
 
@@ -31,10 +32,10 @@ pub(super) fn misc(case: &Case<'_>) -> Result<Results, Error> {
 pub(super) fn actor(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("loss_mask")?;
     let batch = mask.batch()?;
-    let now = case.vector("logprobs")?;
-    let proximal = case.vector("proximal_logprobs")?;
-    let behave = case.vector("old_logprobs")?;
-    let advantages = case.vector("advantages")?;
+    let now = case.sized("logprobs", mask.bits.len())?;
+    let proximal = case.sized("proximal_logprobs", mask.bits.len())?;
+    let behave = case.sized("old_logprobs", mask.bits.len())?;
+    let advantages = case.sized("advantages", mask.bits.len())?;
     let clip_low = case.num("eps_clip", 0.2)?;
     let options = DecoupledOptions {
         clip_low,
@@ -111,7 +112,7 @@ fn behaviour_weights(
             let outside = value < lower || value > upper;
             touched += usize::from(outside);
             weights[t] = match (outside, clamp) {
-                (true, true) => weight.clamp(lower, upper),
+                (true, true) => weight.cut(lower, upper),
                 (true, false) => 0.0,
                 (false, _) => weight,
             };
@@ -123,8 +124,8 @@ fn behaviour_weights(
 fn sapo(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("loss_mask")?;
     let batch = mask.batch()?;
-    let (now, old) = (case.vector("logprobs")?, case.vector("old_logprobs")?);
-    let advantages = case.vector("advantages")?;
+    let (now, old) = (case.sized("logprobs", mask.bits.len())?, case.sized("old_logprobs", mask.bits.len())?);
+    let advantages = case.sized("advantages", mask.bits.len())?;
     let taus = (case.num("tau_pos", 1.0)?, case.num("tau_neg", 1.05)?);
     let level: ImportanceLevel = case.parse("importance_sampling_level", "token")?;
     let scale = 1.0 / batch.num_tokens().max(1) as f64;
@@ -149,8 +150,8 @@ fn sapo(case: &Case<'_>) -> Result<Results, Error> {
 fn critic(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("loss_mask")?;
     let batch = mask.batch()?;
-    let (value, old) = (case.vector("value")?, case.vector("old_value")?);
-    let target = case.vector("target_value")?;
+    let (value, old) = (case.sized("value", mask.bits.len())?, case.sized("old_value", mask.bits.len())?);
+    let target = case.sized("target_value", mask.bits.len())?;
     let eps = case.num("value_eps_clip", 0.2)?;
     let huber = case.text("loss_fn_type", "mse")? == "huber";
     let error = |x: f64, d: f64| {
@@ -164,7 +165,7 @@ fn critic(case: &Case<'_>) -> Result<Results, Error> {
     for t in (0..batch.num_slots()).filter(|t| batch.is_active(*t)) {
         let (low, high) = (old[t] - eps, old[t] + eps);
         let inside = f64::from(u8::from((low..=high).contains(&value[t])));
-        let clipped = error(value[t].clamp(low, high) - target[t], inside);
+        let clipped = error(value[t].cut(low, high) - target[t], inside);
         let term = crate::loss::larger(error(value[t] - target[t], 1.0), clipped);
         loss += scale * term.value;
         gradient[t] = scale * term.d;
@@ -174,7 +175,7 @@ fn critic(case: &Case<'_>) -> Result<Results, Error> {
 
 /// Masked entries count as 0 and are scaled too.
 fn normalization(case: &Case<'_>) -> Result<Results, Error> {
-    let (x, mask) = (case.grid("x")?, case.mask("mask")?);
+    let (x, mask) = case.masked_grid("x", "mask")?;
     let eps = case.num("eps", 1e-5)?;
     let unbiased = case.flag("unbiased", false)?;
     let rows: Vec<std::ops::Range<usize>> = if case.param("dim").is_some() {
@@ -225,14 +226,16 @@ fn overlong(case: &Case<'_>) -> Result<Results, Error> {
         max_response_length: case.num("max_response_length", 0.0)? as u32,
     };
     config.validate()?;
-    let (rewards, mask) = (case.vector("rewards")?, case.mask("loss_mask")?);
+    let mask = case.mask("loss_mask")?;
     let batch = mask.batch()?;
+    let rewards = case.sized("rewards", batch.num_rows())?;
     let one = |(row, reward): (usize, &f64)| reward + config.penalty(batch.row_len(row) as u64);
     Ok(Results::default().vector("rewards", &rewards.iter().enumerate().map(one).collect::<Vec<_>>()))
 }
 
 fn kl(case: &Case<'_>) -> Result<Results, Error> {
-    let (log_probs, base) = (case.grid("log_probs")?, case.vector("log_probs_base")?);
+    let log_probs = case.grid("log_probs")?;
+    let base = case.sized("log_probs_base", log_probs.data.len())?;
     let bound = if case.flag("apply_clamp", true)? { 10.0 } else { f64::INFINITY };
     let kl = BoundedKl { estimator: case.parse("kl_estimator", "k1")?, bound, exponent_max: f64::INFINITY };
     let values: Vec<f64> = log_probs.data.iter().zip(&base).map(|(p, b)| kl.estimate(*p, *b).value).collect();
@@ -240,8 +243,9 @@ fn kl(case: &Case<'_>) -> Result<Results, Error> {
 }
 
 fn proximal(case: &Case<'_>) -> Result<Results, Error> {
-    let (old, now) = (case.grid("old_logp")?, case.vector("logprobs")?);
-    let versions = case.vector("versions")?;
+    let old = case.grid("old_logp")?;
+    let now = case.sized("logprobs", old.data.len())?;
+    let versions = case.sized("versions", old.data.len())?;
     let current = case.num("current_version", 0.0)? as i64;
     let method: ProximalMethod = case.parse("method", "loglinear")?;
     let one = |t: usize| proximal_log_prob(method, old.data[t], now[t], versions[t] as i64, current);

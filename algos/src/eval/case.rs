@@ -41,8 +41,8 @@ impl Mask {
 
     /// Rows of the given lengths, all unmasked or as `bits` says.
     pub(super) fn ragged(lens: &[usize], bits: Vec<u8>) -> Self {
-        let mut offsets = vec![0];
-        lens.iter().for_each(|len| offsets.push(offsets[offsets.len() - 1] + len));
+        let mut offsets: Vec<usize> = vec![0];
+        lens.iter().for_each(|len| offsets.push(offsets[offsets.len() - 1].saturating_add(*len)));
         Mask { cols: 1, offsets, bits }
     }
 
@@ -76,6 +76,19 @@ impl<'a> Case<'a> {
         if self.has(key) { self.vector(key).map(Some) } else { Ok(None) }
     }
 
+    /// An array of a known number of entries, whatever its axes.
+    pub(super) fn sized(&self, key: &str, len: usize) -> Result<Vec<f64>, Error> {
+        let values = self.vector(key)?;
+        if values.len() == len {
+            return Ok(values);
+        }
+        Err(self.bad(key, format!("expected {len} numbers, got {}", values.len())))
+    }
+
+    pub(super) fn opt_sized(&self, key: &str, len: usize) -> Result<Option<Vec<f64>>, Error> {
+        if self.has(key) { self.sized(key, len).map(Some) } else { Ok(None) }
+    }
+
     fn flatten(&self, key: &str, value: &Value, out: &mut Vec<f64>) -> Result<(), Error> {
         match value {
             Value::Array(items) => items.iter().try_for_each(|item| self.flatten(key, item, out)),
@@ -94,12 +107,21 @@ impl<'a> Case<'a> {
             let before = grid.data.len();
             self.flatten(key, row, &mut grid.data)?;
             let cols = grid.data.len() - before;
-            if before > 0 && cols != grid.cols {
-                return Err(self.bad(key, format!("rows differ in length: {} and {cols}", grid.cols)));
-            }
             grid.cols = cols;
         }
+        if grid.data.len() != grid.rows * grid.cols {
+            return Err(self.bad(key, "rows differ in length"));
+        }
         Ok(grid)
+    }
+
+    /// An array of two axes and its mask, of one shape.
+    pub(super) fn masked_grid(&self, key: &str, mask: &str) -> Result<(Grid, Mask), Error> {
+        let (grid, bits) = (self.grid(key)?, self.mask(mask)?);
+        if grid.cols == bits.cols && grid.data.len() == bits.bits.len() {
+            return Ok((grid, bits));
+        }
+        Err(self.bad(mask, format!("expected the shape of `{key}`, {} by {}", grid.rows, grid.cols)))
     }
 
     pub(super) fn opt_grid(&self, key: &str) -> Result<Option<Grid>, Error> {
@@ -177,6 +199,15 @@ impl<'a> Case<'a> {
         let mut out = Vec::new();
         self.flatten(key, value, &mut out)?;
         Ok(Some(out))
+    }
+
+    /// Two numbers among the settings.
+    pub(super) fn pair(&self, key: &str) -> Result<Option<(f64, f64)>, Error> {
+        match self.numbers(key)?.as_deref() {
+            None => Ok(None),
+            Some([low, high]) if low <= high => Ok(Some((*low, *high))),
+            Some(_) => Err(self.bad(key, "expected two numbers in ascending order")),
+        }
     }
 
     /// A setting that one of this crate's enums names.

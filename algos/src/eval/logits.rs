@@ -14,6 +14,9 @@ pub(super) struct Logits {
 impl Logits {
     pub(super) fn read(case: &Case<'_>, key: &str) -> Result<Logits, Error> {
         let (num_rows, len, grid) = case.cube(key)?;
+        if num_rows == 0 || len == 0 || grid.cols == 0 {
+            return Err(case.bad(key, "expected at least one row, position and vocabulary entry"));
+        }
         Ok(Logits { num_rows, len, grid })
     }
 

@@ -7,6 +7,7 @@
 
 mod areal;
 mod case;
+mod gdpo;
 mod logits;
 mod openrlhf;
 mod openrlhf_policy;
@@ -26,6 +27,11 @@ use crate::Error;
 use case::{Case, Results};
 use serde_json::{Map, Value, json};
 use suite::Suite;
+
+/// Every algorithm, with its paper and the recipe keys that choose it.
+pub fn list() -> Vec<crate::catalog::Entry> {
+    crate::catalog::list()
+}
 
 /// Run every case of a document.
 ///

@@ -14,15 +14,12 @@ use crate::{
     ValueLossConfig, ValueLossInput, agg_loss, sft_loss, value_loss,
 };
 
-fn range(case: &Case<'_>, key: &str) -> Result<Option<(f64, f64)>, Error> {
-    Ok(case.numbers(key)?.filter(|r| r.len() == 2).map(|r| (r[0], r[1])))
-}
-
 /// `compute_advantages_and_returns`.
 pub(super) fn advantages(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("action_mask")?;
-    let (rewards, index) = (case.vector("rewards")?, case.vector("index")?);
-    let (kl, values) = (case.vector("kl")?, case.vector("values")?);
+    let rewards = case.vector("rewards")?;
+    let index = case.sized("index", rewards.len())?;
+    let (kl, values) = (case.sized("kl", mask.bits.len())?, case.sized("values", mask.bits.len())?);
     let size = case.num("n_samples_per_prompt", 1.0)?.max(1.0);
     let groups: Vec<u64> = index.iter().map(|i| (i / size) as u64).collect();
     let baseline: RewardBaseline = case.parse("estimator", "reinforce")?;
@@ -31,7 +28,7 @@ pub(super) fn advantages(case: &Case<'_>) -> Result<Results, Error> {
         gamma: case.num("gamma", 1.0)?,
         lam: case.num("lambd", 1.0)?,
         kl_coef: case.num("kl_coef", 0.0)?,
-        clip_range: range(case, "clip_range")?,
+        clip_range: case.pair("clip_range")?,
         divide_by_std: !case.flag("no_std_norm", false)?,
     };
     let rewards = baselined(baseline, &rewards, &groups);
@@ -41,8 +38,9 @@ pub(super) fn advantages(case: &Case<'_>) -> Result<Results, Error> {
 
 /// `compute_approx_kl`.
 pub(super) fn kl(case: &Case<'_>) -> Result<Results, Error> {
-    let (log_probs, base) = (case.grid("log_probs")?, case.vector("log_probs_base")?);
-    let old = case.opt_vector("log_probs_old")?.unwrap_or_else(|| log_probs.data.clone());
+    let log_probs = case.grid("log_probs")?;
+    let base = case.sized("log_probs_base", log_probs.data.len())?;
+    let old = case.opt_sized("log_probs_old", log_probs.data.len())?.unwrap_or_else(|| log_probs.data.clone());
     let kl = BoundedKl { estimator: case.parse("kl_estimator", "k1")?, bound: 10.0, exponent_max: 10.0 };
     let unbiased = case.flag("unbiased_gradient", false)?;
     let one = |t: usize| {
@@ -66,8 +64,8 @@ pub(super) fn reward(case: &Case<'_>) -> Result<Results, Error> {
     match case.name.split('/').next().unwrap_or("") {
         "compute_reward" => {
             let mask = case.mask("action_mask")?;
-            let clip = range(case, "reward_clip_range")?;
-            let (r, kl) = (case.vector("r")?, case.vector("kl")?);
+            let clip = case.pair("reward_clip_range")?;
+            let (r, kl) = (case.vector("r")?, case.sized("kl", mask.bits.len())?);
             let out = rewards_with_kl(&mask.batch()?, &r, &kl, case.num("kl_coef", 0.0)?, clip)?;
             Ok(Results::default().grid("reward", mask.cols, &out))
         }
@@ -103,7 +101,7 @@ fn adaptive(case: &Case<'_>) -> Result<Results, Error> {
 
 /// Rows scaled to mean 0 and variance 1 over their unmasked entries; 0 elsewhere.
 fn masked_normalize(case: &Case<'_>) -> Result<Results, Error> {
-    let (tensor, mask) = (case.grid("tensor")?, case.mask("mask")?);
+    let (tensor, mask) = case.masked_grid("tensor", "mask")?;
     let eps = case.num("eps", 1e-8)?;
     let mut out = Vec::with_capacity(tensor.data.len());
     for i in 0..tensor.rows {
@@ -158,8 +156,8 @@ fn counts(batch: &TokenBatch) -> GlobalCounts {
 
 fn value(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("action_mask")?;
-    let (values, old_values) = (case.vector("values")?, case.vector("old_values")?);
-    let returns = case.vector("returns")?;
+    let (values, old_values) = (case.sized("values", mask.bits.len())?, case.sized("old_values", mask.bits.len())?);
+    let returns = case.sized("returns", mask.bits.len())?;
     let batch = mask.batch()?;
     let config = ValueLossConfig { cliprange_value: case.num("clip_eps", 0.0)?, loss_agg_mode: agg_mode(case)? };
     let input = ValueLossInput { batch, predictions: &values, old_values: &old_values, returns: &returns };
@@ -169,7 +167,7 @@ fn value(case: &Case<'_>) -> Result<Results, Error> {
 
 fn pairwise(case: &Case<'_>) -> Result<Results, Error> {
     let (chosen, rejected) = (case.vector("chosen_reward")?, case.vector("reject_reward")?);
-    let margin = case.opt_vector("margin")?;
+    let margin = case.opt_sized("margin", chosen.len())?;
     let n = chosen.len() as u64;
     let out = reward_model_loss(&RewardModelConfig::default(), &chosen, &rejected, margin.as_deref(), n)?;
     Ok(Results::default()
@@ -179,7 +177,8 @@ fn pairwise(case: &Case<'_>) -> Result<Results, Error> {
 }
 
 fn dpo(case: &Case<'_>) -> Result<Results, Error> {
-    let (chosen, rejected) = (case.vector("policy_chosen_logps")?, case.vector("policy_rejected_logps")?);
+    let chosen = case.vector("policy_chosen_logps")?;
+    let rejected = case.sized("policy_rejected_logps", chosen.len())?;
     let n = chosen.len();
     let kind = if case.flag("ipo", false)? { DpoLossType::IpoSum } else { DpoLossType::Cdpo };
     let config = DpoConfig {
@@ -189,7 +188,10 @@ fn dpo(case: &Case<'_>) -> Result<Results, Error> {
         ..DpoConfig::default()
     };
     let all = |a: &[f64], b: &[f64]| -> Vec<f64> { a.iter().chain(b).copied().collect() };
-    let reference = all(&case.vector("reference_chosen_logps")?, &case.vector("reference_rejected_logps")?);
+    let reference = all(
+        &case.sized("reference_chosen_logps", chosen.len())?,
+        &case.sized("reference_rejected_logps", chosen.len())?,
+    );
     let log_probs = all(&chosen, &rejected);
     let mask = Mask::new(1, vec![1; 2 * n]);
     let pairs: Vec<Pair> = (0..n).map(|i| Pair { chosen: i, rejected: i + n }).collect();
@@ -212,7 +214,7 @@ fn dpo(case: &Case<'_>) -> Result<Results, Error> {
 
 fn sft(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("loss_mask")?;
-    let log_probs = case.vector("per_token_logps")?;
+    let log_probs = case.sized("per_token_logps", mask.bits.len())?;
     let batch = mask.batch()?;
     let negative: Vec<f64> = log_probs.iter().map(|l| -l).collect();
     let (loss, weights) = agg_loss(agg_mode(case)?, &batch, &negative, &counts(&batch))?;
@@ -222,7 +224,7 @@ fn sft(case: &Case<'_>) -> Result<Results, Error> {
 
 fn language_model(case: &Case<'_>) -> Result<Results, Error> {
     let logits = Logits::read(case, "logits")?;
-    let labels = case.vector("labels")?;
+    let labels = case.sized("labels", logits.grid.rows)?;
     let mask = Mask::new(logits.len - 1, logits.shifted_mask(&labels, |label| label != -100.0));
     let log_probs = logits.log_probs(&labels)?;
     let batch = mask.batch()?;

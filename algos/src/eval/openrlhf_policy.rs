@@ -5,6 +5,7 @@ use super::openrlhf::agg_mode;
 use crate::kl::Dual;
 use crate::loss::clipped_surrogate;
 use crate::masked::masked_mean;
+use crate::math::Cut;
 use crate::{Error, GlobalCounts, LossAggMode, TokenBatch};
 use serde_json::Value;
 
@@ -47,8 +48,8 @@ fn correction(case: &Case<'_>, batch: &TokenBatch, old: &[f64], engine: &[f64]) 
     if level == "off" {
         return Ok(None);
     }
-    let bounds = case.numbers("is_correction_threshold")?.unwrap_or_else(|| vec![0.5, 5.0]);
-    let (low, high) = (bounds[0], bounds[1]);
+    let bounds = case.pair("is_correction_threshold")?;
+    let (low, high) = bounds.unwrap_or((0.5, 5.0));
     let gating = case.text("is_correction_gating", "ratio")?;
     let clip = case.text("is_correction_mode", "mask")? == "clip";
     let log_ratio: Vec<f64> = old.iter().zip(engine).map(|(o, e)| o - e).collect();
@@ -73,7 +74,7 @@ fn correction(case: &Case<'_>, batch: &TokenBatch, old: &[f64], engine: &[f64]) 
             let outside = gate < low || gate > high;
             let weight = log_ratio[t].exp();
             out.weights[t] = if clip {
-                weight.clamp(low, high)
+                weight.cut(low, high)
             } else if outside {
                 0.0
             } else {
@@ -96,9 +97,9 @@ pub(super) fn loss(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("action_mask")?;
     let batch = mask.batch()?;
     let settings = settings(case, &mask)?;
-    let (now, mut old) = (case.vector("log_probs")?, case.vector("old_log_probs")?);
-    let advantages = case.vector("advantages")?;
-    let engine = case.opt_vector("rollout_log_probs")?.unwrap_or_else(|| old.clone());
+    let (now, mut old) = (case.sized("log_probs", mask.bits.len())?, case.sized("old_log_probs", mask.bits.len())?);
+    let advantages = case.sized("advantages", mask.bits.len())?;
+    let engine = case.opt_sized("rollout_log_probs", mask.bits.len())?.unwrap_or_else(|| old.clone());
     let mut correction = correction(case, &batch, &old, &engine)?;
     // GSPO corrects by taking its ratio against the engine itself.
     let start = old.clone();
@@ -117,7 +118,7 @@ pub(super) fn loss(case: &Case<'_>) -> Result<Results, Error> {
         for t in batch.active(row) {
             let raw = if settings.gspo { mean } else { gap(t) };
             let inside = settings.gspo || raw.abs() <= 20.0;
-            let value = if settings.gspo { raw.exp() } else { raw.clamp(-20.0, 20.0).exp() };
+            let value = if settings.gspo { raw.exp() } else { raw.cut(-20.0, 20.0).exp() };
             let ratio = Dual { value, d: if inside { value } else { 0.0 } };
             let term = clipped_surrogate(ratio, advantages[t], range, settings.dual_clip);
             let weight = row_weight * settings.dp_size * correction.as_ref().map_or(1.0, |c| c.weights[t]);

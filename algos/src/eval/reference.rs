@@ -11,6 +11,9 @@ use crate::{Error, logits_processors as processors};
 pub(super) fn logits(case: &Case<'_>) -> Result<Results, Error> {
     let mut scores = case.grid("scores")?;
     let history = case.opt_grid("input_ids")?;
+    if history.as_ref().is_some_and(|h| h.rows != scores.rows) {
+        return Err(case.bad("input_ids", format!("expected {} rows", scores.rows)));
+    }
     for row in 0..scores.rows {
         let ids: Vec<usize> =
             history.as_ref().map(|h| h.row(row).iter().map(|v| *v as usize).collect()).unwrap_or_default();
@@ -39,11 +42,11 @@ fn optimizer(case: &Case<'_>) -> Result<OptimizerConfig, Error> {
     let lr = case.num("lr", if name == "RMSprop" { 0.01 } else { 1e-3 })?;
     Ok(match name {
         "AdamW" | "Adam" => {
-            let betas = case.numbers("betas")?.unwrap_or_else(|| vec![0.9, 0.999]);
+            let betas = case.pair("betas")?.unwrap_or((0.9, 0.999));
             let decoupled = name == "AdamW";
             OptimizerConfig::Adam(AdamConfig {
                 lr,
-                betas: (betas[0], betas[1]),
+                betas,
                 eps: case.num("eps", 1e-8)?,
                 weight_decay: case.num("weight_decay", if decoupled { 0.01 } else { 0.0 })?,
                 decay: if decoupled { Decay::Decoupled } else { Decay::L2 },

@@ -33,7 +33,7 @@ pub(super) fn config(case: &Case<'_>) -> Result<RolloutCorrectionConfig, Error> 
 /// `compute_rollout_correction_weights`.
 pub(super) fn weights(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("response_mask")?;
-    let log_ratio = case.vector("log_ratio")?;
+    let log_ratio = case.sized("log_ratio", mask.bits.len())?;
     let out = importance_weights(&config(case)?, &mask.batch()?, &log_ratio)?
         .ok_or_else(|| case.bad("rollout_is", "expected token or sequence"))?;
     Ok(Results::default().grid("weights", mask.cols, &out.weights).metrics(&weight_metrics(&out.metrics)))
@@ -64,7 +64,7 @@ fn weight_metrics(m: &WeightMetrics) -> Vec<(&'static str, f64)> {
 /// `compute_rollout_rejection_mask`.
 pub(super) fn rejection(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("response_mask")?;
-    let log_ratio = case.vector("log_ratio")?;
+    let log_ratio = case.sized("log_ratio", mask.bits.len())?;
     let config = config(case)?;
     let bound = config.rollout_rs_threshold.as_ref();
     let out = rejection_mask(&config.rollout_rs, bound, &mask.batch()?, &log_ratio)?;
@@ -110,7 +110,8 @@ fn option_metrics(o: &OptionReport, prefix: &str) -> Vec<(String, f64)> {
 /// `compute_offpolicy_metrics`.
 pub(super) fn off_policy(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("response_mask")?;
-    let (old, rollout) = (case.vector("old_log_prob")?, case.vector("rollout_log_prob")?);
+    let (old, rollout) =
+        (case.sized("old_log_prob", mask.bits.len())?, case.sized("rollout_log_prob", mask.bits.len())?);
     let m = off_policy_metrics(&mask.batch()?, &old, &rollout)?;
     Ok(Results::default().metrics(&[
         ("training_ppl", m.training_ppl),
@@ -136,7 +137,7 @@ pub(super) fn bypass(case: &Case<'_>) -> Result<Results, Error> {
     let mut all: Vec<(String, f64)> = metrics.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
     if !config.rollout_rs.is_empty() {
         let mask = case.mask("response_mask")?;
-        let (now, rollout) = (case.vector("log_prob")?, case.vector("old_log_prob")?);
+        let (now, rollout) = (case.sized("log_prob", mask.bits.len())?, case.sized("old_log_prob", mask.bits.len())?);
         let log_ratio: Vec<f64> = now.iter().zip(&rollout).map(|(n, r)| n - r).collect();
         let bound = config.rollout_rs_threshold.as_ref();
         let out = rejection_mask(&config.rollout_rs, bound, &mask.batch()?, &log_ratio)?;

@@ -6,6 +6,7 @@ use crate::advantages::unwhitened_gae;
 use crate::kl::Dual;
 use crate::kl_bounded::BoundedKl;
 use crate::loss::{ClipRange, clipped_surrogate, sequence_kl};
+use crate::math::Cut;
 
 /// One of slime's functions.
 pub(super) fn run(case: &Case<'_>) -> Result<Results, Error> {
@@ -21,8 +22,9 @@ pub(super) fn run(case: &Case<'_>) -> Result<Results, Error> {
 
 /// The importance ratio is a constant factor; only low_var_kl is bounded.
 fn kl(case: &Case<'_>) -> Result<Results, Error> {
-    let (log_probs, base) = (case.vector("log_probs")?, case.vector("log_probs_base")?);
-    let ratio = case.opt_vector("importance_ratio")?.unwrap_or_else(|| vec![1.0; log_probs.len()]);
+    let log_probs = case.vector("log_probs")?;
+    let base = case.sized("log_probs_base", log_probs.len())?;
+    let ratio = case.opt_sized("importance_ratio", log_probs.len())?.unwrap_or_else(|| vec![1.0; log_probs.len()]);
     let bounded = case.text("kl_loss_type", "k1")? == "low_var_kl";
     let bound = if bounded { 10.0 } else { f64::INFINITY };
     let kl =
@@ -30,7 +32,7 @@ fn kl(case: &Case<'_>) -> Result<Results, Error> {
     let one = |t: usize| {
         let raw = kl.estimate(log_probs[t], base[t]);
         let (value, d) = (raw.value * ratio[t], raw.d * ratio[t]);
-        Dual { value: value.clamp(-bound, bound), d: if value.abs() <= bound { d } else { 0.0 } }
+        Dual { value: value.cut(-bound, bound), d: if value.abs() <= bound { d } else { 0.0 } }
     };
     let all: Vec<Dual> = (0..log_probs.len()).map(one).collect();
     let values: Vec<f64> = all.iter().map(|k| k.value).collect();
@@ -47,7 +49,8 @@ fn range(case: &Case<'_>) -> Result<ClipRange, Error> {
 
 /// The input is `old - log_prob`.
 fn policy(case: &Case<'_>) -> Result<Results, Error> {
-    let (gaps, advantages) = (case.vector("ppo_kl")?, case.vector("advantages")?);
+    let gaps = case.vector("ppo_kl")?;
+    let advantages = case.sized("advantages", gaps.len())?;
     let (range, dual_clip) = (range(case)?, case.num("eps_clip_c", 0.0)?);
     let one = |(gap, advantage): (&f64, &f64)| {
         let ratio = Dual { value: (-gap).exp(), d: -(-gap).exp() };
@@ -64,13 +67,14 @@ fn policy(case: &Case<'_>) -> Result<Results, Error> {
 }
 
 fn cispo(case: &Case<'_>) -> Result<Results, Error> {
-    let (gaps, log_probs) = (case.vector("ppo_kl")?, case.vector("log_probs")?);
-    let advantages = case.vector("advantages")?;
+    let gaps = case.vector("ppo_kl")?;
+    let log_probs = case.sized("log_probs", gaps.len())?;
+    let advantages = case.sized("advantages", gaps.len())?;
     let range = range(case)?;
     let (mut losses, mut clipped, mut gradient) = (Vec::new(), Vec::new(), Vec::new());
     for t in 0..gaps.len() {
         let ratio = (-gaps[t]).exp();
-        let bounded = ratio.clamp(1.0 - range.low, 1.0 + range.high);
+        let bounded = ratio.cut(1.0 - range.low, 1.0 + range.high);
         losses.push(-bounded * advantages[t] * log_probs[t]);
         gradient.push(-bounded * advantages[t]);
         clipped.push(f64::from(u8::from(bounded != ratio)));
@@ -84,7 +88,8 @@ fn cispo(case: &Case<'_>) -> Result<Results, Error> {
 
 /// Unwhitened estimates; the chunked forms compute the same numbers.
 fn gae(case: &Case<'_>) -> Result<Results, Error> {
-    let (rewards, values) = (case.grid("rewards")?, case.vector("values")?);
+    let rewards = case.grid("rewards")?;
+    let values = case.sized("values", rewards.data.len())?;
     let mask = Mask::new(rewards.cols, vec![1; rewards.data.len()]);
     let batch = mask.batch()?;
     let (gamma, lam) = (case.num("gamma", 1.0)?, case.num("lambd", 1.0)?);
@@ -105,8 +110,9 @@ fn opsm(case: &Case<'_>) -> Result<Results, Error> {
     let bits = case.vector("loss_masks")?.iter().map(|v| u8::from(*v != 0.0)).collect();
     let mask = Mask::ragged(&lens, bits);
     let batch = mask.batch()?;
-    let (now, old) = (case.vector("log_probs")?, case.vector("old_log_probs")?);
-    let advantages = case.vector("advantages")?;
+    let now = case.sized("log_probs", batch.num_slots())?;
+    let old = case.sized("old_log_probs", batch.num_slots())?;
+    let advantages = case.sized("advantages", batch.num_slots())?;
     let delta = case.num("opsm_delta", 0.0)?;
     let kl = sequence_kl(&batch, &now, &old);
     let (mut per_token, mut kept, mut share) = (Vec::new(), Vec::new(), 0.0);

@@ -2,7 +2,7 @@
 
 use super::case::{Case, Results};
 use super::{
-    areal, openrlhf, openrlhf_policy, reference, rollout, slime, trl, trl_loss, trl_preference, verl_advantages,
+    areal, gdpo, openrlhf, openrlhf_policy, reference, rollout, slime, trl, trl_loss, trl_preference, verl_advantages,
     verl_kl, verl_losses, verl_misc,
 };
 use crate::Error;
@@ -171,7 +171,7 @@ impl Suite {
             Suite::TrlKto => trl_preference::kto(case),
             Suite::TrlOnlineDpo => trl_preference::online(case),
             Suite::TrlReward => trl_preference::reward(case),
-            Suite::Gdpo => trl_preference::gdpo(case),
+            Suite::Gdpo => gdpo::run(case),
             Suite::HfLogits => reference::logits(case),
             Suite::TorchOptim => reference::optim(case),
             Suite::OpenrlhfAdvantages => openrlhf::advantages(case),

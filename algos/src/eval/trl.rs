@@ -7,6 +7,7 @@ use crate::advantages::{
 use crate::distill::generalized_jsd;
 use crate::distribution::token_statistics;
 use crate::loss::{gamma_weight, high_entropy, off_policy_rows};
+use crate::math::Cut;
 use crate::rollout_correction::{EngineRange, OutOfRange, engine_ratio};
 use crate::{Error, IsLevel, TokenBatch, sft_loss};
 
@@ -42,11 +43,14 @@ pub(super) fn rloo_advantages(case: &Case<'_>) -> Result<Results, Error> {
     let rewards = function_rewards(case, &scores, &weights)?;
     let options = RlooOptions {
         beta: case.num("beta", 0.05)?,
-        reward_clip_range: case.numbers("reward_clip_range")?.map(|range| (range[0], range[1])),
+        reward_clip_range: case.pair("reward_clip_range")?,
         normalize: case.flag("normalize_advantages", false)?,
     };
     let mask = case.mask("completion_mask")?;
-    let (old, reference) = (case.opt_vector("old_per_token_logps")?, case.opt_vector("ref_per_token_logps")?);
+    let (old, reference) = (
+        case.opt_sized("old_per_token_logps", mask.bits.len())?,
+        case.opt_sized("ref_per_token_logps", mask.bits.len())?,
+    );
     let batch = mask.batch()?;
     let kl: Vec<f64> = match (old, reference) {
         (Some(old), Some(reference)) => {
@@ -60,7 +64,8 @@ pub(super) fn rloo_advantages(case: &Case<'_>) -> Result<Results, Error> {
 /// The engine's importance ratio.
 pub(super) fn ratio(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("completion_mask")?;
-    let (old, sampling) = (case.vector("old_per_token_logps")?, case.vector("sampling_per_token_logps")?);
+    let (old, sampling) =
+        (case.sized("old_per_token_logps", mask.bits.len())?, case.sized("sampling_per_token_logps", mask.bits.len())?);
     let mode = case.text("mode", "sequence_mask")?;
     let (level, cols) = if mode.starts_with("token") { (IsLevel::Token, mask.cols) } else { (IsLevel::Sequence, 1) };
     let outside = if mode.ends_with("truncate") { OutOfRange::Truncate } else { OutOfRange::Mask };
@@ -76,7 +81,7 @@ pub(super) fn ratio(case: &Case<'_>) -> Result<Results, Error> {
 /// `SFTTrainer.compute_loss`.
 pub(super) fn sft(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("label_mask")?;
-    let log_probs = case.vector("log_probs")?;
+    let log_probs = case.sized("log_probs", mask.bits.len())?;
     let batch = mask.batch()?;
     let count = case.num("num_items_in_batch", batch.num_tokens() as f64)?;
     let out = sft_loss(case.parse("loss_type", "nll")?, &batch, &log_probs, count as u64)?;
@@ -87,7 +92,10 @@ pub(super) fn sft(case: &Case<'_>) -> Result<Results, Error> {
 pub(super) fn jsd(case: &Case<'_>) -> Result<Results, Error> {
     let (_, middle, student) = case.cube("student_logits")?;
     let (_, _, teacher) = case.cube("teacher_logits")?;
-    let labels = case.opt_vector("labels")?;
+    let labels = case.opt_sized("labels", student.rows)?;
+    if teacher.rows != student.rows {
+        return Err(case.bad("teacher_logits", format!("expected {} positions", student.rows)));
+    }
     let (beta, temperature) = (case.num("beta", 0.5)?, case.num("temperature", 1.0)?);
     let active: Vec<bool> =
         (0..student.rows).map(|t| labels.as_ref().is_none_or(|labels| labels[t] != -100.0)).collect();
@@ -118,7 +126,7 @@ pub(super) fn utils(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("mask")?;
     let batch = mask.batch()?;
     if case.has("entropies") {
-        let kept = high_entropy(&batch, &case.vector("entropies")?, case.num("threshold", 0.0)?);
+        let kept = high_entropy(&batch, &case.sized("entropies", mask.bits.len())?, case.num("threshold", 0.0)?);
         let kept: Vec<f64> = kept.iter().map(|k| f64::from(*k)).collect();
         return Ok(Results::default().grid("mask", mask.cols, &kept));
     }
@@ -127,7 +135,8 @@ pub(super) fn utils(case: &Case<'_>) -> Result<Results, Error> {
     if case.has("log_ratio_per_token") {
         return vespo(case, &mask, &per_row);
     }
-    let (now, sampling) = (case.vector("per_token_logps")?, case.vector("sampling_per_token_logps")?);
+    let (now, sampling) =
+        (case.sized("per_token_logps", mask.bits.len())?, case.sized("sampling_per_token_logps", mask.bits.len())?);
     let threshold = case.num("off_policy_threshold", 0.0)?;
     let kept = off_policy_rows(&batch, &advantages, &now, &sampling, threshold);
     let kept: Vec<f64> = kept.iter().map(|k| f64::from(u8::from(*k))).collect();
@@ -136,7 +145,7 @@ pub(super) fn utils(case: &Case<'_>) -> Result<Results, Error> {
 
 fn log_probs(case: &Case<'_>) -> Result<Results, Error> {
     let (_, middle, logits) = case.cube("logits")?;
-    let index = case.vector("index")?;
+    let index = case.sized("index", logits.rows)?;
     let temperature = case.num("temperature", 1.0)?;
     let statistics = (0..logits.rows)
         .map(|t| token_statistics(logits.row(t), index[t] as usize, temperature))
@@ -158,14 +167,14 @@ fn nan_std(case: &Case<'_>) -> Result<Results, Error> {
 }
 
 fn vespo(case: &Case<'_>, mask: &Mask, advantages: &[f64]) -> Result<Results, Error> {
-    let log_ratio = case.vector("log_ratio_per_token")?;
-    let engine = case.opt_vector("importance_sampling_ratio")?;
+    let log_ratio = case.sized("log_ratio_per_token", mask.bits.len())?;
+    let engine = case.opt_sized("importance_sampling_ratio", mask.bits.len())?;
     let batch = mask.batch()?;
     let phi = |row: usize| -> Result<f64, Error> {
         let side = if advantages[row] >= 0.0 { ("k_pos", "lambda_pos") } else { ("k_neg", "lambda_neg") };
         let extra = |t: usize| engine.as_ref().map_or(0.0, |e| e[t].max(1e-8).ln());
         // TRL adds up the engine's ratios over all slots; they are 1 on masked ones.
-        let sum: f64 = batch.active(row).map(|t| log_ratio[t].clamp(-20.0, 20.0)).sum();
+        let sum: f64 = batch.active(row).map(|t| log_ratio[t].cut(-20.0, 20.0)).sum();
         let engine: f64 = batch.row(row).map(extra).sum();
         Ok(gamma_weight(sum + engine, case.num(side.0, 2.0)?, case.num(side.1, 3.0)?))
     };

@@ -55,11 +55,12 @@ fn counts(case: &Case<'_>, config: &PolicyLossConfig, mask: &Mask) -> Result<Glo
 pub(super) fn grpo(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("completion_mask")?;
     let batch = mask.batch()?;
-    let log_probs = case.vector("per_token_logps")?;
-    let old = case.opt_vector("old_per_token_logps")?.unwrap_or_else(|| log_probs.clone());
+    let log_probs = case.sized("per_token_logps", mask.bits.len())?;
+    let old = case.opt_sized("old_per_token_logps", mask.bits.len())?.unwrap_or_else(|| log_probs.clone());
     let advantages = spread(&batch, &case.vector("advantages")?)?;
-    let (reference, entropies) = (case.opt_vector("ref_per_token_logps")?, case.opt_vector("entropies")?);
-    let sampling = case.opt_vector("sampling_per_token_logps")?;
+    let (reference, entropies) =
+        (case.opt_sized("ref_per_token_logps", mask.bits.len())?, case.opt_sized("entropies", mask.bits.len())?);
+    let sampling = case.opt_sized("sampling_per_token_logps", mask.bits.len())?;
     let config = config(case)?;
     let mut ratio = engine_weights(case, &batch)?;
     if let (Some(ratio), TrlLossType::Vespo) = (&mut ratio, config.trl.loss_type) {
@@ -182,11 +183,12 @@ fn report_metrics(config: &PolicyLossConfig, batch: &TokenBatch, report: &TrlRep
 pub(super) fn gmpo(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("completion_mask")?;
     let batch = mask.batch()?;
-    let (log_probs, old) = (case.vector("per_token_logps")?, case.vector("old_per_token_logps")?);
+    let (log_probs, old) =
+        (case.sized("per_token_logps", mask.bits.len())?, case.sized("old_per_token_logps", mask.bits.len())?);
     let advantages = spread(&batch, &case.vector("advantages")?)?;
     let quantile = case.num("top_entropy_quantile", 1.0)?;
     let kept = if quantile < 1.0 {
-        high_entropy(&batch, &case.vector("entropies")?, 1.0 - quantile)
+        high_entropy(&batch, &case.sized("entropies", mask.bits.len())?, 1.0 - quantile)
     } else {
         batch.response_mask().to_vec()
     };
@@ -212,7 +214,7 @@ pub(super) fn gmpo(case: &Case<'_>) -> Result<Results, Error> {
     }
     let beta = case.num("beta", 0.0)?;
     if beta > 0.0 {
-        let reference = case.vector("ref_per_token_logps")?;
+        let reference = case.sized("ref_per_token_logps", mask.bits.len())?;
         let per_row = GlobalCounts { num_sequences: counts.num_rows, ..counts };
         let weights = LossAggMode::SeqMeanTokenMean.row_weights(&batch, &per_row)?;
         for (row, weight) in weights.iter().enumerate() {
@@ -230,11 +232,11 @@ pub(super) fn gmpo(case: &Case<'_>) -> Result<Results, Error> {
 pub(super) fn rloo(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("completion_mask")?;
     let batch = mask.batch()?;
-    let log_probs = case.vector("per_token_logps")?;
+    let log_probs = case.sized("per_token_logps", mask.bits.len())?;
     let advantages = spread(&batch, &case.vector("advantages")?)?;
     // A row's sum of old log-probs stands on its first token; only the sum is read.
     let mut old = vec![0.0; batch.num_slots()];
-    let sums = case.vector("old_logps")?;
+    let sums = case.sized("old_logps", batch.num_rows())?;
     for (row, sum) in sums.iter().enumerate() {
         if let Some(first) = batch.active(row).next() {
             old[first] = *sum;

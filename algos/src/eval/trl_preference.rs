@@ -4,11 +4,10 @@
 use super::case::{Case, Mask, Results};
 use super::logits::Logits;
 use crate::Error;
-use crate::math::log_softmax;
 use crate::preference::{
-    CpoConfig, DpoConfig, DpoLossType, GdpoConfig, GdpoInput, KtoConfig, KtoInput, OrpoConfig, Pair, PreferenceCounts,
-    PreferenceInput, PreferenceMetrics, RewardModelConfig, cpo_loss, dpo_loss, gdpo_loss, kto_loss, odds_ratio,
-    online_pairs, orpo_loss, reward_model_loss,
+    CpoConfig, DpoConfig, DpoLossType, KtoConfig, KtoInput, OrpoConfig, Pair, PreferenceCounts, PreferenceInput,
+    PreferenceMetrics, RewardModelConfig, cpo_loss, dpo_loss, kto_loss, odds_ratio, online_pairs, orpo_loss,
+    reward_model_loss,
 };
 use serde_json::Value;
 
@@ -57,8 +56,8 @@ fn dpo_config(case: &Case<'_>) -> Result<DpoConfig, Error> {
 /// `DPOTrainer._compute_loss`.
 pub(super) fn dpo(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("completion_mask")?;
-    let (policy, reference) = (case.vector("policy_logps")?, case.vector("ref_logps")?);
-    let squares = case.opt_vector("log_sum_sq_probs")?;
+    let (policy, reference) = (case.sized("policy_logps", mask.bits.len())?, case.sized("ref_logps", mask.bits.len())?);
+    let squares = case.opt_sized("log_sum_sq_probs", mask.bits.len())?;
     let batch = mask.batch()?;
     let pairs = halves(batch.num_rows());
     let input = PreferenceInput {
@@ -93,7 +92,8 @@ fn cpo_config(case: &Case<'_>) -> Result<CpoConfig, Error> {
 pub(super) fn cpo(case: &Case<'_>) -> Result<Results, Error> {
     let config = cpo_config(case)?;
     config.validate()?;
-    let (chosen, rejected) = (case.vector("policy_chosen_logps")?, case.vector("policy_rejected_logps")?);
+    let chosen = case.vector("policy_chosen_logps")?;
+    let rejected = case.sized("policy_rejected_logps", chosen.len())?;
     let n = chosen.len() as f64;
     let terms: Vec<_> = chosen.iter().zip(&rejected).map(|(c, r)| config.term(*c, *r)).collect();
     let losses: Vec<f64> = terms.iter().map(|t| t.loss).collect();
@@ -111,7 +111,7 @@ pub(super) fn cpo(case: &Case<'_>) -> Result<Results, Error> {
 /// `CPOTrainer.get_batch_loss_metrics`.
 pub(super) fn cpo_full(case: &Case<'_>) -> Result<Results, Error> {
     let logits = Logits::read(case, "logits")?;
-    let labels = case.vector("labels")?;
+    let labels = case.sized("labels", logits.grid.rows)?;
     let mask = Mask::new(logits.len - 1, logits.shifted_mask(&labels, |label| label != -100.0));
     let log_probs = logits.log_probs(&labels)?;
     let pairs = halves(logits.num_rows);
@@ -131,7 +131,8 @@ pub(super) fn cpo_full(case: &Case<'_>) -> Result<Results, Error> {
 /// `ORPOTrainer.odds_ratio_loss`: the mean of `beta * logsig(log_odds)`, to be subtracted from the likelihood term.
 pub(super) fn odds(case: &Case<'_>) -> Result<Results, Error> {
     let beta = case.num("beta", OrpoConfig::default().beta)?;
-    let (chosen, rejected) = (case.vector("policy_chosen_logps")?, case.vector("policy_rejected_logps")?);
+    let chosen = case.vector("policy_chosen_logps")?;
+    let rejected = case.sized("policy_rejected_logps", chosen.len())?;
     let n = chosen.len() as f64;
     let odds = chosen.iter().zip(&rejected).map(|(c, r)| odds_ratio(*c, *r)).collect::<Result<Vec<_>, _>>()?;
     let losses: Vec<f64> = odds.iter().map(|o| beta * o.log_odds_ratio).collect();
@@ -148,8 +149,9 @@ pub(super) fn odds(case: &Case<'_>) -> Result<Results, Error> {
 /// `ORPOTrainer.get_batch_loss_metrics`.
 pub(super) fn orpo_full(case: &Case<'_>) -> Result<Results, Error> {
     let logits = Logits::read(case, "logits")?;
-    let (labels, ids) = (case.vector("labels")?, case.vector("input_ids")?);
-    let attention = case.vector("attention_mask")?;
+    let labels = case.sized("labels", logits.grid.rows)?;
+    let ids = case.sized("input_ids", logits.grid.rows)?;
+    let attention = case.sized("attention_mask", logits.grid.rows)?;
     let mask = Mask::new(logits.len - 1, logits.shifted_mask(&labels, |label| label != -100.0));
     let nll_mask = logits.shifted_mask(&attention, |m| m != 0.0);
     let log_probs = logits.log_probs(&ids)?;
@@ -197,8 +199,9 @@ pub(super) fn kto(case: &Case<'_>) -> Result<Results, Error> {
 /// `OnlineDPOTrainer.training_step`: pairing and loss.
 pub(super) fn online(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("completion_mask")?;
-    let (log_probs, reference) = (case.vector("logprobs")?, case.vector("ref_logprobs")?);
-    let rewards = case.vector("rewards")?;
+    let (log_probs, reference) =
+        (case.sized("logprobs", mask.bits.len())?, case.sized("ref_logprobs", mask.bits.len())?);
+    let rewards = case.sized("rewards", mask.offsets.len() - 1)?;
     let half = rewards.len() / 2;
     let groups: Vec<u64> = (0..rewards.len()).map(|row| (row % half.max(1)) as u64).collect();
     let pairs = online_pairs(&rewards, &groups)?.pairs;
@@ -237,63 +240,4 @@ pub(super) fn reward(case: &Case<'_>) -> Result<Results, Error> {
         .num("accuracy", out.num_correct as f64 / n.max(1) as f64)
         .num("margin", out.margin_sum / n.max(1) as f64)
         .grad_grid("rewards", 1, &gradient))
-}
-
-/// Group Distributional Preference Optimization, from logits.
-pub(super) fn gdpo(case: &Case<'_>) -> Result<Results, Error> {
-    let logits = Logits::read(case, "logits")?;
-    let labels = case.grid("chosen_labels")?;
-    let targets = case.vector("belief_probs")?;
-    let classes = case.numbers("class_token_ids")?.unwrap_or_default();
-    let end_token = case.num("end_token", -1.0)?;
-    let log_probs = logits.log_probs(&labels.data)?;
-    let width = logits.len - 1;
-    let (mut class_log_probs, mut texts) = (Vec::new(), Vec::new());
-    for row in 0..logits.num_rows {
-        let first = labels.row(row).iter().position(|label| *label != -100.0).unwrap_or(1).max(1);
-        let end = labels.row(row).iter().position(|label| *label == end_token).unwrap_or(logits.len);
-        let law = log_softmax(logits.grid.row(row * logits.len + first - 1));
-        class_log_probs.extend(classes.iter().map(|id| law[*id as usize]));
-        texts.push((row, first, row * width + first - 1..row * width + end - 1));
-    }
-    let belief: Vec<&[f64]> = texts.iter().map(|(_, _, range)| &log_probs[range.clone()]).collect();
-    let ratio = |policy: &str, reference: &str| -> Result<Vec<f64>, Error> {
-        Ok(case.vector(policy)?.iter().zip(&case.vector(reference)?).map(|(p, r)| p - r).collect())
-    };
-    let input = GdpoInput {
-        belief_probs: &targets,
-        class_log_probs: &class_log_probs,
-        belief_log_probs: &belief,
-        chosen_log_ratios: &ratio("policy_chosen_logps", "reference_chosen_logps")?,
-        rejected_log_ratios: &ratio("policy_rejected_logps", "reference_rejected_logps")?,
-    };
-    let config = GdpoConfig { beta: case.num("beta", 0.1)?, label_smoothing: case.num("label_smoothing", 0.0)? };
-    let out = gdpo_loss(&config, &input)?;
-    let mut d_log_probs = vec![0.0; log_probs.len()];
-    for ((_, _, range), d) in texts.iter().zip(&out.d_belief_log_probs) {
-        d_log_probs[range.clone()].fill(*d);
-    }
-    let mut gradient = logits.gradient(&labels.data, &d_log_probs)?;
-    let (k, vocab) = (classes.len(), logits.grid.cols);
-    for (row, first, _) in &texts {
-        let at = row * logits.len + first - 1;
-        let law = log_softmax(logits.grid.row(at));
-        let d = &out.d_class_log_probs[row * k..(row + 1) * k];
-        let total: f64 = d.iter().sum();
-        let slot = &mut gradient[at * vocab..(at + 1) * vocab];
-        slot.iter_mut().zip(&law).for_each(|(g, l)| *g -= total * l.exp());
-        classes.iter().zip(d).for_each(|(id, d)| slot[*id as usize] += d);
-    }
-    let losses: Vec<f64> = out.dpo_losses.iter().zip(&out.belief_log_probs).map(|(dpo, b)| out.kl + dpo - b).collect();
-    let mass = |row: usize| class_log_probs[row * k..(row + 1) * k].iter().map(|l| l.exp()).sum();
-    Ok(Results::default()
-        .num("loss", out.loss)
-        .vector("losses", &losses)
-        .num("kl", out.kl)
-        .vector("belief_logps", &out.belief_log_probs)
-        .vector("dpo_losses", &out.dpo_losses)
-        .vector("class_mass", &(0..logits.num_rows).map(mass).collect::<Vec<f64>>())
-        .grad_cube("logits", (logits.len, vocab), &gradient)
-        .grad_vector("policy_chosen_logps", &out.d_chosen)
-        .grad_vector("policy_rejected_logps", &out.d_chosen.iter().map(|d| -d).collect::<Vec<_>>()))
 }

@@ -12,7 +12,8 @@ fn kl_type(case: &Case<'_>, key: &str) -> Result<KlType, Error> {
 
 /// `kl_penalty`: estimates and the gradient of their sum.
 pub(in crate::eval) fn penalty(case: &Case<'_>) -> Result<Results, Error> {
-    let (log_probs, reference) = (case.grid("logprob")?, case.vector("ref_logprob")?);
+    let log_probs = case.grid("logprob")?;
+    let reference = case.sized("ref_logprob", log_probs.data.len())?;
     let mask = Mask::new(log_probs.cols, vec![1; log_probs.data.len()]);
     let kl = kl_penalty(kl_type(case, "kl_penalty")?, &mask.batch()?, &log_probs.data, &reference)?;
     let values: Vec<f64> = kl.iter().map(|k| k.value).collect();
@@ -36,8 +37,9 @@ fn controller_config(case: &Case<'_>) -> Result<KlControllerConfig, Error> {
 /// `apply_kl_penalty` and `compute_rewards`.
 pub(in crate::eval) fn apply(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("response_mask")?;
-    let (scores, old) = (case.vector("token_level_scores")?, case.vector("old_log_probs")?);
-    let reference = case.vector("ref_log_prob")?;
+    let (scores, old) =
+        (case.sized("token_level_scores", mask.bits.len())?, case.sized("old_log_probs", mask.bits.len())?);
+    let reference = case.sized("ref_log_prob", mask.bits.len())?;
     let mut controller = KlController::new(&controller_config(case)?)?;
     let coef = controller.coef();
     let batch = mask.batch()?;

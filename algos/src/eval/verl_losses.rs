@@ -56,7 +56,7 @@ pub(super) fn counted(case: &Case<'_>, mask: &Mask) -> Result<Counted, Error> {
         num_tokens: tokens.map_or(own.num_tokens, |n| n as u64),
         num_sequences: sequences.map_or(own.num_sequences, |n| n as u64),
         // geo_mean is a plain mean over rows that verl does not multiply by dp_size.
-        num_rows: own.num_rows * dp_size as u64,
+        num_rows: own.num_rows.saturating_mul(dp_size as u64),
         loss_scale_factor: info.num("loss_scale_factor", own.loss_scale_factor)?,
     };
     Ok(Counted { counts, dp_size })
@@ -90,11 +90,11 @@ fn config(mode: LossMode, case: &Case<'_>) -> Result<PolicyLossConfig, Error> {
 }
 
 fn loss(config: &PolicyLossConfig, case: &Case<'_>, mask: &Mask, counted: &Counted) -> Result<LossOutput, Error> {
-    let (log_probs, old) = (case.vector("log_prob")?, case.vector("old_log_prob")?);
-    let advantages = case.vector("advantages")?;
-    let reference = case.opt_vector("ref_log_prob")?;
-    let entropies = case.opt_vector("entropy")?;
-    let weights = case.opt_vector("rollout_is_weights")?;
+    let (log_probs, old) = (case.sized("log_prob", mask.bits.len())?, case.sized("old_log_prob", mask.bits.len())?);
+    let advantages = case.sized("advantages", mask.bits.len())?;
+    let reference = case.opt_sized("ref_log_prob", mask.bits.len())?;
+    let entropies = case.opt_sized("entropy", mask.bits.len())?;
+    let weights = case.opt_sized("rollout_is_weights", mask.bits.len())?;
     let input = PolicyLossInput {
         batch: mask.batch()?,
         log_probs: &log_probs,
@@ -172,7 +172,7 @@ pub(super) fn bypass(case: &Case<'_>) -> Result<(Results, Metrics), Error> {
 /// `agg_loss`.
 pub(in crate::eval) fn agg(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("loss_mask")?;
-    let losses = case.vector("loss_mat")?;
+    let losses = case.sized("loss_mat", mask.bits.len())?;
     let counted = counted(case, &mask)?;
     let mode = case.parse("loss_agg_mode", "token-mean")?;
     let num_sequences = counted.counts.num_sequences;

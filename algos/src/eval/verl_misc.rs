@@ -13,8 +13,8 @@ use serde_json::{Value, json as object};
 /// `compute_value_loss`.
 pub(super) fn value(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("response_mask")?;
-    let (predictions, old_values) = (case.vector("vpreds")?, case.vector("values")?);
-    let returns = case.vector("returns")?;
+    let (predictions, old_values) = (case.sized("vpreds", mask.bits.len())?, case.sized("values", mask.bits.len())?);
+    let returns = case.sized("returns", mask.bits.len())?;
     let counted = counted(case, &mask)?;
     let config = ValueLossConfig {
         cliprange_value: case.num("cliprange_value", 0.5)?,
@@ -33,7 +33,7 @@ pub(super) fn value(case: &Case<'_>) -> Result<Results, Error> {
 /// `sft_loss`.
 pub(super) fn sft(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("response_mask")?;
-    let log_probs = case.vector("log_probs")?;
+    let log_probs = case.sized("log_probs", mask.bits.len())?;
     let counted = counted(case, &mask)?;
     let out = sft_loss(SftLossType::Nll, &mask.batch()?, &log_probs, counted.counts.num_tokens)?;
     let gradient: Vec<f64> = out.d_log_probs.iter().map(|d| d * counted.dp_size).collect();
@@ -44,7 +44,10 @@ pub(super) fn sft(case: &Case<'_>) -> Result<Results, Error> {
 pub(super) fn entropy(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("response_mask")?;
     let (_, middle, logits) = case.cube("logits")?;
-    let labels = case.vector("labels")?;
+    let labels = case.sized("labels", logits.rows)?;
+    if mask.bits.len() != logits.rows {
+        return Err(case.bad("response_mask", format!("expected {} entries", logits.rows)));
+    }
     let statistics: Vec<TokenStatistics> =
         (0..logits.rows).map(|t| token_statistics(logits.row(t), labels[t] as usize, 1.0)).collect::<Result<_, _>>()?;
     let column = |f: fn(&TokenStatistics) -> f64| -> Vec<f64> { statistics.iter().map(f).collect() };
@@ -66,8 +69,7 @@ pub(super) fn entropy(case: &Case<'_>) -> Result<Results, Error> {
 
 /// `masked_sum`, `masked_mean`, `masked_var`, `masked_whiten`.
 pub(super) fn masked(case: &Case<'_>) -> Result<Results, Error> {
-    let values = case.grid("values")?;
-    let Mask { offsets, bits, cols } = case.mask("mask")?;
+    let (values, Mask { offsets, bits, cols }) = case.masked_grid("values", "mask")?;
     let rows = || offsets.windows(2).map(|w| w[0]..w[1]);
     let sums: Vec<f64> = rows().map(|row| masked_sum(&values.data[row.clone()], &bits[row])).collect();
     let means: Vec<f64> = rows().map(|row| masked_mean(&values.data[row.clone()], &bits[row])).collect();
@@ -109,7 +111,11 @@ pub(super) fn schedule(case: &Case<'_>) -> Result<Results, Error> {
         zero_indexed_step: case.flag("zero_indexed_step", default.zero_indexed_step)?,
     };
     config.validate()?;
-    let total = case.num("num_training_steps", 0.0)? as u64;
+    let total = case.num("num_training_steps", 0.0)?;
+    if !(0.0..=1e6).contains(&total) {
+        return Err(case.bad("num_training_steps", "expected a number from 0 to a million"));
+    }
+    let total = total as u64;
     let lr: Vec<f64> = (0..=total).map(|step| config.multiplier(step, total)).collect();
     Ok(Results::default().vector("lr", &lr))
 }
@@ -153,6 +159,9 @@ pub(super) fn distill(case: &Case<'_>) -> Result<Results, Error> {
     let (_, _, teacher) = case.cube("teacher_topk_log_probs")?;
     let (_, _, ids) = case.cube("teacher_topk_ids")?;
     let clamp = case.opt_num("log_prob_min_clamp")?;
+    if teacher.rows != logits.rows || ids.rows != logits.rows {
+        return Err(case.bad("teacher_topk_ids", format!("expected {} positions", logits.rows)));
+    }
     let (mut losses, mut student, mut mass) = (Vec::new(), Vec::new(), Vec::new());
     let mut gradient = Vec::with_capacity(logits.data.len());
     for t in 0..logits.rows {

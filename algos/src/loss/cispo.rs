@@ -7,11 +7,12 @@
 
 use super::config::ClipRange;
 use super::terms::TokenTerm;
+use crate::math::Cut;
 
 /// Loss of one token.
 pub(crate) fn term(log_prob: f64, log_ratio: f64, advantage: f64, range: ClipRange) -> TokenTerm {
-    let ratio = log_ratio.clamp(-20.0, 20.0).exp();
-    let clipped = ratio.clamp(1.0 - range.low, 1.0 + range.high);
+    let ratio = log_ratio.cut(-20.0, 20.0).exp();
+    let clipped = ratio.cut(1.0 - range.low, 1.0 + range.high);
     let d = -clipped * advantage;
     TokenTerm { loss: d * log_prob, d, clipped: clipped != ratio, clipped_lower: false }
 }

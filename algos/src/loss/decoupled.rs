@@ -10,6 +10,7 @@
 
 use super::{GlobalCounts, LossAggMode, PolicyLossInput, vanilla};
 use crate::kl::Dual;
+use crate::math::Cut;
 use crate::{Error, TokenBatch};
 
 /// Keep what the second moment allows: with values sorted in descending order, drop from the front until the mean of
@@ -43,9 +44,9 @@ pub enum ProximalMethod {
 /// Proximal log-prob of a token that version `version` sampled, for an update from version `current` (the proximal
 /// policy is version `current - 1`); a negative version is a token that was not generated.
 pub fn proximal_log_prob(method: ProximalMethod, old: f64, now: f64, version: i64, current: i64) -> f64 {
-    let proximal = current - 1;
     let alpha = if version >= 0 && current > version {
-        ((proximal - version) as f64 / (current - version) as f64).clamp(0.0, 1.0)
+        let behind = (current - version) as f64;
+        ((behind - 1.0) / behind).cut(0.0, 1.0)
     } else {
         0.0
     };

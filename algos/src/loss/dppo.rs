@@ -10,6 +10,7 @@
 
 use super::config::ClipRange;
 use super::terms::TokenTerm;
+use crate::math::Cut;
 
 /// How the distance between two probabilities is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,7 +37,7 @@ pub(crate) fn term(
             if advantage > 0.0 { kl <= range.high || p <= p_old } else { kl <= range.low || p >= p_old }
         }
     };
-    let ratio = (log_prob - old).clamp(-20.0, 20.0).exp();
+    let ratio = (log_prob - old).cut(-20.0, 20.0).exp();
     let bounded = if ceiling > 0.0 { ratio.min(ceiling) } else { ratio };
     let d = if valid { -advantage * bounded } else { 0.0 };
     TokenTerm { loss: d * log_prob, d, clipped: !valid, clipped_lower: valid && bounded < ratio }

@@ -9,6 +9,7 @@
 
 use super::config::ClipRange;
 use super::{PolicyLossInput, terms::Terms};
+use crate::math::Cut;
 
 /// Row losses, spread evenly over each row's tokens; the weight of every row is `1 / num_rows`.
 pub(crate) fn terms(input: &PolicyLossInput<'_>, range: ClipRange) -> Terms {
@@ -43,7 +44,7 @@ struct Clipped {
 
 fn clipped(input: &PolicyLossInput<'_>, t: usize, range: ClipRange) -> Clipped {
     let x = input.log_probs[t] - input.old_log_probs[t];
-    let bounded = x.clamp(-range.low, range.high);
+    let bounded = x.cut(-range.low, range.high);
     let advantage = input.advantages[t];
     let outside = bounded != x;
     if advantage == 0.0 {

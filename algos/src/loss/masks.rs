@@ -1,6 +1,7 @@
 //! Masks and weights of tokens and rows that TRL's losses share with its helpers.
 
 use crate::TokenBatch;
+use crate::math::Cut;
 
 /// Keep the unmasked tokens whose entropy is at or above the `quantile` of all unmasked entropies (linear
 /// interpolation, in f32 as TRL does); `[T]`. Needs the whole mini-batch.
@@ -14,7 +15,7 @@ pub(crate) fn high_entropy(batch: &TokenBatch, entropies: &[f64], quantile: f64)
         return vec![0; batch.num_slots()];
     }
     sorted.sort_by(f32::total_cmp);
-    let position = quantile * (sorted.len() - 1) as f64;
+    let position = quantile.cut(0.0, 1.0) * (sorted.len() - 1) as f64;
     let (below, above) = (position.floor() as usize, position.ceil() as usize);
     let (low, high) = (f64::from(sorted[below]), f64::from(sorted[above]));
     let threshold = f64::from((low + (high - low) * (position - below as f64)) as f32);
@@ -45,6 +46,6 @@ pub(crate) fn off_policy_rows(
 /// # Source
 /// arXiv 2602.10693.
 pub(crate) fn gamma_weight(log_ratio: f64, k: f64, lambda: f64) -> f64 {
-    let w = log_ratio.clamp((1e-8_f64).ln(), 20.0);
+    let w = log_ratio.cut((1e-8_f64).ln(), 20.0);
     (lambda + k * w - lambda * w.exp()).exp()
 }

@@ -36,6 +36,7 @@ pub use trl_config::{ImportanceLevel, TrlConfig, TrlLossType};
 use crate::batch::require_tokens;
 use crate::kl::kl_penalty;
 use crate::masked::broadcast;
+use crate::math::Cut;
 use crate::{Error, TokenBatch};
 pub(crate) use config::ClipRange;
 pub(crate) use masks::{gamma_weight, high_entropy, off_policy_rows};
@@ -133,7 +134,7 @@ fn ppo_kl_sum(mode: LossMode, input: &PolicyLossInput<'_>) -> f64 {
     let gaps = active.map(|t| input.old_log_probs[t] - input.log_probs[t]);
     match mode {
         LossMode::Vanilla | LossMode::Cispo | LossMode::Sapo | LossMode::DppoTv | LossMode::DppoKl => {
-            gaps.map(|gap| gap.clamp(-20.0, 20.0)).sum()
+            gaps.map(|gap| gap.cut(-20.0, 20.0)).sum()
         }
         LossMode::KlCov => gaps.map(f64::abs).sum(),
         LossMode::Gspo
@@ -164,7 +165,7 @@ fn surrogate(config: &PolicyLossConfig, input: &PolicyLossInput<'_>) -> Terms {
         LossMode::Cispo => per_token(&|t| cispo::term(log_probs[t], log_ratio(t), advantages[t], range)),
         LossMode::Sapo => per_token(&|t| sapo::term(log_ratio(t), advantages[t], config.taus())),
         LossMode::GeoMean => return geo_mean::terms(input, range),
-        LossMode::SequencePpo => sequence_ppo::terms(input, range),
+        LossMode::SequencePpo => return sequence_ppo::terms(input, range),
         LossMode::Gpg | LossMode::Reinforce | LossMode::Trl | LossMode::BypassMode => {
             per_token(&|t| gpg::term(log_probs[t], advantages[t]))
         }

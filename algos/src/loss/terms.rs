@@ -2,6 +2,7 @@
 
 use crate::TokenBatch;
 use crate::kl::Dual;
+use crate::math::Cut;
 
 /// Loss of one token and its derivative with respect to that token's log-prob.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -56,7 +57,7 @@ impl Terms {
 
 /// `exp(clamp(x, low, high))`; the derivative is 0 outside.
 pub(crate) fn clamped_exp(x: f64, low: f64, high: f64) -> Dual {
-    let value = x.clamp(low, high).exp();
+    let value = x.cut(low, high).exp();
     Dual { value, d: if (low..=high).contains(&x) { value } else { 0.0 } }
 }
 

@@ -17,6 +17,7 @@ use super::trl_config::{ImportanceLevel, TrlLossType};
 use super::{GlobalCounts, LossMetrics, LossOutput, PolicyLossInput, masks, sapo};
 use crate::batch::require_tokens;
 use crate::kl::Dual;
+use crate::math::Cut;
 use crate::{Error, TokenBatch};
 
 /// What TRL reports about clipping, beside the common metrics.
@@ -224,7 +225,7 @@ impl Call<'_> {
             (trl.vespo_k_neg, trl.vespo_lambda_neg)
         };
         let engine = |t: usize| self.input.rollout_is_weights.map_or(0.0, |w| w[t].max(1e-8).ln());
-        let log_ratios = batch.active(row).map(|t| self.log_ratio(t).clamp(-20.0, 20.0) + engine(t));
+        let log_ratios = batch.active(row).map(|t| self.log_ratio(t).cut(-20.0, 20.0) + engine(t));
         Some(masks::gamma_weight(log_ratios.sum(), k, lambda))
     }
 }
@@ -247,7 +248,7 @@ struct KlTerm {
 fn two_sided(ratio: f64, advantage: f64, range: ClipRange, delta: f64) -> Dual {
     let bound = |r: f64, low: f64, high: f64| {
         let bounded = clamped_exp(r.ln(), low.max(0.0).ln(), high.ln());
-        Dual { value: -advantage * r.clamp(low, high), d: -advantage * bounded.d }
+        Dual { value: -advantage * r.cut(low, high), d: -advantage * bounded.d }
     };
     let ceiling = if delta > 0.0 { delta } else { f64::INFINITY };
     larger(bound(ratio, 0.0, ceiling), bound(ratio, 1.0 - range.low, 1.0 + range.high))

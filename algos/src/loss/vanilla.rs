@@ -9,6 +9,7 @@
 use super::config::ClipRange;
 use super::terms::{TokenTerm, clamped_exp, larger, smaller};
 use crate::kl::Dual;
+use crate::math::Cut;
 
 /// Loss of one token; `dual_clip` is `c`, or 0 for none.
 pub(crate) fn term(log_ratio: f64, advantage: f64, range: ClipRange, dual_clip: f64) -> TokenTerm {
@@ -22,7 +23,7 @@ pub(crate) fn clipped_surrogate(ratio: Dual, advantage: f64, range: ClipRange, d
     let inside = ratio.value >= low && ratio.value <= high;
     let plain = Dual { value: -advantage * ratio.value, d: -advantage * ratio.d };
     let bounded =
-        Dual { value: -advantage * ratio.value.clamp(low, high), d: if inside { -advantage * ratio.d } else { 0.0 } };
+        Dual { value: -advantage * ratio.value.cut(low, high), d: if inside { -advantage * ratio.d } else { 0.0 } };
     let mut loss = larger(plain, bounded);
     let mut term = TokenTerm { clipped: bounded.value > plain.value, ..TokenTerm::default() };
     if dual_clip > 0.0 && advantage < 0.0 {

@@ -7,6 +7,7 @@
 //! TRL's `vllm_importance_sampling_mode`.
 
 use super::IsLevel;
+use crate::math::Cut;
 use crate::{Error, TokenBatch};
 
 /// What happens to weights outside the range.
@@ -47,7 +48,7 @@ pub fn engine_ratio(
         if batch.is_active(t) && !gap.is_nan() { gap } else { 0.0 }
     };
     let bounded = |rho: f64| match range.outside {
-        OutOfRange::Truncate => rho.clamp(range.min, range.max),
+        OutOfRange::Truncate => rho.cut(range.min, range.max),
         OutOfRange::Mask if rho < range.min || rho > range.max => 0.0,
         OutOfRange::Mask => rho,
     };

@@ -2,6 +2,7 @@
 
 use super::SAFETY_BOUND;
 use crate::masked::masked_mean;
+use crate::math::Cut;
 use crate::{Error, TokenBatch};
 
 /// Diagnostics of the gap, in verl's terms. Means over rows are over all rows; an empty row counts with log-probs
@@ -61,7 +62,7 @@ pub fn off_policy_metrics(
     let negated = |values: &[f64]| -> Vec<f64> { values.iter().map(|v| -v).collect() };
     let difference: Vec<f64> = rollout.iter().zip(&training).map(|(r, o)| r - o).collect();
     let log_ratio: Vec<f64> = old_log_probs.iter().zip(rollout_log_probs).map(|(o, r)| o - r).collect();
-    let bounded = |x: f64| x.clamp(-SAFETY_BOUND, SAFETY_BOUND);
+    let bounded = |x: f64| x.cut(-SAFETY_BOUND, SAFETY_BOUND);
     let sums = rows.iter().map(|row| crate::masked::masked_sum(&log_ratio[row.clone()], &mask[row.clone()]));
     let tokens = |f: &dyn Fn(f64) -> f64| masked_mean(&log_ratio.iter().map(|x| f(*x)).collect::<Vec<_>>(), mask);
     Ok(OffPolicyMetrics {

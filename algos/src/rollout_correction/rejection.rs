@@ -7,6 +7,7 @@
 use super::weights::mean_and_std;
 use super::{SAFETY_BOUND, Threshold};
 use crate::masked::masked_mean;
+use crate::math::Cut;
 use crate::{Error, TokenBatch};
 
 /// Statistic of a log-ratio.
@@ -209,7 +210,7 @@ fn rows_hit(batch: &TokenBatch, hit: &[bool]) -> usize {
 /// Statistic of every token (`[T]`; a row's statistic on all its tokens) and of every non-empty row.
 fn statistics(option: &RejectionOption, batch: &TokenBatch, log_ratio: &[f64]) -> (Vec<f64>, Vec<f64>) {
     let single = |t: usize| {
-        let lr = log_ratio[t].clamp(-SAFETY_BOUND, SAFETY_BOUND);
+        let lr = log_ratio[t].cut(-SAFETY_BOUND, SAFETY_BOUND);
         match option.statistic {
             Statistic::K1 => -lr,
             Statistic::K2 => 0.5 * lr * lr,
@@ -235,7 +236,7 @@ fn statistics(option: &RejectionOption, batch: &TokenBatch, log_ratio: &[f64]) -
 fn report(option: RejectionOption, batch: &TokenBatch, tokens: &[f64], rows: &[f64], hit: &[bool]) -> OptionReport {
     let mask = batch.response_mask();
     let lower = option.lower.unwrap_or(f64::NEG_INFINITY);
-    let cut: Vec<f64> = tokens.iter().map(|v| v.clamp(lower, option.upper)).collect();
+    let cut: Vec<f64> = tokens.iter().map(|v| v.cut(lower, option.upper)).collect();
     let squares: Vec<f64> = cut.iter().map(|v| v * v).collect();
     let variance = masked_mean(&squares, mask) - masked_mean(&cut, mask).powi(2);
     let units: Vec<f64> = match option.level {

@@ -2,6 +2,7 @@
 
 use super::{RolloutCorrectionConfig, SAFETY_BOUND, Threshold};
 use crate::masked::{masked_mean, masked_sum};
+use crate::math::Cut;
 use crate::{Error, TokenBatch};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -146,7 +147,7 @@ pub fn importance_weights(
 }
 
 fn raw_weights(level: IsLevel, batch: &TokenBatch, log_ratio: &[f64]) -> Vec<f64> {
-    let bounded = |x: f64| x.clamp(-SAFETY_BOUND, SAFETY_BOUND).exp();
+    let bounded = |x: f64| x.cut(-SAFETY_BOUND, SAFETY_BOUND).exp();
     let mut raw = vec![0.0; batch.num_slots()];
     for row in 0..batch.num_rows() {
         let sum: f64 = batch.active(row).map(|t| log_ratio[t]).sum();
@@ -213,7 +214,7 @@ fn report(batch: &TokenBatch, raw: &[f64], weights: &[f64], range: Range) -> Wei
 fn sequence_extremes(metrics: &mut WeightMetrics, batch: &TokenBatch, log_ratio: &[f64], range: Range) {
     let mask = batch.response_mask();
     let sums: Vec<f64> = batch.rows().map(|row| masked_sum(&log_ratio[row.clone()], &mask[row])).collect();
-    let (low, high) = extremes(sums.iter().map(|s| s.clamp(-SAFETY_BOUND, SAFETY_BOUND).exp()));
+    let (low, high) = extremes(sums.iter().map(|s| s.cut(-SAFETY_BOUND, SAFETY_BOUND).exp()));
     let (lower, upper) = range.bounds();
     metrics.min = low;
     metrics.max = high;
