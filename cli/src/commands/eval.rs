@@ -65,6 +65,15 @@ pub struct Eval {
     json: bool,
 }
 
+/// Metrics by name.
+type Metrics = Vec<(String, f64)>;
+
+/// Scored samples of one prompt.
+struct Group {
+    scores: Vec<f64>,
+    answers: Vec<Option<String>>,
+}
+
 /// Samples of one data source.
 #[derive(Default)]
 struct Source {
@@ -72,8 +81,8 @@ struct Source {
     num_samples: u64,
     num_tokens: u64,
     num_cut: u64,
-    /// Scores and answers of each prompt's scored samples.
-    groups: Vec<(Vec<f64>, Vec<Option<String>>)>,
+    /// The scored samples of each prompt that has any.
+    groups: Vec<Group>,
     /// Number of failed samples by cause.
     failures: BTreeMap<String, u64>,
 }
@@ -137,17 +146,17 @@ impl Eval {
 
     fn report(&self, sources: &BTreeMap<String, Source>) -> Result<()> {
         let n = self.n as usize;
-        let rows: Vec<(&String, &Source, Vec<(String, f64)>)> =
-            sources.iter().map(|(name, source)| (name, source, source.metrics(n, self.correct_at))).collect();
+        let metrics: Vec<Metrics> = sources.values().map(|source| source.metrics(n, self.correct_at)).collect();
+        let rows = || sources.iter().zip(&metrics);
         if self.json {
             let mut object = Map::new();
-            for (name, source, metrics) in &rows {
-                object.insert((*name).clone(), source.to_json(metrics));
+            for ((name, source), metrics) in rows() {
+                object.insert(name.clone(), source.to_json(metrics));
             }
             print(&format!("{:#}\n", json!({"model": self.model, "n": n, "reward": self.reward, "sources": object})))?;
         } else {
             let mut text = String::new();
-            for (name, source, metrics) in &rows {
+            for ((name, source), metrics) in rows() {
                 source.describe(name, metrics, &mut text)?;
             }
             print(&text)?;
@@ -194,27 +203,25 @@ impl Source {
             }
         }
         if !scores.is_empty() {
-            self.groups.push((scores, answers));
+            self.groups.push(Group { scores, answers });
         }
     }
 
     /// Means over prompts; empty where no sample was scored.
-    fn metrics(&self, n: usize, correct_at: f64) -> Vec<(String, f64)> {
+    fn metrics(&self, n: usize, correct_at: f64) -> Metrics {
         if self.groups.is_empty() {
             return Vec::new();
         }
-        let over = |f: &dyn Fn(&[f64], &[Option<String>]) -> f64| {
-            self.groups.iter().map(|(scores, answers)| f(scores, answers)).sum::<f64>() / self.groups.len() as f64
-        };
-        let correct = |scores: &[f64]| scores.iter().map(|s| *s >= correct_at).collect::<Vec<_>>();
-        let mut metrics = vec![(format!("mean@{n}"), over(&|scores, _| mean_at_n(scores)))];
+        let over = |f: &dyn Fn(&Group) -> f64| self.groups.iter().map(f).sum::<f64>() / self.groups.len() as f64;
+        let correct = |group: &Group| group.scores.iter().map(|s| *s >= correct_at).collect::<Vec<_>>();
+        let mut metrics = vec![(format!("mean@{n}"), over(&|group| mean_at_n(&group.scores)))];
         if n > 1 {
-            metrics.push((format!("best@{n}"), over(&|scores, _| best_at_k(scores, scores.len()))));
-            metrics.push((format!("maj@{n}"), over(&|scores, answers| maj_at_n(answers, scores))));
+            metrics.push((format!("best@{n}"), over(&|group| best_at_k(&group.scores, group.scores.len()))));
+            metrics.push((format!("maj@{n}"), over(&|group| maj_at_n(&group.answers, &group.scores))));
         }
         let mut ks: Vec<usize> = (0..).map(|i| 1 << i).take_while(|k| *k < n).collect();
         ks.push(n);
-        metrics.extend(ks.iter().map(|k| (format!("pass@{k}"), over(&|scores, _| pass_at_k(&correct(scores), *k)))));
+        metrics.extend(ks.iter().map(|k| (format!("pass@{k}"), over(&|group| pass_at_k(&correct(group), *k)))));
         metrics
     }
 
@@ -271,8 +278,8 @@ mod tests {
     fn metrics_are_means_over_prompts() {
         let answers = |list: &[&str]| list.iter().map(|a| Some((*a).to_owned())).collect::<Vec<_>>();
         let groups = vec![
-            (vec![1.0, 0.0, 0.0, 0.0], answers(&["a", "b", "b", "c"])),
-            (vec![1.0, 1.0, 0.0, 1.0], answers(&["a", "a", "d", "a"])),
+            Group { scores: vec![1.0, 0.0, 0.0, 0.0], answers: answers(&["a", "b", "b", "c"]) },
+            Group { scores: vec![1.0, 1.0, 0.0, 1.0], answers: answers(&["a", "a", "d", "a"]) },
         ];
         let source = Source { groups, ..Source::default() };
         let metrics: BTreeMap<String, f64> = source.metrics(4, 1.0).into_iter().collect();

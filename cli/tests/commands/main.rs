@@ -1,5 +1,7 @@
 //! The commands over models, run directories and vectors, run as a user runs them.
 
+#![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
+
 mod bench;
 #[path = "../common/mod.rs"]
 mod common;
