@@ -1,11 +1,13 @@
 //! KL estimators with one bound on the value, and their importance-corrected gradient.
 //!
-//! With `d = log_prob - base`: k1 `d`; k2 `d^2 / 2`; k3 `e^-d - 1 + d`, its exponent cut from above at `exponent_max`. The
+//! With `d = log_prob - base`: k1 `d`; k2 `d^2 / 2`; k3 `e^-d - 1 + d`, its exponent cut from above at `exponent_max`.
+//! The
 //! value is cut to `+-bound`, with gradient 0 outside. Unbiased gradient: the value stays, the gradient becomes
 //! `w d`, `w = min(e^(log_prob - old), 10)` detached: that of the reverse KL under the old policy's samples.
 //!
 //! # Source
-//! OpenRLHF's `compute_approx_kl`; AReaL's `KLEstimator`; slime's `compute_approx_kl` (weights as a factor on the value).
+//! OpenRLHF's `compute_approx_kl`; AReaL's `KLEstimator`; slime's `compute_approx_kl` (weights as a factor on the
+//! value).
 
 use crate::kl::Dual;
 use crate::math::Cut;

@@ -1,6 +1,7 @@
 //! What a trainer minimises in one stage: one enum over all losses, so that the trainer names no algorithm.
 //!
-//! Preferences come as rows: row `2 i` is the chosen response of pair `i`, row `2 i + 1` the rejected one. KTO's rows are
+//! Preferences come as rows: row `2 i` is the chosen response of pair `i`, row `2 i + 1` the rejected one. KTO's rows
+//! are
 //! told apart by their advantage: above 0 desirable, below 0 undesirable, 0 a mismatched completion that only enters
 //! the reference point.
 

@@ -1,6 +1,7 @@
 //! The critic's loss: squared error against returns, clipped around the old values.
 //!
-//! `L = 1/2 agg(max((v - R)^2, (clamp(v, V - c, V + c) - R)^2))`; the gradient is 0 where the clamp holds and its branch
+//! `L = 1/2 agg(max((v - R)^2, (clamp(v, V - c, V + c) - R)^2))`; the gradient is 0 where the clamp holds and its
+//! branch
 //! is the larger, and split in halves on a tie.
 //!
 //! # Source

@@ -1,6 +1,7 @@
 //! OpenRLHF's way from rewards to advantages: baseline per group, KL in the reward, reward-to-go, batch whitening.
 //!
-//! The baseline acts on scalar rewards (group_norm `(r - mean) / (std + 1e-9)`, dr_grpo and reinforce_baseline `r - mean`,
+//! The baseline acts on scalar rewards (group_norm `(r - mean) / (std + 1e-9)`, dr_grpo and reinforce_baseline `r -
+//! mean`,
 //! rloo `r - mean of the others`, flash_reinforce `r - mean of the batch`); the result, clipped, stands on a row's last
 //! token, less `kl_coef * kl` on every token. Masked tokens carry returns through. Whitening uses the biased variance,
 //! `(x - mean) / sqrt(max(var, 1e-8))`.

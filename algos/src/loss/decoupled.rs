@@ -1,7 +1,8 @@
 //! Decoupled PPO and the masks of asynchronous training: the clip is against a proximal policy, the weight against the
 //! behaviour policy.
 //!
-//! `L = surrogate(pi / pi_prox) * w`, `w = pi_prox / pi_behave` (detached), divided by the number of tokens of the original
+//! `L = surrogate(pi / pi_prox) * w`, `w = pi_prox / pi_behave` (detached), divided by the number of tokens of the
+//! original
 //! mask whatever is rejected. M2PO keeps the tokens whose second moment stays under a bound; OPSM drops rows with a
 //! negative advantage that drifted too far; proximal log-probs can be interpolated between behaviour and policy.
 //!

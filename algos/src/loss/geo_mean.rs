@@ -1,7 +1,8 @@
 //! GMPO (geo_mean): a sequence's ratio is the geometric mean of ratios clipped on one side, token by token.
 //!
 //! `x = log_prob - old`; `y = sign(A) min(sign(A) x, sign(A) clamp(x, -low, high))`; `R_i = exp(mean_t y)`,
-//! `A_i = mean_t A`; `loss = mean_i(-A_i R_i)` over all rows, those without tokens counting as 0. `loss_agg_mode` has no
+//! `A_i = mean_t A`; `loss = mean_i(-A_i R_i)` over all rows, those without tokens counting as 0. `loss_agg_mode` has
+//! no
 //! effect. Importance weights enter by their geometric mean over the row, `exp(mean_t ln(w + 1e-10))`.
 //!
 //! # Source

@@ -1,7 +1,9 @@
 //! PPO on whole sequences: the ratio is the product of all tokens' ratios.
 //!
-//! `R_i = exp(sum_t (log_prob - old))`, `loss = mean_i max(-A_i R_i, -A_i clamp(R_i, 1 - low, 1 + high))` over all rows.
-//! Importance weights enter by their mean over the row. `loss_agg_mode` has no effect; the advantage is that of the row's first token.
+//! `R_i = exp(sum_t (log_prob - old))`, `loss = mean_i max(-A_i R_i, -A_i clamp(R_i, 1 - low, 1 + high))` over all
+//! rows.
+//! Importance weights enter by their mean over the row. `loss_agg_mode` has no effect; the advantage is that of the
+//! row's first token.
 //!
 //! # Source
 //! TRL's RLOOTrainer.

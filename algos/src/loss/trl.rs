@@ -1,14 +1,17 @@
 //! TRL's GRPO losses: one surrogate per token or row, masks and weights on it, then KL, then a normaliser by type.
 //!
 //! `c1 = e^w` (`w` the token's log-ratio, or its mean over the row), `c2 = clamp(c1, 1 - low, 1 + high)`,
-//! `L = -min(min(c1, delta) A, c2 A)`; cispo `-sg(min(c1, clip_ratio_high)) A log_prob`, where the bound is absolute; sapo
-//! `-(4 / tau) sig(tau (c1 - 1)) A`; vespo `-sg(phi) A log_prob`. Off-policy mask, entropy mask and engine weights multiply
+//! `L = -min(min(c1, delta) A, c2 A)`; cispo `-sg(min(c1, clip_ratio_high)) A log_prob`, where the bound is absolute;
+//! sapo
+//! `-(4 / tau) sig(tau (c1 - 1)) A`; vespo `-sg(phi) A log_prob`. Off-policy mask, entropy mask and engine weights
+//! multiply
 //! L (the weights are inside phi for vespo); then `beta * k3` is added, k3 without clamps, times c1 with
 //! `use_bias_correction_kl`. bnpo divides by the tokens of the mini-batch, where TRL divides by those of the
 //! micro-batch. `loss -= entropy_coeff * mean entropy per token`. Row means count all rows.
 //!
 //! # Source
-//! TRL's GRPOTrainer; INTELLECT-2's two-sided clip; DeepSeek-V3.2's off-policy mask; 2506.01939 (entropy mask); 2602.05261
+//! TRL's GRPOTrainer; INTELLECT-2's two-sided clip; DeepSeek-V3.2's off-policy mask; 2506.01939 (entropy mask);
+//! 2602.05261
 //! (luspo); 2602.10693 (vespo).
 
 use super::config::{ClipRange, PolicyLossConfig};

@@ -38,7 +38,8 @@ pub enum ImportanceLevel {
     Sequence,
 }
 
-/// Settings that only TRL's losses read. Clip bounds, KL weight (`use_kl_loss`, `kl_loss_coef`), `entropy_coeff` and the
+/// Settings that only TRL's losses read. Clip bounds, KL weight (`use_kl_loss`, `kl_loss_coef`), `entropy_coeff` and
+/// the
 /// gate's `tau_pos`, `tau_neg` are those of the policy loss.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]

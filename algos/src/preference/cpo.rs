@@ -2,7 +2,8 @@
 //!
 //! With `x` the difference of the rows' log-probs (length-averaged for simpo and ipo; with `alpha != 0`, of
 //! `(1 - p^-alpha) / alpha`): sigmoid `-(1-e) logsig(bx) - e logsig(-bx)`; hinge `max(1 - bx, 0)`; ipo
-//! `(x - 1 / (2b))^2`; simpo: sigmoid of `x - gamma / b`. Plus `cpo_alpha` times the token-mean likelihood of chosen rows.
+//! `(x - 1 / (2b))^2`; simpo: sigmoid of `x - gamma / b`. Plus `cpo_alpha` times the token-mean likelihood of chosen
+//! rows.
 //! SimPO proper has `cpo_alpha = 0`.
 //!
 //! # Source

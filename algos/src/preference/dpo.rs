@@ -1,7 +1,8 @@
 //! Direct preference optimisation and its family, over batches of pairs.
 //!
 //! `loss = sum_k weight_k mean_pairs L_k(f(log-ratio of chosen), f(log-ratio of rejected))`. Log-ratios are sums over
-//! completion tokens; `ld_alpha` weighs the tokens beyond the shorter response; `use_weighting` multiplies a pair's loss
+//! completion tokens; `ld_alpha` weighs the tokens beyond the shorter response; `use_weighting` multiplies a pair's
+//! loss
 //! by the detached `exp(mean(log p - log sum p^2))` of both rows. sft is the token-mean likelihood of chosen rows.
 //!
 //! # Source

@@ -3,12 +3,14 @@
 //! With `c`, `j` the scores of chosen and rejected, `D = c - j`, `x = beta D`, `e` = label_smoothing:
 //! sigmoid `-logsig(x)`; cdpo `-(1-e) logsig(x) - e logsig(-x)`; robust `(cdpo with -e) / (1 - 2e)`; hinge
 //! `max(1 - x, 0)`; ipo `(D - 1 / (2 beta))^2` on length-averaged scores; sigmoid_norm: sigmoid on those; exo_pair
-//! `q (log q - log(1-e)) + (1-q)(log(1-q) - log e)`, `q = sig(x)`; nca_pair `-logsig(bc) - (logsig(-bc) + logsig(-bj)) / 2`;
+//! `q (log q - log(1-e)) + (1-q)(log(1-q) - log e)`, `q = sig(x)`; nca_pair `-logsig(bc) - (logsig(-bc) + logsig(-bj))
+//! / 2`;
 //! bco_pair `-logsig(bc) - logsig(-bj)`; sppo_hard `(c - 1/(2b))^2 + (j + 1/(2b))^2`; apo_zero `1 - sig(bc) + sig(bj)`;
 //! apo_down `sig(bc) + 1 - sig(x)`; discopop `(1-w)(-logsig(x)) + w e^-x`, `w = sig(x / tau)`.
 //!
 //! # Source
-//! DPO 2305.18290, cDPO, rDPO 2403.00409, SLiC 2305.10425, IPO 2310.12036, EXO 2402.00856, NCA 2402.05369, BCO 2404.04656,
+//! DPO 2305.18290, cDPO, rDPO 2403.00409, SLiC 2305.10425, IPO 2310.12036, EXO 2402.00856, NCA 2402.05369, BCO
+//! 2404.04656,
 //! SPPO 2405.00675, APO 2408.06266, DiscoPOP 2406.08414; forms as in TRL. f-divergences: 2309.16240.
 
 use super::PairTerm;

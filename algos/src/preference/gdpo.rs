@@ -1,7 +1,9 @@
 //! Group Distributional Preference Optimization: calibrate beliefs, then prefer among belief-conditioned answers.
 //!
-//! Offline data: a prompt, a target law over K belief classes, and a chosen and a rejected answer under one belief whose
-//! text precedes the answer. `loss_i = KL + DPO_i - B_i`: KL is the mean over rows of `sum_k p_k (log p_k - log q_k)`, `q` the
+//! Offline data: a prompt, a target law over K belief classes, and a chosen and a rejected answer under one belief
+//! whose
+//! text precedes the answer. `loss_i = KL + DPO_i - B_i`: KL is the mean over rows of `sum_k p_k (log p_k - log q_k)`,
+//! `q` the
 //! full-vocabulary law at the last prompt position read at the K class tokens (not renormalised); DPO leaves the belief
 //! text out of its sums; `B_i` is the mean log-prob of the belief text. The advantage estimator gdpo is another method.
 //!

@@ -1,7 +1,8 @@
 //! KTO: labels without pairs, against a reference point estimated from mismatched completions.
 //!
 //! With `r` a row's log-ratio and `z = max(mean(KL rows' log-ratios), 0)`, detached: desirable `1 - sig(beta (r - z))`,
-//! undesirable `1 - sig(beta (z - r))`; apo_zero_unpaired: `1 - sig(beta r)` and `sig(beta r)`, without z. Weighted, then
+//! undesirable `1 - sig(beta (z - r))`; apo_zero_unpaired: `1 - sig(beta r)` and `sig(beta r)`, without z. Weighted,
+//! then
 //! the mean over all rows. z needs the whole mini-batch.
 //!
 //! # Source

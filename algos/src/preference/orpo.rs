@@ -1,7 +1,8 @@
 //! ORPO: likelihood of chosen rows and the odds ratio against the rejected, without a reference.
 //!
 //! `log_odds = (lc - lr) - (log(1 - e^lc) - log(1 - e^lr))` on length-averaged log-probs;
-//! `loss = NLL(chosen) - beta mean logsig(log_odds)`. The likelihood is the token mean over `nll_mask`, in TRL the chosen
+//! `loss = NLL(chosen) - beta mean logsig(log_odds)`. The likelihood is the token mean over `nll_mask`, in TRL the
+//! chosen
 //! rows' prompt and response.
 //!
 //! # Source

@@ -1,6 +1,7 @@
 //! TRL's weights against its engine: token or sequence level, truncated or masked by one range.
 //!
-//! `rho = e^(old - sampling)` per token, or of the sum over a row; an engine log-prob that is missing (NaN) counts as no
+//! `rho = e^(old - sampling)` per token, or of the sum over a row; an engine log-prob that is missing (NaN) counts as
+//! no
 //! gap. truncate: `clamp(rho, min, max)`; mask: 0 outside. Masked tokens have 1.
 //!
 //! # Source
