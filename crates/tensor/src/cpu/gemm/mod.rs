@@ -121,6 +121,10 @@ unsafe fn run_block(dev: &CpuDevice, body: Body, block: Block) {
             Body::Widened => dev.isa.run(WidenedBlock(block)),
             Body::Native => {
                 assert!(dev.native_bf16, "native pairs need a CPU that multiplies bf16");
+                #[cfg(test)]
+                if !crate::Isa::has_native_bf16() {
+                    return dev.isa.run(tests::SoftBlock(block));
+                }
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: the device says that the CPU has the instruction; the rest is the caller's contract.
                 unsafe {
@@ -141,3 +145,6 @@ fn rows_to_words(dev: &CpuDevice, rows: &[f32], k: usize, format: Format, out: &
         dev.isa.run(RowWords { rows: &rows[range.start * k..range.end * k], k, format, out });
     });
 }
+
+#[cfg(test)]
+mod tests;
