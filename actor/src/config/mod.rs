@@ -65,7 +65,7 @@ impl Family {
 pub enum Head {
     /// `ForCausalLM`: `lm_head.weight` [V, D], or the embedding where tied.
     CausalLm,
-    /// `ForTokenClassification` with one label: a value per token, `score.weight` [1, D] and `score.bias` [1].
+    /// `ForTokenClassification` with one label: a value per token, `score.weight` `[1, D]` and `score.bias` `[1]`.
     TokenValue,
     /// `ForSequenceClassification` with one label: a score at the last token, `score.weight` [1, D].
     SequenceScore,

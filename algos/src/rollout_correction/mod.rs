@@ -1,7 +1,7 @@
 //! Correction of the gap between the engine that sampled and the trainer that learns.
 //!
-//! With `lr = old_log_prob - rollout_log_prob`: importance weights `e^lr`, truncated or cut to a range ([`weights`]);
-//! and rejection, which clears the mask where a statistic of `lr` is too large ([`rejection`]). Nothing here is
+//! With `lr = old_log_prob - rollout_log_prob`: importance weights `e^lr`, truncated or cut to a range (`weights`);
+//! and rejection, which clears the mask where a statistic of `lr` is too large (`rejection`). Nothing here is
 //! differentiated. On-policy tokens (`lr = 0`) have a weight of exactly 1, and no statistic rejects them.
 //!
 //! # Source

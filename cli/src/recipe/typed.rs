@@ -51,7 +51,7 @@ impl Default for Placement {
     }
 }
 
-/// A recipe, typed. [`super::check`] says whether it can run.
+/// A recipe, typed. [`super::check()`] says whether it can run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Recipe {
     /// Name of the run.

@@ -1,6 +1,6 @@
 //! Prompt files: JSONL, Parquet and Arrow in verl's or TRL's columns, as typed rows.
 //!
-//! Every format is first brought to JSON objects of the known columns; one function ([`row`]) turns those into rows, so
+//! Every format is first brought to JSON objects of the known columns; one function (`row`) turns those into rows, so
 //! that a column means the same in every format. Columns that are not known here are ignored.
 //!
 //! | column | gives |

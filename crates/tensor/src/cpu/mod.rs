@@ -1,6 +1,6 @@
 //! The CPU device: AVX-512, AVX2+FMA and portable kernels from one source, chosen at run time.
 //!
-//! Every kernel is written once over [`simd::Simd`], a vector of 16 virtual lanes; reductions join the lanes by one
+//! Every kernel is written once over `simd::Simd`, a vector of 16 virtual lanes; reductions join the lanes by one
 //! fixed tree, transcendental functions are our own, and products are fused, so the f32 bits agree on every path.
 
 // Kernels read and write through raw pointers inside bounds that their callers check.
