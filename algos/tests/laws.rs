@@ -172,9 +172,9 @@ proptest! {
         let padded_lens: Vec<usize> = lens.iter().map(|len| len + pad).collect();
         let mut b = Arrays::new(seed ^ 1, &padded_lens, 0.0);
         b.mask.fill(0);
-        for row in 0..lens.len() {
+        for (row, len) in lens.iter().copied().enumerate() {
             let (from, to) = (a.offsets[row], b.offsets[row]);
-            for k in 0..lens[row] {
+            for k in 0..len {
                 b.mask[to + k] = a.mask[from + k];
                 b.log_probs[to + k] = a.log_probs[from + k];
                 b.old[to + k] = a.old[from + k];
@@ -184,17 +184,17 @@ proptest! {
                 b.advantages[to + k] = a.advantages[from + k];
                 b.weights[to + k] = a.weights[from + k];
             }
-            for k in lens[row]..lens[row] + pad {
+            for k in len..len + pad {
                 b.log_probs[to + k] = f64::NAN;
                 b.old[to + k] = f64::INFINITY;
             }
         }
         let (plain, padded) = (loss(&a, &config, None), loss(&b, &config, None));
         prop_assert_eq!(plain.loss, padded.loss);
-        for row in 0..lens.len() {
+        for (row, len) in lens.iter().copied().enumerate() {
             let (from, to) = (a.offsets[row], b.offsets[row]);
-            let kept = &padded.d_log_probs[to..to + lens[row]];
-            prop_assert_eq!(&plain.d_log_probs[from..from + lens[row]], kept);
+            let kept = &padded.d_log_probs[to..to + len];
+            prop_assert_eq!(&plain.d_log_probs[from..from + len], kept);
         }
         for (t, mask) in b.mask.iter().enumerate() {
             prop_assert!(*mask == 1 || (padded.d_log_probs[t] == 0.0 && padded.d_entropies[t] == 0.0));
@@ -287,11 +287,37 @@ proptest! {
     }
 }
 
-trait Noise {
+/// What the laws do with a batch.
+trait Rows {
+    /// The rows in another order, or some of them.
+    fn reordered(&self, order: &[usize]) -> Arrays;
+    /// A reward for row `i`.
     fn noise(&self, i: usize) -> f64;
 }
 
-impl Noise for Arrays {
+impl Rows for Arrays {
+    /// Rows in another order.
+    fn reordered(&self, order: &[usize]) -> Arrays {
+        let mut offsets = vec![0];
+        for row in order {
+            offsets.push(offsets[offsets.len() - 1] + self.offsets[row + 1] - self.offsets[*row]);
+        }
+        fn pick<T: Copy>(from: &Arrays, values: &[T], order: &[usize]) -> Vec<T> {
+            order.iter().flat_map(|row| values[from.offsets[*row]..from.offsets[row + 1]].to_vec()).collect()
+        }
+        Arrays {
+            offsets,
+            mask: pick(self, &self.mask, order),
+            log_probs: pick(self, &self.log_probs, order),
+            old: pick(self, &self.old, order),
+            reference: pick(self, &self.reference, order),
+            engine: pick(self, &self.engine, order),
+            entropies: pick(self, &self.entropies, order),
+            advantages: pick(self, &self.advantages, order),
+            weights: pick(self, &self.weights, order),
+        }
+    }
+
     fn noise(&self, i: usize) -> f64 {
         temper_types::uniform53(self.offsets.len() as u64, i as u64) - 0.5
     }
@@ -322,12 +348,12 @@ fn advantages(
 
 #[test]
 fn an_empty_batch_has_loss_zero_and_no_gradient() {
-    for mode in 0..LOSS_MODES.len() {
+    for (mode, name) in LOSS_MODES.into_iter().enumerate() {
         for lens in [&[][..], &[0, 0][..], &[3, 2][..]] {
             let mut a = Arrays::new(9, lens, 0.0);
             a.mask.fill(0);
             let out = loss(&a, &config(mode, 0, 0), None);
-            assert_eq!(out.loss, 0.0, "{:?}", LOSS_MODES[mode]);
+            assert_eq!(out.loss, 0.0, "{name:?}");
             assert!(out.d_log_probs.iter().all(|d| *d == 0.0));
         }
     }

@@ -50,26 +50,4 @@ impl Arrays {
             old,
         }
     }
-
-    /// Rows in another order.
-    pub fn reordered(&self, order: &[usize]) -> Arrays {
-        let mut offsets = vec![0];
-        for row in order {
-            offsets.push(offsets[offsets.len() - 1] + self.offsets[row + 1] - self.offsets[*row]);
-        }
-        fn pick<T: Copy>(from: &Arrays, values: &[T], order: &[usize]) -> Vec<T> {
-            order.iter().flat_map(|row| values[from.offsets[*row]..from.offsets[row + 1]].to_vec()).collect()
-        }
-        Arrays {
-            offsets,
-            mask: pick(self, &self.mask, order),
-            log_probs: pick(self, &self.log_probs, order),
-            old: pick(self, &self.old, order),
-            reference: pick(self, &self.reference, order),
-            engine: pick(self, &self.engine, order),
-            entropies: pick(self, &self.entropies, order),
-            advantages: pick(self, &self.advantages, order),
-            weights: pick(self, &self.weights, order),
-        }
-    }
 }
