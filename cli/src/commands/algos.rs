@@ -76,7 +76,10 @@ impl List {
         entries.extend(variants::<SftLossType>("sft_loss")?);
         if self.json {
             let row = |e: &Entry| json!({"key": e.key, "name": e.name, "description": e.description});
-            let rows: Vec<Value> = entries.iter().map(row).collect();
+            let mut rows: Vec<Value> = entries.iter().map(row).collect();
+            rows.extend(eval::list().iter().map(|e| {
+                json!({"key": e.kind, "name": e.name, "description": e.keys, "paper": e.paper, "recipe_keys": e.keys})
+            }));
             return print(&format!("{}\n", serde_json::to_string_pretty(&rows)?));
         }
         let mut text = String::new();
@@ -87,6 +90,10 @@ impl List {
                 last_key = entry.key;
             }
             writeln!(text, "  {:<28} {}", entry.name, entry.description)?;
+        }
+        writeln!(text, "all algorithms: name, paper (arXiv) or origin, recipe keys")?;
+        for entry in eval::list() {
+            writeln!(text, "  {:<40} {:<14} {}", entry.name, entry.paper, entry.keys)?;
         }
         print(&text)
     }
