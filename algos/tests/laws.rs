@@ -218,7 +218,8 @@ proptest! {
     /// Groups of one, equal rewards, empty and fully masked rows: finite numbers, or a named error.
     #[test]
     fn advantages_are_never_nan(
-        seed in any::<u64>(), lens in rows(), masked in 0.0f64..1.2, constant in any::<bool>(), singles in any::<bool>(),
+        seed in any::<u64>(), lens in rows(), masked in 0.0f64..1.2, constant in any::<bool>(),
+        singles in any::<bool>(),
     ) {
         let a = Arrays::new(seed, &lens, masked);
         let groups: Vec<u64> = (0..lens.len() as u64).map(|i| if singles { i } else { i / 3 }).collect();
