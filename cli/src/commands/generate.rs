@@ -1,7 +1,7 @@
 //! `temper generate`: answers to prompts, with their token ids and log-probs.
 
 use super::common::compute::ComputeArgs;
-use super::common::engine::{Generator, Request, as_chat, write_dataset};
+use super::common::engine::{Generator, Naming, Request, as_chat, write_dataset};
 use super::common::output::{Output, print};
 use super::common::sampling::SamplingArgs;
 use crate::usage;
@@ -136,7 +136,8 @@ impl Generate {
         if self.chat {
             as_chat(&mut rows);
         }
-        let generator = Generator::load(&self.model, &self.compute)?;
+        let naming = if self.format == Format::Arrow { Naming::Hash } else { Naming::None };
+        let generator = Generator::load(&self.model, &self.compute, naming)?;
         let request = Request {
             num_samples: self.n,
             seed: self.sampling.seed,

@@ -147,22 +147,24 @@ fn check_ground_truth(recipe: &Recipe, source: &Source, key: &str, rows: &[Promp
     }
 }
 
-/// What the loop cannot provide yet is refused before the first step, not in it.
+/// What the loop cannot provide is refused before the first step, not ignored in it.
 fn check_plan(source: &Source, key: &str, stage: &PolicyStage) -> Result<(), RecipeError> {
-    let Plan { values, sum_pi_squared, greedy_baseline, .. } = stage.algorithm.plan();
+    let plan: Plan = stage.algorithm.plan();
+    let estimator: AdvEstimator = stage.algorithm.advantage.adv_estimator;
     let missing = [
-        (values, "a critic"),
-        (sum_pi_squared, "sums of squared probabilities"),
-        (greedy_baseline, "greedy baseline responses"),
+        (plan.values, "a critic"),
+        (plan.sum_pi_squared, "sums of squared probabilities"),
+        (plan.greedy_baseline, "greedy baseline responses"),
     ];
-    match missing.into_iter().find(|(needed, _)| *needed) {
-        Some((_, what)) => {
-            let estimator: AdvEstimator = stage.algorithm.advantage.adv_estimator;
-            let problem = format!("{estimator:?} needs {what}, which this loop does not provide");
-            Err(source.error(&format!("{key}.algorithm.advantage.adv_estimator"), problem))
-        }
-        None => Ok(()),
+    if let Some((_, what)) = missing.into_iter().find(|(needed, _)| *needed) {
+        let problem = format!("{estimator:?} needs {what}, which this loop does not provide");
+        return Err(source.error(&format!("{key}.algorithm.advantage.adv_estimator"), problem));
     }
+    if plan.rollout_correction {
+        let problem = "rollout correction is not applied by this loop: a lockstep run is on-policy, its weights are 1";
+        return Err(source.error(&format!("{key}.algorithm.rollout_correction"), problem));
+    }
+    Ok(())
 }
 
 fn check_lengths(recipe: &Recipe, source: &Source, key: &str, stage: &PolicyStage) -> Result<(), RecipeError> {

@@ -2,7 +2,7 @@
 
 use super::samples::{at_least_one, median, peak_rss_mb, random_ids, round, spread};
 use crate::commands::common::compute::ComputeArgs;
-use crate::commands::common::engine::Generator;
+use crate::commands::common::engine::{Generator, Naming};
 use crate::commands::common::output::print;
 use anyhow::{Context, Result};
 use serde_json::json;
@@ -47,7 +47,7 @@ impl Rollout {
         at_least_one(&[("--batch", self.batch), ("--prompt-len", self.prompt_len), ("--new-tokens", new_tokens)])?;
         at_least_one(&[("--runs", self.runs)])?;
         let vocab_size = ModelConfig::load(&self.model)?.vocab_size;
-        let generator = Generator::load(&self.model, &self.compute)?;
+        let generator = Generator::load(&self.model, &self.compute, Naming::None)?;
         self.time(&generator, vocab_size, 0, self.new_tokens)?;
         let timed = |new_tokens, first: u64| {
             (0..self.runs as u64)

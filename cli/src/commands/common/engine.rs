@@ -26,12 +26,21 @@ pub struct Generator {
     pub service: LocalRolloutService,
     /// Tokenizer and chat template; `None` for a model directory without tokenizer.json.
     pub text: Option<LocalText>,
-    /// The weights that answer.
-    pub version: PolicyVersion,
+    /// The weights that answer; `None` where they were not hashed.
+    pub version: Option<PolicyVersion>,
     /// Number format that computes.
     pub dtype: DType,
     /// Ids that end a response by default.
     pub end_ids: Vec<u32>,
+}
+
+/// Whether weights are hashed when they are loaded, which takes memory for the f32 masters once more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Naming {
+    /// They are: results name the weights.
+    Hash,
+    /// They are not.
+    None,
 }
 
 /// Which samples are wanted of every prompt.
@@ -51,7 +60,7 @@ impl Generator {
     ///
     /// # Errors
     /// A file that is missing or damaged, by name.
-    pub fn load(model_dir: &Path, compute: &ComputeArgs) -> Result<Self> {
+    pub fn load(model_dir: &Path, compute: &ComputeArgs, naming: Naming) -> Result<Self> {
         let (config, reader) = open_model(model_dir)?;
         if config.head != temper_actor::Head::CausalLm {
             let dir = model_dir.display();
@@ -59,13 +68,16 @@ impl Generator {
         }
         let text = model_dir.join(TOKENIZER_FILE).is_file().then(|| LocalText::load(model_dir)).transpose()?;
         let (device, dtype) = compute.resolve();
-        let mut policy = {
-            let masters = ParamStore::load(&*device, &config, &reader)?;
-            let mut policy = PackedPolicy::new(&device, &masters, &config, dtype);
-            policy.version = PolicyVersion { number: 0, hash: masters.content_hash(&*device) };
-            policy
+        let mut policy = match naming {
+            Naming::None => PackedPolicy::load(&device, &config, &reader, dtype)?,
+            Naming::Hash => {
+                let masters = ParamStore::load(&*device, &config, &reader)?;
+                let mut policy = PackedPolicy::new(&device, &masters, &config, dtype);
+                policy.version = PolicyVersion { number: 0, hash: masters.content_hash(&*device) };
+                policy
+            }
         };
-        let version = policy.version;
+        let version = (naming == Naming::Hash).then_some(policy.version);
         let mut bytes = vec![Vec::new(); config.vocab_size];
         if let Some(text) = &text {
             policy.set_masked_ids(text.tokenizer().missing_ids(config.vocab_size));
