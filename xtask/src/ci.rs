@@ -15,6 +15,7 @@ pub fn run(root: &Path) -> Result<()> {
     deny(root)?;
     cargo(root, &["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"], &[])?;
     cargo(root, &["doc", "--workspace", "--no-deps", "--quiet"], &[("RUSTDOCFLAGS", "-D warnings")])?;
+    cargo(root, &["test", "-p", "xtask", "--quiet"], &[])?;
     readme::run(root)?;
     println!("ci: ok in {} s", start.elapsed().as_secs());
     Ok(())
