@@ -1,26 +1,39 @@
 //! Rows of a mini-batch, packed into micro-batches that fit the memory.
 //!
-//! Rows keep their order and are never split; a micro-batch is closed before the row that would exceed the limit. The
-//! split is a function of the lengths alone. Losses do not depend on it; sums of gradients round differently.
+//! Rows keep their order and are never split; a micro-batch is closed before the row that would exceed the limit. A
+//! prompt that consecutive rows share counts once, as it runs once, and such rows stay together where they fit. The
+//! split is a function of the rows alone. Losses do not depend on it; sums of gradients round differently.
 
 use crate::Error;
 use std::ops::Range;
 use temper_actor::TrainBatch;
 use temper_proto::{TokenSequence, TrainRow};
 
-/// Consecutive rows that pass through the model together.
-pub(crate) fn split(lengths: &[usize], max_tokens: usize) -> Vec<Range<usize>> {
+/// Consecutive sequences that pass through the model together.
+pub(crate) fn split<'a>(sequences: impl Iterator<Item = &'a TokenSequence>, max_tokens: usize) -> Vec<Range<usize>> {
+    let all: Vec<&TokenSequence> = sequences.collect();
     let mut batches = Vec::new();
-    let (mut start, mut tokens) = (0, 0);
-    for (row, length) in lengths.iter().enumerate() {
-        if row > start && tokens + length > max_tokens {
+    let (mut start, mut tokens, mut row) = (0, 0, 0);
+    for group in all.chunk_by(|a, b| a.prompt_token_ids == b.prompt_token_ids) {
+        let prompt = group[0].prompt_token_ids.len();
+        let whole = prompt + group.iter().map(|one| one.response_token_ids.len()).sum::<usize>();
+        if row > start && tokens + whole > max_tokens && whole <= max_tokens {
             batches.push(start..row);
             (start, tokens) = (row, 0);
         }
-        tokens += length;
+        tokens += prompt;
+        for sequence in group {
+            let response = sequence.response_token_ids.len();
+            if row > start && tokens + response > max_tokens {
+                batches.push(start..row);
+                (start, tokens) = (row, prompt);
+            }
+            tokens += response;
+            row += 1;
+        }
     }
-    if start < lengths.len() {
-        batches.push(start..lengths.len());
+    if start < row {
+        batches.push(start..row);
     }
     batches
 }
@@ -102,11 +115,37 @@ impl Columns {
 #[cfg(test)]
 mod tests {
     use super::split;
+    use temper_proto::TokenSequence;
+
+    /// `(prompt, response)` lengths; rows with equal prompt lengths have equal prompts.
+    fn ranges(lengths: &[(usize, usize)], max_tokens: usize) -> Vec<std::ops::Range<usize>> {
+        let sequence = |(prompt, response): &(usize, usize)| TokenSequence {
+            prompt_token_ids: vec![*prompt as u32; *prompt],
+            response_token_ids: vec![0; *response],
+            response_mask: vec![1; *response],
+        };
+        let sequences: Vec<TokenSequence> = lengths.iter().map(sequence).collect();
+        split(sequences.iter(), max_tokens)
+    }
 
     #[test]
     fn rows_keep_their_order_and_fill_up_to_the_limit() {
-        assert_eq!(split(&[3, 3, 3, 10, 1], 6), [0..2, 2..3, 3..4, 4..5]);
-        assert_eq!(split(&[], 6), Vec::<std::ops::Range<usize>>::new());
-        assert_eq!(split(&[7], 6).len(), 1);
+        assert_eq!(ranges(&[(1, 2), (2, 1), (3, 0), (4, 6), (1, 0)], 6), [0..2, 2..3, 3..4, 4..5]);
+        assert_eq!(ranges(&[(1, 6)], 6).len(), 1);
+    }
+
+    #[test]
+    fn a_shared_prompt_counts_once() {
+        assert_eq!(ranges(&[(10, 2), (10, 3), (10, 5)], 20).as_slice(), std::slice::from_ref(&(0..3)));
+        assert_eq!(ranges(&[(10, 2), (10, 3), (10, 5)], 15), [0..2, 2..3]);
+        assert_eq!(ranges(&[(10, 2), (9, 2)], 22), [0..1, 1..2]);
+        assert_eq!(ranges(&[], 5), Vec::<std::ops::Range<usize>>::new());
+    }
+
+    #[test]
+    fn rows_of_a_prompt_stay_together_where_they_fit() {
+        assert_eq!(ranges(&[(3, 2), (4, 2), (4, 2)], 12), [0..1, 1..3]);
+        assert_eq!(ranges(&[(3, 2), (4, 2), (4, 2), (4, 9)], 12), [0..2, 2..3, 3..4]);
+        assert_eq!(ranges(&[(3, 2), (4, 2), (4, 2), (5, 1), (5, 1)], 20).as_slice(), std::slice::from_ref(&(0..5)));
     }
 }

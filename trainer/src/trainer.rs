@@ -153,9 +153,8 @@ impl Trainer {
                 return Err(Error::invalid("log_probs", "this stage keeps no reference policy"));
             }
         };
-        let lengths: Vec<usize> = sequences.iter().map(sequence_len).collect();
         let mut out = LogProbs::default();
-        for range in split(&lengths, self.max_micro_batch_tokens) {
+        for range in split(sequences.iter(), self.max_micro_batch_tokens) {
             let part = &sequences[range];
             let stats = policy.score_only(&train_batch(part.iter()), temperature, &mut self.arena);
             out.log_probs.extend(unpack(part.iter(), &stats.log_probs));
@@ -191,20 +190,21 @@ impl Trainer {
 
     /// Forward and backward of every micro-batch; gradients add up in `grads`.
     fn accumulate(&mut self, stage: &Stage, batch: &MiniBatch, grads: &mut ParamStore) -> Result<UpdateReport, Error> {
-        let lengths: Vec<usize> = batch.rows.iter().map(|row| sequence_len(&row.sequence)).collect();
+        let num_tokens = batch.rows.iter().map(|row| sequence_len(&row.sequence) as u64).sum();
         let counts = global_counts(batch);
         let whole = match stage.objective.scope() {
             Scope::MiniBatch => Some(self.whole_batch_gradients(stage, batch, &counts)?),
             Scope::Token | Scope::Sequence => None,
         };
-        let mut report = UpdateReport { num_tokens: lengths.iter().sum::<usize>() as u64, ..UpdateReport::default() };
+        let mut report = UpdateReport { num_tokens, ..UpdateReport::default() };
         let mut metrics = LossMetrics::default();
         if let Some(out) = &whole {
             report.loss = out.loss;
             metrics = out.metrics;
         }
         let mut first_token = 0;
-        for range in split(&lengths, stage.max_micro_batch_tokens) {
+        let sequences = batch.rows.iter().map(|row| &row.sequence);
+        for range in split(sequences, stage.max_micro_batch_tokens) {
             let rows = &batch.rows[range];
             let num_tokens: usize = rows.iter().map(|row| row.sequence.response_token_ids.len()).sum();
             let tokens = first_token..first_token + num_tokens;

@@ -1,12 +1,10 @@
 //! Memory of a training pass, kept from one micro-batch to the next.
 
+use super::batch::BLOCK_SIZE;
 use super::generate::Workspace;
 use super::packed::PackedPolicy;
 use super::scratch::GrowBuffer;
-use temper_tensor::{KvCache, KvCacheSpec, SeqSpan};
-
-/// Slots in a block of the training cache. The bits of a row do not depend on it.
-const BLOCK_SIZE: usize = 64;
+use temper_tensor::{KvCache, KvCacheSpec};
 
 /// What a training forward keeps for its backward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize)]
@@ -207,39 +205,4 @@ pub(super) struct TrainParts<'a> {
     pub saved: &'a mut [SavedLayer],
     /// Gradients.
     pub grads: &'a mut GradBuffers,
-}
-
-/// Where whole sequences lie in a cache of their own: every sequence on fresh blocks, in order.
-#[derive(Debug)]
-pub(super) struct Sequences {
-    /// `0..num_blocks`.
-    blocks: Vec<u32>,
-    /// Number of rows of each sequence.
-    lens: Vec<usize>,
-}
-
-impl Sequences {
-    /// Sequences of the given lengths.
-    pub fn new(lens: &[usize]) -> Self {
-        let num_blocks: usize = lens.iter().map(|len| len.div_ceil(BLOCK_SIZE)).sum();
-        Sequences { blocks: (0..num_blocks as u32).collect(), lens: lens.to_vec() }
-    }
-
-    /// Blocks that all sequences need together.
-    pub fn num_blocks(&self) -> usize {
-        self.blocks.len()
-    }
-
-    /// One span per sequence, from slot 0.
-    pub fn spans(&self) -> Vec<SeqSpan<'_>> {
-        let (mut row_start, mut blocks) = (0, self.blocks.as_slice());
-        let mut spans = Vec::with_capacity(self.lens.len());
-        for &num_rows in &self.lens {
-            let (own, rest) = blocks.split_at(num_rows.div_ceil(BLOCK_SIZE));
-            spans.push(SeqSpan { row_start, num_rows, first_slot: 0, blocks: own });
-            row_start += num_rows;
-            blocks = rest;
-        }
-        spans
-    }
 }

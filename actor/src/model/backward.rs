@@ -1,12 +1,12 @@
 //! The backward of a training pass: from gradients of log-probs or values to gradients of every weight.
 
 use super::arena::{Recompute, TrainArena};
-use super::layer::Rows;
+use super::batch::TrainBatch;
 use super::layer_grad::UnitGrad;
 use super::layout::HeadRanges;
 use super::packed::PackedPolicy;
 use super::params::ParamStore;
-use super::train::{Tape, TrainBatch};
+use super::train::Tape;
 use temper_tensor::{LmHeadGrad, NormGrad};
 
 /// d loss / d output, one number per target row of the batch.
@@ -43,8 +43,8 @@ impl PackedPolicy {
         arena.reserve_grads(self, t, batch.num_targets());
         self.head_backward(masters, (batch, arena), outputs, grads);
         self.final_norm_backward(batch, arena, grads);
-        let spans = sequences.spans();
-        let rows = Rows { positions: &batch.positions, spans: &spans };
+        let lists = sequences.lists(batch);
+        let rows = lists.rows(batch);
         let mut parts = arena.train_parts();
         for index in (0..self.layers.len()).rev() {
             let saved = match recompute {

@@ -73,7 +73,7 @@ impl PackedPolicy {
         workspace.hidden.reserve(dev, t * d);
         workspace.rows = t;
         dev.embed(batch.token_ids, self.embed.all(), self.dtype, workspace.x.view_mut(t * d));
-        let rows = Rows { positions: batch.positions, spans: batch.spans };
+        let rows = Rows { positions: batch.positions, spans: batch.spans, appends: batch.spans, prefixes: &[] };
         for index in 0..self.layers.len() {
             self.run_layer(index, rows, (cache, index), workspace);
         }

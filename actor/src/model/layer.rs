@@ -8,8 +8,12 @@ use temper_tensor::{HeadNorm, KvCache, NormShape, SeqSpan, Store, View, ViewMut}
 pub(super) struct Rows<'a> {
     /// RoPE position of each row.
     pub positions: &'a [u32],
-    /// Which rows belong to which sequence.
+    /// Which rows belong to which sequence, each to one.
     pub spans: &'a [SeqSpan<'a>],
+    /// Where keys and values of rows go; a row may go to several slots.
+    pub appends: &'a [SeqSpan<'a>],
+    /// Of each span, the rows at the slots before it; read by a backward alone.
+    pub prefixes: &'a [&'a [u32]],
 }
 
 impl Rows<'_> {
@@ -75,7 +79,7 @@ impl PackedPolicy {
             None => buffers.qkv,
         };
         dev.rope(rotated.reborrow(), rows.positions, &self.rope, layer.shape);
-        dev.kv_append(rotated.as_view(), layer.shape, rows.spans, cache, kv_layer);
+        dev.kv_append(rotated.as_view(), layer.shape, rows.appends, cache, kv_layer);
         let out = (buffers.attn, buffers.lse);
         dev.attention(rotated.as_view(), (cache, kv_layer), layer.shape, rows.spans, out);
     }

@@ -128,6 +128,7 @@ impl PackedPolicy {
             cache,
             layer: index,
             spans: rows.spans,
+            prefixes: rows.prefixes,
             shape: layer.shape,
         };
         dev.attention_grad(args, grads.qkv.view_mut(qkv_len));

@@ -20,6 +20,7 @@
 
 mod arena;
 mod backward;
+mod batch;
 mod generate;
 mod hash;
 mod layer;
@@ -33,8 +34,9 @@ mod train;
 
 pub use arena::{Recompute, TrainArena};
 pub use backward::OutputGrads;
+pub use batch::TrainBatch;
 pub use generate::{Batch, Workspace};
 pub use layout::TensorSlot;
 pub use packed::PackedPolicy;
 pub use params::{ParamStore, Unit};
-pub use train::{Tape, TrainBatch};
+pub use train::Tape;

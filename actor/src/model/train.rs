@@ -1,92 +1,11 @@
 //! The forward over whole sequences, for training and for scoring.
 
-use super::arena::{KvUse, Recompute, SavedLayer, Sequences, TrainArena, TrainParts};
+use super::arena::{KvUse, Recompute, SavedLayer, TrainArena, TrainParts};
+use super::batch::{Sequences, TrainBatch};
 use super::generate::Workspace;
 use super::layer::{AttendBuffers, ExpandBuffers, Rows};
 use super::packed::PackedPolicy;
 use temper_tensor::{KvCache, LmHead, Store, TokenStats};
-
-/// Whole sequences side by side, without padding, and the rows whose outputs are wanted.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct TrainBatch {
-    /// Input id of every row.
-    pub token_ids: Vec<u32>,
-    /// RoPE position of every row.
-    pub positions: Vec<u32>,
-    /// Number of rows of every sequence; they sum to the number of rows.
-    pub seq_lens: Vec<usize>,
-    /// Rows whose log-probs or values are wanted, ascending.
-    pub target_rows: Vec<u32>,
-    /// The id whose log-prob is wanted at each of these rows; empty for values.
-    pub target_ids: Vec<u32>,
-}
-
-impl TrainBatch {
-    /// An empty batch.
-    pub fn new() -> Self {
-        TrainBatch::default()
-    }
-
-    /// Number of rows, T.
-    pub fn num_rows(&self) -> usize {
-        self.token_ids.len()
-    }
-
-    /// Number of target rows, R.
-    pub fn num_targets(&self) -> usize {
-        self.target_rows.len()
-    }
-
-    /// Append a sequence at positions `0..` and ask for the log-probs of the tokens at `targets` (indices into
-    /// `token_ids`, each from 1 up, ascending). What follows the last target cannot reach any of them and is left out;
-    /// a sequence without targets adds nothing. Values of the rows before these tokens can be asked for as well.
-    ///
-    /// # Panics
-    /// If a target is 0 or not below the length of the sequence.
-    pub fn push_sequence(&mut self, token_ids: &[u32], targets: impl IntoIterator<Item = usize>) {
-        let positions: Vec<u32> = (0..token_ids.len() as u32).collect();
-        self.push_at(token_ids, &positions, targets);
-    }
-
-    /// As [`TrainBatch::push_sequence`], at given positions.
-    ///
-    /// # Panics
-    /// As [`TrainBatch::push_sequence`], and if there is not one position per token.
-    pub fn push_at(&mut self, token_ids: &[u32], positions: &[u32], targets: impl IntoIterator<Item = usize>) {
-        assert_eq!(token_ids.len(), positions.len(), "one position per token");
-        let start = self.num_rows();
-        let mut num_rows = 0;
-        for target in targets {
-            assert!(target >= 1, "the first token of a sequence has no log-prob");
-            self.target_rows.push((start + target - 1) as u32);
-            self.target_ids.push(token_ids[target]);
-            num_rows = num_rows.max(target);
-        }
-        self.push_rows(&token_ids[..num_rows], &positions[..num_rows]);
-    }
-
-    /// Append a sequence at given positions and ask for the values at `rows` (indices into `token_ids`, ascending).
-    ///
-    /// # Panics
-    /// If a row is not below the length of the sequence, or there is not one position per token.
-    pub fn push_values(&mut self, token_ids: &[u32], positions: &[u32], rows: impl IntoIterator<Item = usize>) {
-        assert_eq!(token_ids.len(), positions.len(), "one position per token");
-        let start = self.num_rows();
-        for row in rows {
-            assert!(row < token_ids.len(), "row {row} of a sequence of {}", token_ids.len());
-            self.target_rows.push((start + row) as u32);
-        }
-        self.push_rows(token_ids, positions);
-    }
-
-    fn push_rows(&mut self, token_ids: &[u32], positions: &[u32]) {
-        if !token_ids.is_empty() {
-            self.token_ids.extend_from_slice(token_ids);
-            self.positions.extend_from_slice(positions);
-            self.seq_lens.push(token_ids.len());
-        }
-    }
-}
 
 /// A training forward that has run: its activations lie in the arena until it is dropped.
 #[derive(Debug)]
@@ -111,8 +30,8 @@ impl PackedPolicy {
         let (dev, t, d) = (&*self.dev, batch.num_rows(), self.dims.model);
         let sequences = self.start(batch, KvUse::AllLayers, arena);
         arena.reserve_saved(self, t, recompute);
-        let spans = sequences.spans();
-        let rows = Rows { positions: &batch.positions, spans: &spans };
+        let lists = sequences.lists(batch);
+        let rows = lists.rows(batch);
         let TrainParts { scratch: ws, kv, inputs, saved, .. } = arena.train_parts();
         for (index, input) in inputs.iter_mut().enumerate() {
             dev.copy(ws.x.view(t * d), input.view_mut(t * d));
@@ -127,7 +46,7 @@ impl PackedPolicy {
             }
         }
         self.finish(batch, arena);
-        drop(spans);
+        drop(lists);
         Tape { arena, batch, sequences, recompute }
     }
 
@@ -197,8 +116,8 @@ impl PackedPolicy {
     /// All layers through one layer's worth of cache.
     fn forward_only(&self, batch: &TrainBatch, arena: &mut TrainArena) {
         let sequences = self.start(batch, KvUse::OneLayer, arena);
-        let spans = sequences.spans();
-        let rows = Rows { positions: &batch.positions, spans: &spans };
+        let lists = sequences.lists(batch);
+        let rows = lists.rows(batch);
         let (ws, kv) = arena.score_parts();
         for index in 0..self.layers.len() {
             self.run_layer(index, rows, (kv, 0), ws);
@@ -210,9 +129,8 @@ impl PackedPolicy {
     fn start(&self, batch: &TrainBatch, kv_use: KvUse, arena: &mut TrainArena) -> Sequences {
         let t = batch.num_rows();
         assert_eq!(batch.positions.len(), t, "one position per row");
-        assert_eq!(batch.seq_lens.iter().sum::<usize>(), t, "sequences cover the rows");
         assert!(batch.target_rows.iter().all(|row| (*row as usize) < t), "targets within the rows");
-        let sequences = Sequences::new(&batch.seq_lens);
+        let sequences = Sequences::new(batch);
         arena.reserve_kv(self, kv_use, sequences.num_blocks());
         arena.scratch.reserve(self, t);
         let x = arena.scratch.x.view_mut(t * self.dims.model);

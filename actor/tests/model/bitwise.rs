@@ -9,14 +9,14 @@ use temper_actor::{ModelConfig, OutputGrads, PackedPolicy, ParamStore, Recompute
 use temper_tensor::{CpuConfig, CpuDevice, DType, Device, Isa, SampleRow, TokenStats};
 use temper_types::{Philox, uniform53};
 
-const VOCAB: usize = 53;
+pub const VOCAB: usize = 53;
 
 /// A tiny model of a family, with sizes that are no multiples of any vector width.
 fn config(family: &str, heads: (usize, usize), window: Option<usize>) -> ModelConfig {
     sized_config(family, (36, 52), heads, window)
 }
 
-fn sized_config(
+pub fn sized_config(
     family: &str,
     (hidden, ffn): (usize, usize),
     heads: (usize, usize),
@@ -42,7 +42,7 @@ fn sized_config(
 }
 
 /// Masters large enough that logits spread.
-fn params(dev: &dyn Device, config: &ModelConfig, seed: u64) -> ParamStore {
+pub fn params(dev: &dyn Device, config: &ModelConfig, seed: u64) -> ParamStore {
     let mut store = ParamStore::zeros(dev, config);
     let names: Vec<_> = store.tensors().map(|(_, slot)| (slot.name.clone(), slot.range.len())).collect();
     let noise = Philox::new(seed);
@@ -71,7 +71,7 @@ fn train_batch(sequences: &[Vec<u32>]) -> TrainBatch {
 }
 
 /// Statistics of all sequences, one after the other, as bits.
-fn bits<'a>(stats: impl IntoIterator<Item = &'a TokenStats>) -> Vec<[u32; 3]> {
+pub fn bits<'a>(stats: impl IntoIterator<Item = &'a TokenStats>) -> Vec<[u32; 3]> {
     let token = |s: &'a TokenStats| {
         let two = s.log_probs.iter().zip(&s.entropies);
         two.zip(&s.sum_squares).map(|((a, b), c)| [a.to_bits(), b.to_bits(), c.to_bits()])

@@ -5,4 +5,5 @@
 mod bitwise;
 mod gradients;
 mod parity;
+mod shared;
 mod support;

@@ -124,12 +124,15 @@ pub struct AttentionGrad<'a> {
     pub lse: View<'a>,
     /// Gradient of the output, `[T, H*K]`.
     pub dout: View<'a>,
-    /// Cache that the forward read. Every span must start at slot 0 (whole sequences).
+    /// Cache that the forward read.
     pub cache: &'a KvCache,
     /// Layer within the cache.
     pub layer: usize,
-    /// The sequences.
+    /// The sequences, each row in one span.
     pub spans: &'a [SeqSpan<'a>],
+    /// Of every span, the rows of the batch that stand at its slots `0..first_slot`, ascending; a row may do so for
+    /// many spans, and its keys and values gain the gradients of all of them.
+    pub prefixes: &'a [&'a [u32]],
     /// Shape.
     pub shape: AttnShape,
 }

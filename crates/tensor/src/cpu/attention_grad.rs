@@ -1,30 +1,38 @@
 //! Backward of attention over whole sequences: probabilities are recomputed from the log-sum-exp, block by block, so
 //! that memory grows with the length of a sequence and not with its square.
 //!
-//! A task is one key/value head of one sequence. It walks over blocks of query rows in ascending order and, for each,
-//! over chunks of keys in ascending order, which fixes every sum. Keys and values are read as the cache rounded them;
-//! their gradients pass the rounding unchanged (straight-through).
+//! A task is one key/value head of one span. It walks over blocks of query rows in ascending order and, for each, over
+//! chunks of keys in ascending order, which fixes every sum. Keys and values are read as the cache rounded them; their
+//! gradients pass the rounding unchanged (straight-through).
+//!
+//! Rows that stand before the spans of several sequences (a shared prompt) get a gradient of their keys and values
+//! from each: a task leaves its part in memory of its own, and the parts are added afterwards, spans ascending.
 
 use super::CpuDevice;
 use super::attention::{KvElement, Left, Out, Right, accumulate, scores, visible, with_scratch};
 use super::kv::{KvData, KvLayout, TILE, check_spans};
 use super::math::{exp, load_lanes};
-use super::parallel::SharedMut;
+use super::parallel::{SharedMut, for_ranges};
 use super::simd::{Kernel, Simd};
-use crate::{AttentionGrad, SeqSpan};
+use crate::{AttentionGrad, AttnShape, SeqSpan};
+use std::ops::Range;
 
 /// (row, head) pairs of a block of query rows.
 const PAIRS: usize = 48;
 /// Keys handled at once.
 const CHUNK: usize = 256;
 const STRIDE: usize = CHUNK + 16;
+/// Rows whose shared gradients one task adds up.
+const ROWS_PER_SUM: usize = 16;
 
 /// Sizes of one task.
 #[derive(Clone, Copy)]
 struct Sizes {
-    /// Rows of the sequence.
+    /// Rows of the span.
     rows: usize,
-    /// Its tiles of 16 keys.
+    /// Slots before the span.
+    before: usize,
+    /// Tiles of 16 keys up to the span's last row.
     tiles: usize,
     /// Query heads of the key/value head.
     heads: usize,
@@ -100,6 +108,8 @@ struct Task<'a> {
     span: &'a SeqSpan<'a>,
     kv_head: usize,
     dqkv: SharedMut<'a, f32>,
+    /// Gradients of keys and values of the slots before the span, of the slots that it sees: `[slots, 2, K]`.
+    part: &'a mut [f32],
     sizes: Sizes,
     scratch: Scratch,
     keys_by_dim: Vec<*const f32>,
@@ -120,7 +130,7 @@ impl<E: KvElement> Kernel for Gather<'_, E> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Sizes { rows, tiles, dim, width, .. } = self.task.sizes;
+        let Sizes { rows, before, tiles, dim, width, .. } = self.task.sizes;
         let scratch = &self.task.scratch;
         // SAFETY: tiles lie inside the checked block table; destinations inside scratch.
         unsafe {
@@ -130,7 +140,7 @@ impl<E: KvElement> Kernel for Gather<'_, E> {
             std::ptr::write_bytes(scratch.keys, 0, slots * width);
             std::ptr::write_bytes(scratch.values_by_dim, 0, slots * dim);
             for tile in 0..tiles {
-                let stored = TILE.min(rows - tile * TILE);
+                let stored = TILE.min(before + rows - tile * TILE);
                 let offset = self.layout.keys(self.task.args.layer, self.task.span.blocks, tile, self.task.kv_head);
                 let source = self.data[offset..].as_ptr();
                 let by_dim = scratch.keys_by_dim.add(tile * TILE * dim);
@@ -205,8 +215,8 @@ impl Task<'_> {
     /// # Safety
     /// As [`Task::load_block`], which came before.
     #[inline(always)]
-    unsafe fn block_by_chunk<S: Simd>(&self, (first, rows): (usize, usize), tiles: std::ops::Range<usize>) {
-        let Sizes { heads, dim, width, .. } = self.sizes;
+    unsafe fn block_by_chunk<S: Simd>(&self, (first, rows): (usize, usize), tiles: Range<usize>) {
+        let Sizes { before, heads, dim, width, .. } = self.sizes;
         let (pairs, vectors, keys) = (rows * heads, width / 16, tiles.len() * TILE);
         let by_pair = |ptr: *mut f32| Left { ptr, rows: pairs, row_stride: width, step: 1 };
         let by_key = |ptr: *mut f32| Left { ptr, rows: keys, row_stride: 1, step: STRIDE };
@@ -220,7 +230,7 @@ impl Task<'_> {
                 scores::<S, f32>(by_pair(rows), tiles, dim, chunk(target));
             }
             for pair in 0..pairs {
-                let (seen, end) = visible(&self.args.shape, first + pair / heads);
+                let (seen, end) = visible(&self.args.shape, before + first + pair / heads);
                 let start = tiles.start * TILE;
                 self.score_grads::<S>(pair, (seen as f32 - start as f32, end as f32 - start as f32), keys);
             }
@@ -280,35 +290,48 @@ impl Task<'_> {
         }
     }
 
-    /// Write the gradients of keys and values to the fused rows.
-    fn store_keys_and_values(&self) {
-        let (shape, Sizes { dim, width, .. }) = (self.args.shape, self.sizes);
-        for row in 0..self.sizes.rows {
-            let keys = (self.span.row_start + row) * shape.qkv_dim() + (shape.num_heads + self.kv_head) * dim;
-            for (source, start) in [(self.scratch.dkeys, keys), (self.scratch.dvalues, keys + shape.num_kv_heads * dim)]
-            {
-                // SAFETY: the columns of a key/value head belong to one task; rows are inside scratch.
+    /// Write the gradients of keys and values: of the span's rows to the fused rows, of the slots before it to `part`.
+    fn store_keys_and_values(&mut self) {
+        let (shape, Sizes { rows, before, dim, width, .. }) = (self.args.shape, self.sizes);
+        let Scratch { dkeys, dvalues, .. } = self.scratch;
+        let (seen, _) = visible(&shape, before);
+        for (slot, both) in (seen..before).zip(self.part.chunks_exact_mut(2 * dim)) {
+            for (source, target) in [dkeys, dvalues].into_iter().zip(both.chunks_exact_mut(dim)) {
+                // SAFETY: `slot` is inside scratch, which this task owns.
+                unsafe { target.copy_from_slice(std::slice::from_raw_parts(source.add(slot * width), dim)) };
+            }
+        }
+        for row in 0..rows {
+            let starts = kv_columns(&shape, self.span.row_start + row, self.kv_head);
+            for (source, start) in [dkeys, dvalues].into_iter().zip(starts) {
+                // SAFETY: the columns of a key/value head belong to one task; slots are inside scratch.
                 unsafe {
                     let target = self.dqkv.range(start..start + dim).as_mut_ptr();
-                    std::ptr::copy_nonoverlapping(source.add(row * width), target, dim);
+                    std::ptr::copy_nonoverlapping(source.add((before + row) * width), target, dim);
                 }
             }
         }
     }
 }
 
-impl Kernel for &Task<'_> {
+/// Where the keys and the values of a row's key/value head begin in the fused rows.
+fn kv_columns(shape: &AttnShape, row: usize, kv_head: usize) -> [usize; 2] {
+    let keys = row * shape.qkv_dim() + (shape.num_heads + kv_head) * shape.head_dim;
+    [keys, keys + shape.num_kv_heads * shape.head_dim]
+}
+
+impl Kernel for &mut Task<'_> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Sizes { rows, block_rows, .. } = self.sizes;
+        let Sizes { rows, before, block_rows, .. } = self.sizes;
         // SAFETY: the family's features are enabled, and scratch has the task's sizes.
         unsafe {
             for first in (0..rows).step_by(block_rows) {
                 let count = block_rows.min(rows - first);
                 self.load_block::<S>(first, count);
-                let (seen, _) = visible(&self.args.shape, first);
-                let end_tile = (first + count).div_ceil(TILE);
+                let (seen, _) = visible(&self.args.shape, before + first);
+                let end_tile = (before + first + count).div_ceil(TILE);
                 let mut tile = seen / TILE;
                 while tile < end_tile {
                     let chunk_end = (tile / (CHUNK / TILE) + 1) * (CHUNK / TILE);
@@ -322,21 +345,86 @@ impl Kernel for &Task<'_> {
     }
 }
 
+/// The parts of all tasks that a later pass adds up.
+struct Parts<'a> {
+    args: &'a AttentionGrad<'a>,
+    /// Where the parts of each span begin; those of its key/value heads follow one another.
+    starts: Vec<usize>,
+    len: usize,
+}
+
+impl<'a> Parts<'a> {
+    fn new(args: &'a AttentionGrad<'a>) -> Self {
+        let mut parts = Parts { args, starts: Vec::with_capacity(args.spans.len()), len: 0 };
+        for span in 0..args.spans.len() {
+            parts.starts.push(parts.len);
+            parts.len += args.shape.num_kv_heads * parts.head_len(span);
+        }
+        parts
+    }
+
+    /// Slots before the span that its first row sees, and with it all that any of its rows sees.
+    fn slots(&self, span: usize) -> Range<usize> {
+        let before = self.args.spans[span].first_slot;
+        visible(&self.args.shape, before).0.min(before)..before
+    }
+
+    fn head_len(&self, span: usize) -> usize {
+        if self.args.spans[span].num_rows == 0 { 0 } else { self.slots(span).len() * 2 * self.args.shape.head_dim }
+    }
+
+    fn range(&self, span: usize, kv_head: usize) -> Range<usize> {
+        let (start, len) = (self.starts[span], self.head_len(span));
+        start + kv_head * len..start + (kv_head + 1) * len
+    }
+
+    /// Add what all spans hold of the gradients of keys and values of `rows`, spans ascending.
+    fn add_to(&self, memory: &[f32], rows: Range<usize>, dqkv: SharedMut<'_, f32>) {
+        let (shape, dim) = (&self.args.shape, self.args.shape.head_dim);
+        for (index, prefix) in self.args.prefixes.iter().enumerate() {
+            let first = prefix.partition_point(|row| (*row as usize) < rows.start);
+            let end = prefix.partition_point(|row| (*row as usize) < rows.end);
+            let slots = self.slots(index);
+            if self.head_len(index) == 0 {
+                continue;
+            }
+            for slot in first.max(slots.start)..end {
+                for kv_head in 0..shape.num_kv_heads {
+                    let part = &memory[self.range(index, kv_head)][(slot - slots.start) * 2 * dim..][..2 * dim];
+                    let starts = kv_columns(shape, prefix[slot] as usize, kv_head);
+                    for (source, start) in part.chunks_exact(dim).zip(starts) {
+                        // SAFETY: the rows of different tasks are disjoint.
+                        let target = unsafe { dqkv.range(start..start + dim) };
+                        target.iter_mut().zip(source).for_each(|(sum, x)| *sum += x);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What one task writes.
+struct Outputs<'a> {
+    dqkv: SharedMut<'a, f32>,
+    part: &'a mut [f32],
+}
+
 fn run_task<E: KvElement>(
     dev: &CpuDevice,
     args: &AttentionGrad<'_>,
     (span, kv_head): (&SeqSpan<'_>, usize),
     data: &[E],
-    dqkv: SharedMut<'_, f32>,
+    outputs: Outputs<'_>,
 ) {
     let layout = &args.cache.pool.layout;
     let (heads, dim) = (args.shape.num_heads / args.shape.num_kv_heads, args.shape.head_dim);
-    let (rows, block_rows, width) = (span.num_rows, (PAIRS / heads).max(1), layout.value_stride);
-    let sizes = Sizes { rows, tiles: rows.div_ceil(TILE), heads, block_rows, dim, width };
+    let (rows, before, block_rows, width) =
+        (span.num_rows, span.first_slot, (PAIRS / heads).max(1), layout.value_stride);
+    let sizes = Sizes { rows, before, tiles: (before + rows).div_ceil(TILE), heads, block_rows, dim, width };
     with_scratch(sizes.lens().iter().sum(), |memory| {
         let scratch = sizes.split(memory);
         let pair_tiles = (block_rows * heads).div_ceil(TILE);
-        let task = Task {
+        let mut task = Task {
             keys_by_dim: tile_table(scratch.keys_by_dim, sizes.tiles, TILE * dim),
             values_by_dim: tile_table(scratch.values_by_dim, sizes.tiles, TILE * dim),
             keys: tile_table(scratch.keys, sizes.tiles, TILE * width),
@@ -345,34 +433,54 @@ fn run_task<E: KvElement>(
             args,
             span,
             kv_head,
-            dqkv,
+            dqkv: outputs.dqkv,
+            part: outputs.part,
             sizes,
             scratch,
         };
         dev.isa.run(Gather { task: &task, data, layout });
-        dev.isa.run(&task);
+        dev.isa.run(&mut task);
     });
+}
+
+/// Assert that the arguments fit together, so that tasks may trust them.
+fn check(args: &AttentionGrad<'_>, rows: usize, dqkv: &[f32]) {
+    let shape = args.shape;
+    check_spans(shape, args.spans, rows, (args.cache, args.layer));
+    assert_eq!(dqkv.len(), args.qkv.len(), "gradient of {rows} fused rows");
+    assert!(args.out.len() == rows * shape.out_dim() && args.dout.len() == args.out.len(), "outputs of {rows} rows");
+    assert_eq!(args.lse.len(), rows * shape.num_heads, "log-sum-exps of {rows} rows");
+    assert_eq!(args.prefixes.len(), args.spans.len(), "rows before each of the spans");
+    for (span, prefix) in args.spans.iter().zip(args.prefixes) {
+        assert_eq!(prefix.len(), span.first_slot, "rows that stand before {span:?}");
+        let ascending = prefix.windows(2).all(|two| two[0] < two[1]);
+        assert!(ascending && prefix.last().is_none_or(|row| (*row as usize) < rows), "rows that stand before {span:?}");
+    }
 }
 
 /// Gradient with respect to the fused rows (queries, keys and values after RoPE) of every span, written.
 ///
 /// # Panics
-/// If a span does not start at slot 0.
+/// If the parts of `args` disagree.
 pub(crate) fn attention_grad(dev: &CpuDevice, args: AttentionGrad<'_>, dqkv: &mut [f32]) {
     let shape = args.shape;
     let rows = args.qkv.len() / shape.qkv_dim();
-    check_spans(shape, args.spans, rows, (args.cache, args.layer));
-    assert!(args.spans.iter().all(|span| span.first_slot == 0), "a backward needs whole sequences");
-    assert_eq!(dqkv.len(), args.qkv.len(), "gradient of {rows} fused rows");
-    assert!(args.out.len() == rows * shape.out_dim() && args.dout.len() == args.out.len(), "outputs of {rows} rows");
-    assert_eq!(args.lse.len(), rows * shape.num_heads, "log-sum-exps of {rows} rows");
-    let spans: Vec<&SeqSpan<'_>> = args.spans.iter().filter(|span| span.num_rows > 0).collect();
-    let dqkv = SharedMut::new(dqkv);
+    check(&args, rows, dqkv);
+    let spans: Vec<usize> = (0..args.spans.len()).filter(|index| args.spans[*index].num_rows > 0).collect();
+    let parts = Parts::new(&args);
+    let mut memory = vec![0.0; parts.len];
+    let (dqkv, shared) = (SharedMut::new(dqkv), SharedMut::new(&mut memory));
     dev.pool.run(spans.len() * shape.num_kv_heads, &|index| {
-        let task = (spans[index / shape.num_kv_heads], index % shape.num_kv_heads);
+        let (span, kv_head) = (spans[index / shape.num_kv_heads], index % shape.num_kv_heads);
+        // SAFETY: every task has a range of its own.
+        let outputs = Outputs { dqkv, part: unsafe { shared.range(parts.range(span, kv_head)) } };
+        let task = (&args.spans[span], kv_head);
         match &args.cache.pool.data {
-            KvData::F32(data) => run_task(dev, &args, task, data, dqkv),
-            KvData::Bf16(data) => run_task(dev, &args, task, data, dqkv),
+            KvData::F32(data) => run_task(dev, &args, task, data, outputs),
+            KvData::Bf16(data) => run_task(dev, &args, task, data, outputs),
         }
     });
+    if parts.len > 0 {
+        for_ranges(dev, rows, ROWS_PER_SUM, |rows| parts.add_to(&memory, rows, dqkv));
+    }
 }

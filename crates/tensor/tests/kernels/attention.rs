@@ -207,6 +207,7 @@ fn run_grad(
         cache: &cache,
         layer: 1,
         spans: &spans,
+        prefixes: &vec![&[][..]; spans.len()],
         shape,
     };
     let mut dqkv = dev.upload(&vec![7.0; qkv.len()]);
@@ -266,5 +267,50 @@ fn gradient_bits_do_not_depend_on_threads_family_blocks_or_batch_mates() {
         let dout = &dout[71 * shape.out_dim()..371 * shape.out_dim()];
         let alone = run_grad(&device(2), &qkv[start..end], dout, (shape, DType::F32, 16), &[300]);
         assert_bits(&alone, &want[start..end], "the third sequence alone");
+    }
+}
+
+/// Two spans after the same eleven rows: gradients of the shared keys and values come from all three.
+#[test]
+fn shared_rows_gain_the_gradients_of_every_span_after_them() {
+    for (shape, dtype) in [(shape(4, 2, 4, None), DType::F32), (shape(3, 1, 6, Some(7)), DType::F32)] {
+        let (dev, width, lens) = (device(2), shape.qkv_dim(), [11, 9, 6]);
+        let rows: usize = lens.iter().sum();
+        let (qkv, dout) = (random(rows * width, 48, 1.0), random(rows * shape.out_dim(), 49, 1.0));
+        let mut cache = cache(&dev, &shape, 16, 5, dtype);
+        poison(&dev, &mut cache, shape);
+        let span = |row_start, num_rows, first_slot, blocks| SeqSpan { row_start, num_rows, first_slot, blocks };
+        let spans = [span(0, 11, 0, &[4][..]), span(11, 9, 11, &[1, 3]), span(20, 6, 11, &[2, 0])];
+        let (x, d) = (dev.upload(&qkv), dev.upload(&dout));
+        let (mut out, mut lse) = (dev.zeros(dout.len()), dev.zeros(rows * shape.num_heads));
+        let copies = [span(0, 11, 0, &[1, 3][..]), span(0, 11, 0, &[2, 0])];
+        dev.kv_append(x.all(), shape, &[&spans[..], &copies].concat(), &mut cache, 1);
+        dev.attention(x.all(), (&cache, 1), shape, &spans, (out.all_mut(), Some(lse.all_mut())));
+        let shared: Vec<u32> = (0..11).collect();
+        let (out, lse, dout_view) = (out.all(), lse.all(), d.all());
+        let prefixes = &[&[][..], &shared, &shared];
+        let args = AttentionGrad {
+            qkv: x.all(),
+            out,
+            lse,
+            dout: dout_view,
+            cache: &cache,
+            layer: 1,
+            spans: &spans,
+            prefixes,
+            shape,
+        };
+        let mut got = dev.upload(&vec![7.0; qkv.len()]);
+        dev.attention_grad(args, got.all_mut());
+        let loss = |qkv: &[f64]| {
+            let of = |own: std::ops::Range<usize>| {
+                let sequence = [&qkv[..11 * width], &qkv[own.start * width..own.end * width]].concat();
+                let (out, own_dout) = (reference::attention(&sequence, &shape).0, &dout[own.start * shape.out_dim()..]);
+                dot(&out[11 * shape.out_dim()..], &own_dout[..own.len() * shape.out_dim()])
+            };
+            let prompt = reference::attention(&qkv[..11 * width], &shape).0;
+            dot(&prompt, &dout[..prompt.len()]) + of(11..20) + of(20..26)
+        };
+        assert_close(&host(&dev, &got), &finite_differences(&qkv, loss), (1e-4, 1e-5), &format!("{shape:?}"));
     }
 }
