@@ -111,6 +111,7 @@ fn text_row(index: u64, text: &str) -> PromptRow {
         completion: None,
         chosen: None,
         rejected: None,
+        label: None,
     }
 }
 

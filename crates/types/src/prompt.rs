@@ -45,4 +45,6 @@ pub struct PromptRow {
     pub chosen: Option<PromptContent>,
     /// The other response, where the row has one.
     pub rejected: Option<PromptContent>,
+    /// Whether `completion` is a desirable response, where the row says so.
+    pub label: Option<bool>,
 }

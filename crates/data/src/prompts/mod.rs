@@ -10,6 +10,7 @@
 //! | `reward_model.ground_truth`, else `ground_truth`, else `answer` | `ground_truth`; JSON text unless a string |
 //! | `extra_info` | JSON text |
 //! | `ability`, `completion`, `chosen`, `rejected` | the same |
+//! | `label` | the same, where it is true or false |
 //!
 //! Where `prompt` is missing and `chosen` and `rejected` are conversations, the messages that both begin with are the
 //! prompt (TRL's implicit prompt).
@@ -24,7 +25,7 @@ use std::path::{Path, PathBuf};
 use temper_types::{PromptId, PromptRow};
 
 /// Columns that are read; all others are ignored.
-const COLUMNS: [&str; 11] = [
+const COLUMNS: [&str; 12] = [
     "prompt",
     "prompt_token_ids",
     "data_source",
@@ -36,6 +37,7 @@ const COLUMNS: [&str; 11] = [
     "completion",
     "chosen",
     "rejected",
+    "label",
 ];
 
 /// Columns of which a dataset must have at least one set to hold prompts.

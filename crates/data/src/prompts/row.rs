@@ -53,6 +53,7 @@ pub(super) fn parse(
         completion: content(fields, "completion")?,
         chosen,
         rejected,
+        label: label(fields)?,
     })
 }
 
@@ -66,6 +67,15 @@ fn text(fields: &Map<String, Value>, column: &str) -> Result<Option<String>, Pro
         None => Ok(None),
         Some(Value::String(text)) => Ok(Some(text.clone())),
         Some(other) => problem(column, format!("{} where a string is expected", kind(other))),
+    }
+}
+
+fn label(fields: &Map<String, Value>) -> Result<Option<bool>, Problem> {
+    match present(fields, "label") {
+        None => Ok(None),
+        Some(Value::Bool(label)) => Ok(Some(*label)),
+        // Classification datasets number their labels; such a column is no preference.
+        Some(_) => Ok(None),
     }
 }
 

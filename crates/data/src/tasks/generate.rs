@@ -1,11 +1,15 @@
 //! Drawing one problem: prompt and answer, its demonstration and its corruption.
 
-use super::{Demonstration, Split, TEST_SHARE, Task};
+use super::{Demonstration, Split, TEST_SHARE, Task, WrongAnswer};
 use crate::Error;
 use temper_types::Philox;
 
 /// Draws tried before a split counts as empty; a split that exists holds a tenth of the contents or so.
 const MAX_DRAWS: u64 = 4096;
+
+/// Orders of the digits tried before they count as all equal: a list with two unequal digits has a wrong order in at
+/// least half of the draws.
+const MAX_ORDERS: usize = 64;
 
 /// What the noise of a row is used for; each use has counters of its own.
 #[derive(Debug, Clone, Copy)]
@@ -13,6 +17,8 @@ enum Use {
     Content = 0,
     Permutation = 1,
     Corruption = 2,
+    WrongKind = 3,
+    WrongOrder = 4,
 }
 
 /// Noise of one row, drawn number by number.
@@ -97,18 +103,35 @@ impl Problem {
         match kind {
             Demonstration::None => None,
             Demonstration::Solution => Some(self.answer.clone()),
-            Demonstration::RandomPermutation => Some(self.permuted()),
+            Demonstration::RandomPermutation => {
+                Some(self.permuted(&mut Noise::new(self.task, self.seed, self.index, Use::Permutation)))
+            }
         }
     }
 
     /// The answer's digits in random order, a sign left in front.
-    fn permuted(&self) -> String {
-        let mut noise = Noise::new(self.task, self.seed, self.index, Use::Permutation);
+    fn permuted(&self, noise: &mut Noise) -> String {
         self.with_digits(|digits| {
             for last in (1..digits.len()).rev() {
                 digits.swap(last, noise.below(last as u64 + 1) as usize);
             }
         })
+    }
+
+    /// A wrong answer of the given kind. Where no order of the digits is wrong, a digit is changed.
+    pub fn wrong(&self, kind: WrongAnswer) -> String {
+        let noise = |purpose| Noise::new(self.task, self.seed, self.index, purpose);
+        let permute = match kind {
+            WrongAnswer::NearMiss => false,
+            WrongAnswer::RandomPermutation => true,
+            WrongAnswer::Mixed => noise(Use::WrongKind).below(2) == 1,
+        };
+        if !permute {
+            return self.corrupted();
+        }
+        let mut noise = noise(Use::WrongOrder);
+        let mut orders = (0..MAX_ORDERS).map(|_| self.permuted(&mut noise));
+        orders.find(|order| *order != self.answer).unwrap_or_else(|| self.corrupted())
     }
 
     /// A wrong answer that looks right: two unequal digits exchanged, or, where all are equal, one of them changed.

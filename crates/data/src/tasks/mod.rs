@@ -87,6 +87,19 @@ pub enum Demonstration {
     Solution,
 }
 
+/// What a wrong answer of a preference looks like; it always differs from the right one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum WrongAnswer {
+    /// The answer with two digits exchanged, or one changed where all are equal.
+    #[default]
+    NearMiss,
+    /// The answer's digits in random order.
+    RandomPermutation,
+    /// One or the other, by the row's noise.
+    Mixed,
+}
+
 /// A generated dataset, as it stands in a recipe.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -104,9 +117,16 @@ pub struct TaskConfig {
     /// What `completion` shows.
     #[serde(default)]
     pub demonstration: Demonstration,
-    /// Rows get `chosen` (the answer) and `rejected` (the answer with two digits exchanged, or one changed).
+    /// Rows get `chosen` (the answer) and `rejected` (a wrong answer).
     #[serde(default)]
     pub preferences: bool,
+    /// Rows get a `completion` with its `label` in turn: the answer (true), a wrong answer (false). Excludes
+    /// `demonstration`.
+    #[serde(default)]
+    pub unpaired: bool,
+    /// What the wrong answers of `preferences` and `unpaired` look like.
+    #[serde(default)]
+    pub wrong_answer: WrongAnswer,
 }
 
 impl Task {
@@ -167,6 +187,11 @@ impl TaskConfig {
             let task = self.generator.name();
             return Err(Error::Task { task, key: "num_rows", value: "0".to_owned(), expected: "at least 1" });
         }
+        if self.unpaired && self.demonstration != Demonstration::None {
+            let (task, value) = (self.generator.name(), "true".to_owned());
+            let expected = "no `demonstration` beside it: both write `completion`";
+            return Err(Error::Task { task, key: "unpaired", value, expected });
+        }
         Ok(())
     }
 
@@ -177,7 +202,9 @@ impl TaskConfig {
     pub fn row(&self, index: u64) -> Result<PromptRow, Error> {
         self.validate()?;
         let problem = Problem::draw(self.generator, self.split, self.seed, index)?;
-        let answer = || Some(PromptContent::Text(problem.answer.clone()));
+        let right = || Some(PromptContent::Text(problem.answer.clone()));
+        let wrong = || Some(PromptContent::Text(problem.wrong(self.wrong_answer)));
+        let label = self.unpaired.then_some(index.is_multiple_of(2));
         Ok(PromptRow {
             prompt_id: PromptId(index),
             data_source: format!("temper/{}", self.generator.name()),
@@ -185,9 +212,14 @@ impl TaskConfig {
             ability: None,
             ground_truth: Some(problem.answer.clone()),
             extra_info: Some(format!("{{\"split\":\"{}\",\"index\":{index}}}", self.split.name())),
-            completion: problem.demonstration(self.demonstration).map(PromptContent::Text),
-            chosen: if self.preferences { answer() } else { None },
-            rejected: self.preferences.then(|| PromptContent::Text(problem.corrupted())),
+            completion: match label {
+                None => problem.demonstration(self.demonstration).map(PromptContent::Text),
+                Some(true) => right(),
+                Some(false) => wrong(),
+            },
+            chosen: if self.preferences { right() } else { None },
+            rejected: if self.preferences { wrong() } else { None },
+            label,
         })
     }
 

@@ -6,7 +6,16 @@ const REVERSE: Task = Task::ReverseDigits { min_digits: 3, max_digits: 5 };
 const SUM: Task = Task::ChainSum { min_terms: 2, max_terms: 4, min_digits: 1, max_digits: 3 };
 
 fn config(generator: Task, split: Split, num_rows: u64, seed: u64) -> TaskConfig {
-    TaskConfig { generator, split, num_rows, seed, demonstration: Demonstration::None, preferences: false }
+    TaskConfig {
+        generator,
+        split,
+        num_rows,
+        seed,
+        demonstration: Demonstration::None,
+        preferences: false,
+        unpaired: false,
+        wrong_answer: WrongAnswer::NearMiss,
+    }
 }
 
 fn text(content: &Option<PromptContent>) -> &str {
@@ -116,15 +125,33 @@ fn permutations_show_the_format_without_the_skill() {
 #[test]
 fn rejected_responses_are_wrong_and_as_long() {
     for task in [SORT, REVERSE, SUM, Task::SortDigits { min_digits: 1, max_digits: 2 }] {
-        let mut preferring = config(task, Split::Train, 300, 4);
-        preferring.preferences = true;
-        for row in preferring.rows().expect("the task is valid") {
-            let (chosen, rejected) = (text(&row.chosen), text(&row.rejected));
-            assert_eq!(Some(chosen), row.ground_truth.as_deref());
-            assert_ne!(chosen, rejected);
-            assert_eq!(chosen.len(), rejected.len());
+        for wrong_answer in [WrongAnswer::NearMiss, WrongAnswer::RandomPermutation, WrongAnswer::Mixed] {
+            let preferring = TaskConfig { preferences: true, wrong_answer, ..config(task, Split::Train, 300, 4) };
+            for row in preferring.rows().expect("the task is valid") {
+                let (chosen, rejected) = (text(&row.chosen), text(&row.rejected));
+                assert_eq!(Some(chosen), row.ground_truth.as_deref());
+                assert_ne!(chosen, rejected, "{wrong_answer:?}");
+                assert_eq!(chosen.len(), rejected.len());
+            }
         }
     }
+}
+
+/// The unpaired form of a preference set: the same prompts, right and wrong answers in turn.
+#[test]
+fn unpaired_rows_carry_the_label_of_their_completion() {
+    let pairs = TaskConfig { preferences: true, ..config(SORT, Split::Train, 200, 4) };
+    let unpaired = TaskConfig { preferences: false, unpaired: true, ..pairs.clone() };
+    let rows = unpaired.rows().expect("the task is valid");
+    for (pair, row) in pairs.rows().expect("the task is valid").iter().zip(&rows) {
+        let expected = if row.label == Some(true) { &pair.chosen } else { &pair.rejected };
+        assert_eq!((prompt(row), &row.completion), (prompt(pair), expected));
+        assert!(row.chosen.is_none() && row.rejected.is_none() && pair.label.is_none());
+    }
+    assert_eq!(rows.iter().filter(|row| row.label == Some(true)).count(), 100);
+    let both = TaskConfig { demonstration: Demonstration::Solution, ..unpaired };
+    let error = both.rows().expect_err("two writers of one column").to_string();
+    assert!(error.contains("unpaired = true: expected no `demonstration`"), "{error}");
 }
 
 #[test]
