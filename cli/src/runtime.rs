@@ -111,17 +111,18 @@ pub struct Runtime {
     pub device: Arc<dyn Device>,
 }
 
-/// Load the model and start the services of embedded mode.
+/// Load the model and start the services of embedded mode for a run in `run_dir`.
 ///
 /// # Errors
 /// A model file that is missing or damaged, or a reward that cannot be compiled.
-pub fn embedded(recipe: &Recipe, report: &CheckReport, model_dir: &Path) -> Result<Runtime> {
+pub fn embedded(recipe: &Recipe, report: &CheckReport, (model_dir, run_dir): (&Path, &Path)) -> Result<Runtime> {
     let device = device(recipe.placement.threads);
     let dtype = recipe.dtype.resolve(device.info().native_bf16);
     let text = Arc::new(LocalText::load(model_dir)?);
     let vocab_size = temper_actor::ModelConfig::load(model_dir)?.vocab_size;
     let masked = text.tokenizer().missing_ids(vocab_size);
-    let trainer = Trainer::load(Arc::clone(&device), model_dir, dtype, masked)?;
+    let mut trainer = Trainer::load(Arc::clone(&device), model_dir, dtype, masked)?;
+    trainer.save_non_finite_to(run_dir.join("non_finite"));
     let initial = trainer.version().hash;
     let bytes = text.token_byte_table(vocab_size);
     let rollout =

@@ -26,6 +26,14 @@ pub enum Error {
         /// What its elements sum to.
         sum_squares: f64,
     },
+    /// A loss or gradient is not finite, and the mini-batch was kept. No weight has changed.
+    #[error("{cause}; {saved}")]
+    NonFiniteBatch {
+        /// What was not finite.
+        cause: Box<Error>,
+        /// Where the mini-batch is now, or why it was not saved.
+        saved: String,
+    },
     /// A model file cannot be read or written.
     #[error(transparent)]
     Actor(#[from] temper_actor::Error),
@@ -69,12 +77,25 @@ impl Error {
         move |source| Error::Io { operation, path, source }
     }
 
+    /// True where a loss or gradient was not finite.
+    pub(crate) fn is_non_finite(&self) -> bool {
+        matches!(self, Error::Objective(temper_algos::Error::NonFinite { .. }) | Error::NonFiniteGradient { .. })
+    }
+
+    /// The error of a micro-batch that begins at `first` row of the mini-batch, with rows counted in the latter.
+    pub(crate) fn in_rows_from(mut self, first: usize) -> Self {
+        if let Error::Objective(temper_algos::Error::NonFinite { row, .. }) = &mut self {
+            *row += first;
+        }
+        self
+    }
+
     fn code(&self) -> ErrorCode {
         match self {
             Error::Invalid { .. } => ErrorCode::InvalidArgument,
-            Error::Objective(temper_algos::Error::NonFinite { .. }) | Error::NonFiniteGradient { .. } => {
-                ErrorCode::NonFinite
-            }
+            Error::Objective(temper_algos::Error::NonFinite { .. })
+            | Error::NonFiniteGradient { .. }
+            | Error::NonFiniteBatch { .. } => ErrorCode::NonFinite,
             Error::Objective(_) => ErrorCode::InvalidArgument,
             Error::Actor(_) | Error::Io { .. } | Error::State { .. } | Error::WrongWeights { .. } => {
                 ErrorCode::DataLoss

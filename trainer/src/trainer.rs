@@ -1,6 +1,7 @@
 //! The trainer itself: masters, gradients, moments, and one update.
 
 use crate::micro_batch::{Columns, check, split, train_batch};
+use crate::non_finite::{Place, keep_batch};
 use crate::{Error, state_io};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -55,6 +56,7 @@ pub struct Trainer {
     arena: TrainArena,
     stage: Option<Stage>,
     max_micro_batch_tokens: usize,
+    non_finite_dir: Option<PathBuf>,
 }
 
 /// Gradient of one micro-batch's outputs.
@@ -89,7 +91,13 @@ impl Trainer {
             arena: TrainArena::new(),
             stage: None,
             max_micro_batch_tokens: 4096,
+            non_finite_dir: None,
         })
+    }
+
+    /// Save a mini-batch whose loss or gradient is not finite as `step-N.json` in `dir`, which is made when it is needed.
+    pub fn save_non_finite_to(&mut self, dir: PathBuf) {
+        self.non_finite_dir = Some(dir);
     }
 
     /// The packed weights, to share with an engine.
@@ -166,12 +174,13 @@ impl Trainer {
     /// One optimizer step over a mini-batch. On an error no weight has changed.
     ///
     /// # Errors
-    /// No stage, a bad row, or a loss or gradient that is not finite.
+    /// No stage, a bad row, or a loss or gradient that is not finite; see [`Trainer::save_non_finite_to`].
     pub fn update(&mut self, batch: &MiniBatch) -> Result<UpdateReport, Error> {
         let stage = self.stage.take().ok_or_else(|| Error::invalid("update", "no stage has begun"))?;
         let result = self.update_in(&stage, batch);
         self.stage = Some(stage);
-        result
+        let place = self.non_finite_dir.as_deref().map(|dir| Place { dir, step: self.version().number + 1 });
+        result.map_err(|error| keep_batch(error, batch, place))
     }
 
     fn update_in(&mut self, stage: &Stage, batch: &MiniBatch) -> Result<UpdateReport, Error> {
@@ -205,7 +214,7 @@ impl Trainer {
         let mut first_token = 0;
         let sequences = batch.rows.iter().map(|row| &row.sequence);
         for range in split(sequences, stage.max_micro_batch_tokens) {
-            let rows = &batch.rows[range];
+            let (first_row, rows) = (range.start, &batch.rows[range]);
             let num_tokens: usize = rows.iter().map(|row| row.sequence.response_token_ids.len()).sum();
             let tokens = first_token..first_token + num_tokens;
             first_token = tokens.end;
@@ -218,7 +227,8 @@ impl Trainer {
             let gradients = match &whole {
                 Some(out) => slice_gradients(out, tokens),
                 None => {
-                    let out = evaluate(&stage.objective, rows, (&stats.log_probs, &stats.entropies), &counts)?;
+                    let out = evaluate(&stage.objective, rows, (&stats.log_probs, &stats.entropies), &counts)
+                        .map_err(|error| error.in_rows_from(first_row))?;
                     report.loss += out.loss;
                     metrics.merge(&out.metrics);
                     let all = 0..num_tokens;

@@ -288,3 +288,45 @@ fn a_loss_that_is_not_finite_changes_no_weight() {
     let error = service.update(batch).expect_err("no such id");
     assert!(error.to_string().contains("token id 96"), "{error}");
 }
+
+/// A loss, and a gradient behind a finite loss, that are not finite: the whole mini-batch lies in the file that the
+/// error names.
+#[test]
+fn a_batch_that_is_not_finite_is_saved() {
+    let run = fixture("llama", "ppo_actor");
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let mut trainer = trainer("llama", DType::F32);
+    trainer.save_non_finite_to(dir.path().join("non_finite"));
+    trainer.begin_stage(stage(&run, 20, false)).expect("a stage");
+    let last = mini_batch(&run).rows.len() - 1;
+    for (version, bad, text) in [(4, f64::NAN, "NaN"), (5, f64::INFINITY, "inf"), (6, 1e300, "300")] {
+        trainer.publish(version);
+        let mut batch = mini_batch(&run);
+        batch.rows[last].advantages[0] = bad;
+        let error = trainer.update(&batch).expect_err("not finite").to_string();
+        let path = dir.path().join("non_finite").join(format!("step-{}.json", version + 1));
+        assert!(error.ends_with(&format!("; the mini-batch was saved to {}", path.display())), "{error}");
+        let saved = std::fs::read_to_string(&path).expect("the file is there");
+        let saved: Value = serde_json::from_str(&saved).expect("JSON");
+        assert!(error.starts_with(saved["error"].as_str().expect("text")), "{error}");
+        let rows = saved["rows"].as_array().expect("rows");
+        assert_eq!(rows.len(), last + 1);
+        let place = if bad.is_finite() { "the gradient of `".to_owned() } else { format!("of row {last}, token 0") };
+        assert!(error.contains(&place), "{error}: expected {place}");
+        let value = rows[last]["advantages"][0].to_string();
+        assert!(value.contains(text), "{value}: expected {text}");
+        for (row, sent) in rows.iter().zip(&batch.rows) {
+            assert_eq!(row["response_token_ids"], serde_json::json!(sent.sequence.response_token_ids));
+            assert_eq!(row["prompt_token_ids"], serde_json::json!(sent.sequence.prompt_token_ids));
+            let old: Vec<f32> = serde_json::from_value(row["old_log_probs"].clone()).expect("numbers");
+            assert_eq!(old, sent.old_log_probs);
+            assert_eq!(row.get("returns"), None);
+        }
+    }
+    std::fs::remove_dir_all(dir.path().join("non_finite")).expect("removed");
+    std::fs::write(dir.path().join("non_finite"), "in the way").expect("writable");
+    let mut batch = mini_batch(&run);
+    batch.rows[0].advantages[0] = f64::NAN;
+    let error = trainer.update(&batch).expect_err("not finite").to_string();
+    assert!(error.contains("the mini-batch was not saved: cannot create"), "{error}");
+}

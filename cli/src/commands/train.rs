@@ -97,7 +97,7 @@ impl Train {
         resume: Option<&CheckpointInfo>,
     ) -> anyhow::Result<RunOutcome> {
         let model_dir = runtime::initial_model(recipe, dir.root())?;
-        let runtime = runtime::embedded(recipe, report, &model_dir)?;
+        let runtime = runtime::embedded(recipe, report, (&model_dir, dir.root()))?;
         announce(&runtime, &report.summary, dir.root());
         let num_steps = recipe.stages.iter().map(temper_controller::Stage::steps).sum();
         let mut controller = Controller::new(runtime.spec, runtime.services, dir, Arc::new(SystemClock::default()))?;
