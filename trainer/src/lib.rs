@@ -5,8 +5,8 @@
 //! prompts, rewards or the loop.
 //!
 //! Invariants: only this crate changes weights · an update happens whole or not at all: a loss or gradient that is not
-//! finite stops before the first parameter moves, with the mini-batch saved · the packed weights that engines read are swapped at the end of an
-//! update, under a write lock.
+//! finite stops before the first parameter moves, with the mini-batch saved · the packed weights that engines read are
+//! swapped at the end of an update, under a write lock.
 
 mod error;
 mod micro_batch;

@@ -95,7 +95,7 @@ impl Trainer {
         })
     }
 
-    /// Save a mini-batch whose loss or gradient is not finite as `step-N.json` in `dir`, which is made when it is needed.
+    /// Save a mini-batch whose loss or gradient is not finite as `step-N.json` in `dir`, made when it is needed.
     pub fn save_non_finite_to(&mut self, dir: PathBuf) {
         self.non_finite_dir = Some(dir);
     }
