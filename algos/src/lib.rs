@@ -10,6 +10,7 @@
 mod advantages;
 mod batch;
 pub mod catalog;
+mod curriculum;
 pub mod distill;
 pub mod distribution;
 mod error;
@@ -28,6 +29,7 @@ mod plan;
 pub mod preference;
 pub mod rollout_correction;
 mod schedule;
+mod selection;
 mod sft;
 mod value;
 
@@ -37,6 +39,7 @@ pub use advantages::{
     baselined, compute_advantages, function_advantages, function_rloo, rewards_with_kl, unwhitened_gae,
 };
 pub use batch::{TokenBatch, widen};
+pub use curriculum::{CurriculumConfig, PassRate, PassRates};
 pub use error::Error;
 pub use kl::{
     Dual, KlController, KlControllerConfig, KlControllerType, KlInRewardConfig, KlType, PenalisedRewards,
@@ -54,5 +57,6 @@ pub use rollout_correction::{
     BypassLoss, CorrectionOutput, IsLevel, RolloutCorrectionConfig, Threshold, rollout_correction,
 };
 pub use schedule::{LrScheduleConfig, ScheduleType};
+pub use selection::{BestOfNConfig, PfPpoConfig};
 pub use sft::{SftLossType, TokenLoss, sft_loss};
 pub use value::{ValueLossConfig, ValueLossInput, ValueLossOutput, value_loss};

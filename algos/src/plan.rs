@@ -4,6 +4,7 @@ use crate::advantages::{AdvEstimator, AdvantageConfig};
 use crate::filters::{FilterGroupsConfig, OverlongConfig};
 use crate::kl::KlInRewardConfig;
 use crate::loss::{LossMode, PolicyLossConfig};
+use crate::selection::{BestOfNConfig, PfPpoConfig};
 use crate::{Error, KlController};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -47,6 +48,10 @@ pub struct AlgorithmConfig {
     pub filter_groups: FilterGroupsConfig,
     /// Penalty for long responses.
     pub overlong: OverlongConfig,
+    /// Only the best and the worst samples of a group.
+    pub best_of_n: BestOfNConfig,
+    /// Rows drawn by their scores.
+    pub pf_ppo: PfPpoConfig,
     /// Leave responses that reached the length limit out of the loss.
     pub mask_truncated_completions: bool,
 }
@@ -56,6 +61,8 @@ pub struct AlgorithmConfig {
 pub struct Plan {
     /// Log-probs at the start of the step, by the trainer.
     pub old_log_probs: bool,
+    /// They are needed of every row before the first update.
+    pub old_log_probs_first: bool,
     /// Log-probs by the engine enter the weights, the mask or the loss.
     pub rollout_log_probs: bool,
     /// Rollout correction runs once a step, on the log-probs at its start.
@@ -91,7 +98,22 @@ impl AlgorithmConfig {
         self.advantage.validate()?;
         self.policy_loss.validate()?;
         KlController::new(&self.kl_in_reward.kl_ctrl)?;
+        self.pf_ppo.validate()?;
+        self.check_best_of_n()?;
         self.overlong.validate()
+    }
+
+    fn check_best_of_n(&self) -> Result<(), Error> {
+        let smallest = match grouping(self.advantage.adv_estimator) {
+            Grouping::None => 1,
+            Grouping::Group { min_size } => min_size as usize,
+        };
+        let kept = self.best_of_n.num_kept();
+        if self.best_of_n.is_active() && kept < smallest {
+            let expected = "best + worst of 2 or more: this estimator compares the samples of a group";
+            return Err(Error::setting("best_of_n", kept, expected));
+        }
+        Ok(())
     }
 
     /// What this algorithm needs.
@@ -100,12 +122,16 @@ impl AlgorithmConfig {
         let token_baseline =
             matches!(estimator, AdvEstimator::OptimalTokenBaseline | AdvEstimator::TirOptimalTokenBaseline);
         let bypass = self.policy_loss.loss_mode == LossMode::BypassMode;
+        let values = estimator == AdvEstimator::Gae;
+        let rollout_correction = !bypass && self.policy_loss.rollout_correction.is_active();
+        let in_reward = self.kl_in_reward.use_kl_in_reward;
         Plan {
-            old_log_probs: !bypass || self.kl_in_reward.use_kl_in_reward || token_baseline,
+            old_log_probs_first: in_reward || values || token_baseline || rollout_correction || self.pf_ppo.enable,
+            old_log_probs: !bypass || in_reward || token_baseline,
             rollout_log_probs: bypass || self.policy_loss.rollout_correction.is_active(),
-            rollout_correction: !bypass && self.policy_loss.rollout_correction.is_active(),
-            ref_log_probs: self.policy_loss.use_kl_loss || self.kl_in_reward.use_kl_in_reward,
-            values: estimator == AdvEstimator::Gae,
+            rollout_correction,
+            ref_log_probs: self.policy_loss.use_kl_loss || in_reward,
+            values,
             entropies: self.policy_loss.needs_entropies(),
             sum_pi_squared: token_baseline,
             greedy_baseline: estimator == AdvEstimator::Remax,

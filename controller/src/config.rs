@@ -1,11 +1,11 @@
 //! What a run does, resolved: the controller's own part of a recipe.
 
-use crate::Error;
+use crate::{Error, ReferenceConfig};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use temper_algos::{AlgorithmConfig, Grouping, LrScheduleConfig, SftLossType};
+use temper_algos::{AlgorithmConfig, CurriculumConfig, Grouping, LrScheduleConfig, SftLossType};
 use temper_data::tasks::TaskConfig;
 use temper_proto::OptimizerConfig;
 use temper_types::SamplingParams;
@@ -97,6 +97,10 @@ pub struct PolicyStage {
     pub epochs: usize,
     /// The algorithm.
     pub algorithm: AlgorithmConfig,
+    /// How the reference policy moves.
+    pub reference: ReferenceConfig,
+    /// Prompts by their pass rates.
+    pub curriculum: CurriculumConfig,
     /// How responses are drawn.
     pub sampling: SamplingParams,
     /// Optimizer.
@@ -118,6 +122,8 @@ impl Default for PolicyStage {
             mini_batches: 1,
             epochs: 1,
             algorithm: AlgorithmConfig::default(),
+            reference: ReferenceConfig::default(),
+            curriculum: CurriculumConfig::default(),
             sampling: SamplingParams::default(),
             optimizer: OptimizerConfig::default(),
             schedule: LrScheduleConfig::default(),
@@ -193,7 +199,19 @@ impl PolicyStage {
         self.algorithm.validate().map_err(|e| Error::config(format!("{key}.algorithm"), e))?;
         self.sampling.validate().map_err(|e| Error::config(format!("{key}.sampling"), e))?;
         self.check_grouping(key)?;
+        self.check_best_of_n(key)?;
+        self.reference.validate(key, &self.algorithm.plan())?;
+        self.curriculum.validate().map_err(|e| Error::config(format!("{key}.curriculum"), e))?;
         check_common(key, self.steps, &self.optimizer, &self.schedule, &self.memory)
+    }
+
+    fn check_best_of_n(&self, key: &str) -> Result<(), Error> {
+        let (kept, drawn) = (self.algorithm.best_of_n.num_kept(), self.num_generations);
+        if kept <= drawn {
+            return Ok(());
+        }
+        let problem = format!("best + worst keep {kept} of {drawn} samples per prompt: expected at most {drawn}");
+        Err(Error::config(format!("{key}.algorithm.best_of_n"), problem))
     }
 
     fn check_grouping(&self, key: &str) -> Result<(), Error> {

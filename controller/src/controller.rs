@@ -209,6 +209,7 @@ impl Controller {
         self.state.stage_step = 0;
         self.state.cursor = temper_data::sampler::PromptCursor::default();
         self.state.kl_coef = None;
+        self.state.pass_rates = Default::default();
         if self.is_complete() { Ok(()) } else { self.begin_stage() }
     }
 

@@ -10,8 +10,11 @@
 
 mod checkpoint;
 mod clock;
+mod collect;
 mod config;
 mod controller;
+mod correction;
+mod curriculum;
 mod dataset;
 mod error;
 mod packed;
@@ -19,6 +22,7 @@ mod phase;
 mod policy_step;
 mod record;
 mod record_row;
+mod reference;
 mod rollouts;
 mod run_dir;
 mod sft_step;
@@ -34,5 +38,6 @@ pub use controller::{Controller, RunOutcome, Services};
 pub use dataset::load_dataset;
 pub use error::Error;
 pub use phase::{Phase, PhaseObserver};
+pub use reference::ReferenceConfig;
 pub use run_dir::RunDir;
 pub use state::RunState;

@@ -1,18 +1,31 @@
 //! The samples of a step as the algorithms see them: rows of response tokens packed end to end.
 
+use crate::collect::reward_of;
 use crate::{Error, PolicyStage};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use temper_algos::{Grouping, Plan, widen};
 use temper_proto::{GlobalCounts, TokenSequence, TrainRow};
 use temper_types::{FinishReason, GroupId, RewardOutcome, Sample};
 
-/// Rows that take part in a step.
+/// Rows that take part in a step, and what is known of them besides their samples' columns.
+#[derive(Default)]
 pub(crate) struct Packed {
     /// Index of each row in the step's samples.
     pub(crate) samples: Vec<usize>,
     pub(crate) offsets: Vec<usize>,
     pub(crate) response_mask: Vec<u8>,
     pub(crate) group_ids: Vec<u64>,
+    /// Rewards per token, the KL against the reference inside; empty where that is not asked for.
+    pub(crate) token_rewards: Vec<f64>,
+    /// Importance weights of rollout correction per token; empty where there are none.
+    pub(crate) rollout_weights: Vec<f64>,
+    /// Sum of squared probabilities per token; empty where it is not asked for.
+    pub(crate) sum_pi_squared: Vec<f64>,
+    /// Reward of the greedy response to each row's prompt; empty where there are none.
+    pub(crate) reward_baselines: Vec<f64>,
+    /// The rows of the update, drawn with replacement; absent: all, in order.
+    pub(crate) drawn_rows: Option<Vec<usize>>,
 }
 
 impl Packed {
@@ -23,12 +36,13 @@ impl Packed {
             Grouping::Group { min_size } => min_size as usize,
         };
         let is_cut = |s: &Sample| stage.algorithm.mask_truncated_completions && s.finish_reason == FinishReason::Length;
+        let is_kept = best_and_worst(stage, samples);
         let mut group_sizes: BTreeMap<GroupId, usize> = BTreeMap::new();
-        samples.iter().filter(|s| s.is_trainable()).for_each(|s| *group_sizes.entry(s.group_id).or_default() += 1);
-        let mut packed =
-            Packed { samples: Vec::new(), offsets: vec![0], response_mask: Vec::new(), group_ids: Vec::new() };
+        let kept = samples.iter().zip(&is_kept).filter(|(_, kept)| **kept);
+        kept.for_each(|(s, _)| *group_sizes.entry(s.group_id).or_default() += 1);
+        let mut packed = Packed { offsets: vec![0], ..Packed::default() };
         for (index, sample) in samples.iter().enumerate() {
-            if !sample.is_trainable() || group_sizes[&sample.group_id] < min_size {
+            if !is_kept[index] || group_sizes[&sample.group_id] < min_size {
                 continue;
             }
             let kept = if is_cut(sample) { vec![0; sample.response_mask.len()] } else { sample.response_mask.clone() };
@@ -43,8 +57,25 @@ impl Packed {
         Err(Error::NothingToTrain { step, cause: why_nothing(samples) })
     }
 
-    /// Rows of each mini-batch: equal numbers of groups, in order.
+    /// Give every row the reward of its prompt's greedy response; every packed row has one where any has.
+    pub(crate) fn add_baselines(&mut self, samples: &[Sample], baselines: &[Sample]) {
+        let rewards: BTreeMap<GroupId, f64> =
+            baselines.iter().filter_map(|b| Some((b.group_id, reward_of(b)?))).collect();
+        self.reward_baselines =
+            self.samples.iter().filter_map(|i| rewards.get(&samples[*i].group_id).copied()).collect();
+    }
+
+    /// Rows of each mini-batch: equal numbers of groups in order, or equal numbers of drawn rows.
     pub(crate) fn mini_batches(&self, num_batches: usize, samples: &[Sample]) -> Vec<Vec<usize>> {
+        let mut batches = match &self.drawn_rows {
+            Some(rows) => rows.chunks(rows.len().div_ceil(num_batches).max(1)).map(<[usize]>::to_vec).collect(),
+            None => self.batches_of_groups(num_batches, samples),
+        };
+        batches.retain(|rows| rows.iter().any(|row| self.row_mask(*row).contains(&1)));
+        batches
+    }
+
+    fn batches_of_groups(&self, num_batches: usize, samples: &[Sample]) -> Vec<Vec<usize>> {
         let mut groups: Vec<GroupId> = samples.iter().map(|s| s.group_id).collect();
         groups.dedup();
         let per_batch = groups.len().div_ceil(num_batches).max(1);
@@ -54,12 +85,21 @@ impl Packed {
         for (row, index) in self.samples.iter().enumerate() {
             batches[batch_of[&samples[*index].group_id]].push(row);
         }
-        batches.retain(|rows| rows.iter().any(|row| self.row_mask(*row).contains(&1)));
         batches
     }
 
+    /// Where a row lies in the per-token arrays.
+    pub(crate) fn slots(&self, row: usize) -> Range<usize> {
+        self.offsets[row]..self.offsets[row + 1]
+    }
+
     pub(crate) fn row_mask(&self, row: usize) -> &[u8] {
-        &self.response_mask[self.offsets[row]..self.offsets[row + 1]]
+        &self.response_mask[self.slots(row)]
+    }
+
+    /// One column of the samples, packed end to end.
+    pub(crate) fn gather(&self, samples: &[Sample], column: fn(&Sample) -> &Vec<f32>) -> Vec<f64> {
+        self.samples.iter().flat_map(|index| widen(column(&samples[*index]))).collect()
     }
 
     pub(crate) fn sequence(&self, row: usize, samples: &[Sample]) -> TokenSequence {
@@ -81,7 +121,7 @@ impl Packed {
             advantages: widen(&sample.advantages),
             returns: widen(&sample.returns),
             values: sample.values.clone(),
-            rollout_weights: Vec::new(),
+            rollout_weights: self.rollout_weights.get(self.slots(row)).unwrap_or_default().to_vec(),
         }
     }
 
@@ -94,6 +134,21 @@ impl Packed {
             loss_scale_factor: f64::from(max_new_tokens),
         }
     }
+}
+
+/// Which samples may take part: those that can be trained on, or the best and worst of each group among them.
+fn best_and_worst(stage: &PolicyStage, samples: &[Sample]) -> Vec<bool> {
+    let mut groups: BTreeMap<GroupId, Vec<usize>> = BTreeMap::new();
+    for (index, sample) in samples.iter().enumerate().filter(|(_, s)| s.is_trainable()) {
+        groups.entry(sample.group_id).or_default().push(index);
+    }
+    let mut is_kept = vec![false; samples.len()];
+    for members in groups.values() {
+        let scores: Vec<f64> = members.iter().filter_map(|i| reward_of(&samples[*i])).collect();
+        let keep = stage.algorithm.best_of_n.keep(&scores);
+        members.iter().zip(keep).for_each(|(index, keep)| is_kept[*index] = keep);
+    }
+    is_kept
 }
 
 fn why_nothing(samples: &[Sample]) -> String {

@@ -1,5 +1,6 @@
 //! The row of metrics of a policy step, and what goes to disk with it.
 
+use crate::collect::{Collected, reward_of};
 use crate::{Controller, Error, Phase, PolicyStage};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -17,6 +18,12 @@ pub(crate) struct StepNumbers {
     step_seconds: f64,
     pub(crate) num_gen_batches: u64,
     pub(crate) num_filtered_groups: u64,
+    /// Groups that dynamic sampling did not find.
+    pub(crate) num_missing_groups: u64,
+    /// Greedy responses that could not be scored.
+    pub(crate) num_baseline_errors: u64,
+    /// Prompts that the curriculum passed over.
+    pub(crate) num_passed_over: u64,
 }
 
 impl StepNumbers {
@@ -51,10 +58,11 @@ impl Controller {
     pub(crate) fn record_step(
         &mut self,
         stage: &PolicyStage,
-        samples: &[Sample],
+        collected: Collected,
         trained: &[usize],
-        (numbers, reports, before): (StepNumbers, Vec<UpdateReport>, Columns),
+        (numbers, reports, columns): (StepNumbers, Vec<UpdateReport>, Columns),
     ) -> Result<MetricsRow, Error> {
+        let samples = &collected.samples[..];
         let mut row = MetricsRow::new(self.state.step + 1, &stage.name);
         row.set("lr", stage.optimizer.learning_rate * stage.schedule.multiplier(self.state.stage_step, stage.steps));
         if let (true, Some(coef)) = (stage.algorithm.kl_in_reward.use_kl_in_reward, self.state.kl_coef) {
@@ -66,12 +74,13 @@ impl Controller {
         row.set("rollout_train_log_prob_diff_max", log_prob_gap(samples, trained));
         row.set("staleness_mean", mean(samples.iter().map(|s| f64::from(s.staleness))));
         row.set_count("num_trained_samples", trained.len() as u64);
+        baseline_columns(&collected.baselines, &numbers, &mut row);
         let after = self.validation_after_step(stage)?;
-        before.iter().chain(&after).for_each(|(name, value)| {
+        columns.iter().chain(&after).for_each(|(name, value)| {
             row.set(name, *value);
         });
         self.enter(Phase::Record);
-        self.record.samples(self.state.step + 1, samples)?;
+        self.record.samples(self.state.step + 1, &collected.into_record())?;
         self.finish_step(&row)?;
         Ok(row)
     }
@@ -89,6 +98,16 @@ fn sample_columns(samples: &[Sample], row: &mut MetricsRow) {
     for (name, values) in component_values(samples) {
         row.set(&format!("reward/{name}"), mean(values.iter().copied()));
     }
+}
+
+/// What the greedy responses got, where there are any.
+fn baseline_columns(baselines: &[Sample], numbers: &StepNumbers, row: &mut MetricsRow) {
+    if baselines.is_empty() {
+        return;
+    }
+    let rewards: Vec<f64> = baselines.iter().filter_map(reward_of).collect();
+    row.set("baseline_reward_mean", mean(rewards.iter().copied()));
+    row.set_count("num_baseline_errors", numbers.num_baseline_errors);
 }
 
 fn component_values(samples: &[Sample]) -> BTreeMap<&str, Vec<f64>> {
@@ -121,6 +140,7 @@ fn time_columns(samples: &[Sample], numbers: &StepNumbers, row: &mut MetricsRow)
     let generated: usize = samples.iter().map(|s| s.response_token_ids.len()).sum();
     row.set_count("num_gen_batches", numbers.num_gen_batches);
     row.set_count("num_filtered_groups", numbers.num_filtered_groups);
+    row.set_count("num_missing_groups", numbers.num_missing_groups);
     row.set("tokens_per_second", generated as f64 / numbers.step_seconds.max(1e-9));
     row.set("rollout_seconds", numbers.rollout_seconds).set("reward_seconds", numbers.reward_seconds);
     row.set("train_seconds", numbers.train_seconds).set("step_seconds", numbers.step_seconds);

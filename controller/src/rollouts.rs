@@ -5,33 +5,66 @@ use crate::{Controller, Error, Phase, PolicyStage};
 use std::collections::BTreeMap;
 use std::time::Duration;
 use temper_proto::{GeneratedSample, GroupRequest, GroupResult, ServiceError};
-use temper_types::{ErrorCode, GroupId, PromptRow, Sample, Step, derive_seed};
+use temper_types::{ErrorCode, GroupId, PromptRow, Sample, SampleIndex, SamplingParams, Step, derive_seed};
 
 /// Prompts with the pass over the data in which they were drawn.
 type DrawnRows = Vec<(PromptRow, u64)>;
 
+/// The samples of one prompt.
+pub(crate) struct Group {
+    /// Row of the prompt in its dataset.
+    pub(crate) row: u64,
+    /// `num_generations` samples.
+    pub(crate) samples: Vec<Sample>,
+    /// The greedy response, where the algorithm needs one.
+    pub(crate) baseline: Option<Sample>,
+}
+
+impl Group {
+    /// Everything that is scored.
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Sample> {
+        self.samples.iter().chain(&self.baseline)
+    }
+
+    /// The same, to change.
+    pub(crate) fn all_mut(&mut self) -> impl Iterator<Item = &mut Sample> {
+        self.samples.iter_mut().chain(&mut self.baseline)
+    }
+}
+
 impl Controller {
-    /// Draw the next prompts of the stage and answer each `num_generations` times.
+    /// Draw the next prompts of the stage and answer each `num_generations` times, and once greedily where the
+    /// algorithm needs that.
     pub(crate) fn generate(
         &mut self,
         stage: &PolicyStage,
         num_prompts: usize,
         numbers: &mut StepNumbers,
-    ) -> Result<Vec<Vec<Sample>>, Error> {
+    ) -> Result<Vec<Group>, Error> {
         self.enter(Phase::Rollout);
         let begin = self.clock.elapsed();
         let seed = self.stage_seed();
-        let num_rows = self.data.get(&stage.data).map_or(0, Vec::len) as u64;
-        let draws = self.state.cursor.next_batch(seed, num_rows, num_prompts);
+        let draws = self.draw_prompts(stage, num_prompts, numbers);
         let rows: DrawnRows =
             draws.iter().map(|d| (self.data[&stage.data][d.index as usize].clone(), d.epoch)).collect();
         let first_group = self.state.next_group_id;
-        self.state.next_group_id += rows.len() as u64;
-        let requests = self.requests(&rows, (first_group, seed), stage)?;
-        let results = self.run_groups(requests.clone())?;
+        let mut requests = self.requests(&rows, (first_group, seed), stage)?;
+        if stage.algorithm.plan().greedy_baseline {
+            let greedy: Vec<GroupRequest> = requests.iter().map(|r| greedy_request(r, rows.len() as u64)).collect();
+            requests.extend(greedy);
+        }
+        self.state.next_group_id += requests.len() as u64;
+        let mut results = self.run_groups(requests.clone())?;
         numbers.rollout_seconds += (self.clock.elapsed() - begin).as_secs_f64();
+        let greedy = results.split_off(rows.len());
         let groups = rows.iter().zip(&requests).zip(results);
-        Ok(groups.map(|(((row, _), request), result)| self.to_samples(row, request, result)).collect())
+        let samples = groups.map(|(((row, _), request), result)| self.to_samples(row, request, result));
+        let mut groups: Vec<Group> =
+            draws.iter().zip(samples).map(|(d, samples)| Group { row: d.index, samples, baseline: None }).collect();
+        for ((group, (row, _)), (request, result)) in groups.iter_mut().zip(&rows).zip(requests.iter().zip(greedy)) {
+            group.baseline = self.to_samples(row, request, result).pop().map(|s| as_baseline(s, stage));
+        }
+        Ok(groups)
     }
 
     fn requests(
@@ -113,4 +146,21 @@ impl Controller {
         };
         result.samples.into_iter().map(sample).collect()
     }
+}
+
+/// One greedy response to the same prompt, as a group of its own.
+fn greedy_request(request: &GroupRequest, offset: u64) -> GroupRequest {
+    GroupRequest {
+        group_id: GroupId(request.group_id.0 + offset),
+        seeds: request.seeds.iter().copied().take(1).collect(),
+        sampling: SamplingParams { temperature: 0.0, ..request.sampling.clone() },
+        ..request.clone()
+    }
+}
+
+/// A greedy response stands behind the samples of its group and is not trained on.
+fn as_baseline(mut sample: Sample, stage: &PolicyStage) -> Sample {
+    sample.sample_index = SampleIndex(stage.num_generations as u32);
+    sample.response_mask.fill(0);
+    sample
 }

@@ -1,6 +1,7 @@
 //! What the controller must remember to go on where it stopped.
 
 use serde::{Deserialize, Serialize};
+use temper_algos::PassRates;
 use temper_data::sampler::PromptCursor;
 use temper_types::PolicyVersion;
 
@@ -26,7 +27,11 @@ pub struct RunState {
     /// Number of the next group.
     pub next_group_id: u64,
     /// Coefficient of the KL in the reward, where a controller moves it.
+    #[serde(with = "decimals")]
     pub kl_coef: Option<f64>,
+    /// Running pass rates of the stage's prompts, where a curriculum reads them.
+    #[serde(default)]
+    pub pass_rates: PassRates,
     /// Version last published.
     pub version: PolicyVersion,
     /// Value of the metric by which the best checkpoints are kept, where the last step had it.
@@ -45,8 +50,38 @@ impl RunState {
             cursor: PromptCursor::default(),
             next_group_id: 0,
             kl_coef: None,
+            pass_rates: PassRates::default(),
             version: PolicyVersion::default(),
             metric: None,
+        }
+    }
+}
+
+/// A number as text in the shortest decimals that give the same bits back, which numbers in JSON do not promise.
+mod decimals {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(value: &Option<f64>, serializer: S) -> Result<S::Ok, S::Error> {
+        value.map(|v| v.to_string()).serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
+        let text: Option<String> = Option::deserialize(deserializer)?;
+        text.map(|t| t.parse().map_err(|_| serde::de::Error::custom(format!("`{t}` is no number")))).transpose()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::RunState;
+
+    #[test]
+    fn a_moved_coefficient_comes_back_to_the_bit() {
+        let mut state = RunState::new("id");
+        for i in 1..500u32 {
+            state.kl_coef = Some(1e-3 * (1.0 + 0.2 / f64::from(i)).powi(i as i32 % 40));
+            let text = serde_json::to_string(&state).expect("plain data");
+            assert_eq!(serde_json::from_str::<RunState>(&text).expect("reads back"), state);
         }
     }
 }

@@ -109,13 +109,15 @@ pub enum PolicyRole {
     Reference,
 }
 
-/// Log-probs and entropies of response tokens, sequence by sequence.
+/// What a policy says of response tokens, sequence by sequence.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct LogProbs {
     /// One array per sequence.
     pub log_probs: Vec<Vec<f32>>,
     /// One array per sequence.
     pub entropies: Vec<Vec<f32>>,
+    /// Sum of the squared probabilities of the whole vocabulary, one array per sequence.
+    pub sum_pi_squared: Vec<Vec<f32>>,
 }
 
 /// AdamW and its surroundings. Defaults follow the field's RL practice.
@@ -178,6 +180,11 @@ pub trait TrainerService: Send + Sync {
     /// # Errors
     /// `InvalidArgument` for an empty prompt or a missing reference, `NonFinite` where a log-prob is.
     fn log_probs(&self, role: PolicyRole, sequences: &[TokenSequence], temperature: f32) -> ServiceResult<LogProbs>;
+    /// Move the reference towards the policy: `reference = alpha * policy + (1 - alpha) * reference`.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where the stage keeps no reference, or `alpha` is not above 0 and at most 1.
+    fn mix_reference(&self, alpha: f64) -> ServiceResult<()>;
     /// One optimizer step.
     ///
     /// # Errors

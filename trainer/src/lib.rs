@@ -11,6 +11,7 @@
 mod error;
 mod micro_batch;
 mod non_finite;
+mod reference;
 mod service;
 mod state_io;
 mod trainer;

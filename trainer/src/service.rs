@@ -35,6 +35,10 @@ impl TrainerService for LocalTrainerService {
         self.lock().log_probs(role, sequences, temperature).map_err(|e| e.into_service("log_probs"))
     }
 
+    fn mix_reference(&self, alpha: f64) -> ServiceResult<()> {
+        self.lock().mix_reference(alpha).map_err(|e| e.into_service("mix_reference"))
+    }
+
     fn update(&self, batch: MiniBatch) -> ServiceResult<UpdateReport> {
         self.lock().update(&batch).map_err(|e| e.into_service("update"))
     }

@@ -2,6 +2,7 @@
 
 use crate::micro_batch::{Columns, check, split, train_batch};
 use crate::non_finite::{Place, keep_batch};
+use crate::reference::Reference;
 use crate::{Error, state_io};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -25,13 +26,6 @@ pub(crate) struct Moments {
     pub(crate) num_updates: u64,
 }
 
-/// The frozen weights that a KL is measured against.
-#[derive(Debug)]
-pub(crate) struct Reference {
-    pub(crate) params: ParamStore,
-    packed: PackedPolicy,
-}
-
 /// What the current stage asks for.
 #[derive(Debug)]
 struct Stage {
@@ -50,8 +44,8 @@ pub struct Trainer {
     pub(crate) side_files_from: PathBuf,
     pub(crate) moments: Option<Moments>,
     pub(crate) reference: Option<Reference>,
-    dtype: DType,
-    policy: SharedPolicy,
+    pub(crate) dtype: DType,
+    pub(crate) policy: SharedPolicy,
     grads: Option<ParamStore>,
     arena: TrainArena,
     stage: Option<Stage>,
@@ -134,13 +128,6 @@ impl Trainer {
         Ok(())
     }
 
-    pub(crate) fn set_reference(&mut self, params: ParamStore) {
-        let mut packed = PackedPolicy::new(&self.device, &params, &self.config, self.dtype);
-        let masked = self.policy.read().unwrap_or_else(PoisonError::into_inner).masked_ids().to_vec();
-        packed.set_masked_ids(masked);
-        self.reference = Some(Reference { params, packed });
-    }
-
     /// Log-probs and entropies of every response token.
     ///
     /// # Errors
@@ -167,6 +154,7 @@ impl Trainer {
             let stats = policy.score_only(&train_batch(part.iter()), temperature, &mut self.arena);
             out.log_probs.extend(unpack(part.iter(), &stats.log_probs));
             out.entropies.extend(unpack(part.iter(), &stats.entropies));
+            out.sum_pi_squared.extend(unpack(part.iter(), &stats.sum_squares));
         }
         Ok(out)
     }

@@ -8,6 +8,7 @@
 //! verl's `rollout_corr_helper`: truncated importance sampling, IcePop (masked ranges), geometric rejection.
 
 mod engine_ratio;
+mod named;
 mod off_policy;
 mod rejection;
 mod weights;
@@ -34,6 +35,15 @@ pub enum Threshold {
     Upper(f64),
     /// One or several bounds, or ranges `lower_upper`.
     Text(String),
+}
+
+impl std::fmt::Display for Threshold {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Threshold::Upper(bound) => write!(f, "{bound}"),
+            Threshold::Text(text) => f.write_str(text),
+        }
+    }
 }
 
 /// What bypass mode does with the corrected log-probs.
@@ -105,12 +115,23 @@ impl RolloutCorrectionConfig {
     /// The first setting that cannot be used, by name.
     pub fn validate(&self) -> Result<(), Error> {
         if self.rollout_is != IsLevel::None {
-            weights::parse_range(&self.rollout_is_threshold)?;
+            let range = weights::parse_range(&self.rollout_is_threshold)?;
+            if range.apply(1.0) != 1.0 {
+                let expected = "bounds around 1: a token on-policy has the weight 1 and keeps it";
+                return Err(Error::setting("rollout_is_threshold", self.rollout_is_threshold.to_string(), expected));
+            }
         }
-        if !self.rollout_rs.is_empty() {
-            rejection::parse_options(&self.rollout_rs, self.rollout_rs_threshold.as_ref())?;
+        if self.rollout_rs.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        let options = rejection::parse_options(&self.rollout_rs, self.rollout_rs_threshold.as_ref())?;
+        match options.iter().find(|o| o.rejects(0.0)) {
+            None => Ok(()),
+            Some(option) => {
+                let expected = "bounds around 1: a token on-policy is never rejected";
+                Err(Error::setting("rollout_rs_threshold", &option.name, expected))
+            }
+        }
     }
 }
 

@@ -49,6 +49,13 @@ pub struct RejectionOption {
     pub upper: f64,
 }
 
+impl RejectionOption {
+    /// True where a value of the statistic is out of bounds.
+    pub fn rejects(&self, value: f64) -> bool {
+        value > self.upper || self.lower.is_some_and(|lower| value < lower)
+    }
+}
+
 /// Report of one option, in verl's terms.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OptionReport {
@@ -149,8 +156,7 @@ pub(super) fn parse_options(names: &str, threshold: Option<&Threshold>) -> Resul
     }
     let text = match threshold {
         None => return Err(Error::Missing { operation: "rollout_rs", name: "rollout_rs_threshold" }),
-        Some(Threshold::Upper(bound)) => bound.to_string(),
-        Some(Threshold::Text(text)) => text.clone(),
+        Some(threshold) => threshold.to_string(),
     };
     let bounds: Vec<&str> = text.split(',').map(str::trim).collect();
     if bounds.len() != 1 && bounds.len() != unique.len() {
@@ -185,8 +191,8 @@ pub fn rejection_mask(
     let mut reports = Vec::with_capacity(options.len());
     for option in options {
         let (statistics, rows) = statistics(&option, batch, log_ratio);
-        let rejected = |v: f64| v > option.upper || option.lower.is_some_and(|lower| v < lower);
-        let hit: Vec<bool> = (0..batch.num_slots()).map(|t| batch.is_active(t) && rejected(statistics[t])).collect();
+        let rejected = |t: usize| batch.is_active(t) && option.rejects(statistics[t]);
+        let hit: Vec<bool> = (0..batch.num_slots()).map(rejected).collect();
         mask.iter_mut().zip(&hit).filter(|(_, hit)| **hit).for_each(|(m, _)| *m = 0);
         reports.push(report(option, batch, &statistics, &rows, &hit));
     }

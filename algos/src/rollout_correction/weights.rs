@@ -83,7 +83,7 @@ impl Range {
         }
     }
 
-    fn apply(self, weight: f64) -> f64 {
+    pub(crate) fn apply(self, weight: f64) -> f64 {
         match self {
             Range::Truncate(upper) => weight.min(upper),
             Range::Mask(lower, upper) if weight < lower || weight > upper => 0.0,
@@ -106,11 +106,8 @@ pub(crate) fn parse_range(threshold: &Threshold) -> Result<Range, Error> {
             }
         },
     };
-    let given = match threshold {
-        Threshold::Upper(v) => v.to_string(),
-        Threshold::Text(text) => text.clone(),
-    };
     range.ok_or_else(|| {
+        let given = threshold.to_string();
         Error::setting("rollout_is_threshold", given, "a number above 0, or LOWER_UPPER with 0 < LOWER <= UPPER")
     })
 }

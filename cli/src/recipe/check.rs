@@ -151,18 +151,10 @@ fn check_ground_truth(recipe: &Recipe, source: &Source, key: &str, rows: &[Promp
 fn check_plan(source: &Source, key: &str, stage: &PolicyStage) -> Result<(), RecipeError> {
     let plan: Plan = stage.algorithm.plan();
     let estimator: AdvEstimator = stage.algorithm.advantage.adv_estimator;
-    let missing = [
-        (plan.values, "a critic"),
-        (plan.sum_pi_squared, "sums of squared probabilities"),
-        (plan.greedy_baseline, "greedy baseline responses"),
-    ];
+    let missing = [(plan.values, "a critic"), (plan.greedy_baseline, "greedy baseline responses")];
     if let Some((_, what)) = missing.into_iter().find(|(needed, _)| *needed) {
         let problem = format!("{estimator:?} needs {what}, which this loop does not provide");
         return Err(source.error(&format!("{key}.algorithm.advantage.adv_estimator"), problem));
-    }
-    if plan.rollout_correction {
-        let problem = "rollout correction is not applied by this loop: a lockstep run is on-policy, its weights are 1";
-        return Err(source.error(&format!("{key}.algorithm.rollout_correction"), problem));
     }
     Ok(())
 }

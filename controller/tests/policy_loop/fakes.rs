@@ -1,0 +1,237 @@
+//! Workers without a model: every number is a plain function of the request, and what the trainer is told is kept.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use temper_controller::{Controller, PolicyStage, RunDir, RunSpec, Services, Stage, SystemClock, latest_checkpoint};
+use temper_proto::{
+    GeneratedSample, GroupRequest, GroupResult, LogProbs, MiniBatch, PolicyRole, RewardService, RolloutService,
+    RolloutStats, ScoreRequest, ServiceResult, StageSpec, TextService, TokenSequence, TrainerService, UpdateReport,
+};
+use temper_types::{
+    FinishReason, PolicyVersion, PromptContent, RewardComponent, RewardFailure, RewardOutcome, SampleIndex,
+    SampleTimings,
+};
+
+/// What the trainer was asked.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Call {
+    /// Log-probs of so many sequences.
+    LogProbs(PolicyRole, usize),
+    /// An update.
+    Update(MiniBatch),
+    /// The reference moved.
+    Mix(f64),
+}
+
+/// How the fakes behave.
+#[derive(Debug, Clone, Copy)]
+pub struct Behaviour {
+    /// What the trainer's log-prob of an odd token exceeds the engine's by.
+    pub gap: f32,
+    /// The reward of a response.
+    pub reward: fn(&ScoreRequest) -> Option<f64>,
+}
+
+impl Default for Behaviour {
+    fn default() -> Self {
+        Behaviour { gap: 0.0, reward: |r| Some(f64::from(first_id(r) % 3) / 2.0) }
+    }
+}
+
+/// First id of a response.
+pub fn first_id(request: &ScoreRequest) -> u32 {
+    request.response.split(' ').next().and_then(|id| id.parse().ok()).unwrap_or(0)
+}
+
+/// The engine's log-prob of an id: exact in f32.
+pub fn engine_log_prob(id: u32) -> f32 {
+    -0.25 * (id + 1) as f32
+}
+
+struct Text;
+
+impl TextService for Text {
+    fn encode_prompt(&self, prompt: &PromptContent) -> ServiceResult<Vec<u32>> {
+        Ok(format!("{prompt:?}").bytes().map(|b| u32::from(b % 7) + 1).collect())
+    }
+    fn encode_response(&self, response: &PromptContent) -> ServiceResult<Vec<u32>> {
+        self.encode_prompt(response)
+    }
+    fn decode(&self, token_ids: &[u32]) -> String {
+        token_ids.iter().map(u32::to_string).collect::<Vec<_>>().join(" ")
+    }
+    fn stop_token_ids(&self) -> Vec<u32> {
+        vec![0]
+    }
+}
+
+#[derive(Default)]
+struct Rollout(Mutex<Vec<GroupRequest>>);
+
+fn response(seed: u64, temperature: f32) -> Vec<u32> {
+    if temperature == 0.0 {
+        return vec![2, 0];
+    }
+    let mut ids: Vec<u32> = (0..2 + seed % 3).map(|k| (seed >> (8 * k + 3)) as u32 % 7 + 1).collect();
+    ids.push(0);
+    ids
+}
+
+impl RolloutService for Rollout {
+    fn submit(&self, groups: Vec<GroupRequest>) -> ServiceResult<()> {
+        self.0.lock().expect("no panic elsewhere").extend(groups);
+        Ok(())
+    }
+    fn next_group(&self, _timeout: Duration) -> ServiceResult<Option<GroupResult>> {
+        let Some(group) = self.0.lock().expect("no panic elsewhere").pop() else { return Ok(None) };
+        let sample = |(index, seed): (usize, &u64)| {
+            let token_ids = response(*seed, group.sampling.temperature);
+            GeneratedSample {
+                sample_index: SampleIndex(index as u32),
+                seed: *seed,
+                log_probs: token_ids.iter().map(|id| engine_log_prob(*id)).collect(),
+                policy_versions: vec![(PolicyVersion::default(), token_ids.len() as u32)],
+                token_ids,
+                sampled_log_probs: Vec::new(),
+                surviving_mass: Vec::new(),
+                finish_reason: FinishReason::Stop,
+                num_drafted: 0,
+                num_accepted: 0,
+                timings: SampleTimings::default(),
+            }
+        };
+        let samples = group.seeds.iter().enumerate().map(sample).collect();
+        Ok(Some(GroupResult {
+            group_id: group.group_id,
+            prompt_id: group.prompt_id,
+            worker: "fake".to_owned(),
+            samples,
+        }))
+    }
+    fn abort_all(&self) -> ServiceResult<usize> {
+        Ok(0)
+    }
+    fn set_version(&self, _version: PolicyVersion) -> ServiceResult<()> {
+        Ok(())
+    }
+    fn stats(&self) -> RolloutStats {
+        RolloutStats::default()
+    }
+}
+
+struct Reward(Behaviour);
+
+impl RewardService for Reward {
+    fn score(&self, requests: &[ScoreRequest]) -> ServiceResult<Vec<RewardOutcome>> {
+        let outcome = |request: &ScoreRequest| match (self.0.reward)(request) {
+            Some(reward) => {
+                let components = vec![RewardComponent { name: "fake".to_owned(), value: reward }];
+                RewardOutcome::Scored { reward, components }
+            }
+            None => RewardOutcome::Failed(RewardFailure { scorer: "fake".to_owned(), cause: "asked to".to_owned() }),
+        };
+        Ok(requests.iter().map(outcome).collect())
+    }
+}
+
+struct Trainer {
+    behaviour: Behaviour,
+    calls: Arc<Mutex<Vec<Call>>>,
+}
+
+impl Trainer {
+    fn log_probs_of(&self, sequence: &TokenSequence) -> Vec<f32> {
+        let gap = |id: u32| if id % 2 == 1 { self.behaviour.gap } else { 0.0 };
+        sequence.response_token_ids.iter().map(|id| engine_log_prob(*id) + gap(*id)).collect()
+    }
+    fn note(&self, call: Call) {
+        self.calls.lock().expect("no panic elsewhere").push(call);
+    }
+}
+
+impl TrainerService for Trainer {
+    fn begin_stage(&self, _spec: StageSpec) -> ServiceResult<()> {
+        Ok(())
+    }
+    fn log_probs(&self, role: PolicyRole, sequences: &[TokenSequence], _temperature: f32) -> ServiceResult<LogProbs> {
+        self.note(Call::LogProbs(role, sequences.len()));
+        let log_probs: Vec<Vec<f32>> = sequences.iter().map(|s| self.log_probs_of(s)).collect();
+        let constant = |value: f32| log_probs.iter().map(|row| vec![value; row.len()]).collect();
+        Ok(LogProbs { entropies: constant(1.0), sum_pi_squared: constant(0.5), log_probs })
+    }
+    fn mix_reference(&self, alpha: f64) -> ServiceResult<()> {
+        self.note(Call::Mix(alpha));
+        Ok(())
+    }
+    fn update(&self, batch: MiniBatch) -> ServiceResult<UpdateReport> {
+        let log_probs = batch.rows.iter().map(|row| self.log_probs_of(&row.sequence)).collect();
+        self.note(Call::Update(batch));
+        Ok(UpdateReport { log_probs, ..UpdateReport::default() })
+    }
+    fn publish(&self, number: u64) -> ServiceResult<PolicyVersion> {
+        Ok(PolicyVersion { number, ..PolicyVersion::default() })
+    }
+    fn version(&self) -> PolicyVersion {
+        PolicyVersion::default()
+    }
+    fn save_model(&self, _dir: &Path) -> ServiceResult<()> {
+        Ok(())
+    }
+    fn save_state(&self, _dir: &Path) -> ServiceResult<()> {
+        Ok(())
+    }
+    fn restore(&self, _model_dir: &Path, _state_dir: &Path, _version: PolicyVersion) -> ServiceResult<()> {
+        Ok(())
+    }
+}
+
+/// A stage over eight prompts, four samples each.
+pub fn stage(steps: u64, algorithm: serde_json::Value) -> PolicyStage {
+    let algorithm = serde_json::from_value(algorithm).expect("an algorithm");
+    PolicyStage { steps, prompts_per_step: 4, num_generations: 4, algorithm, ..PolicyStage::default() }
+}
+
+fn spec(stage: PolicyStage) -> RunSpec {
+    let data = serde_json::json!({"train": {"generate": {
+        "generator": {"task": "sort_digits", "min_digits": 2, "max_digits": 3}, "num_rows": 8
+    }}});
+    RunSpec {
+        name: "fake".to_owned(),
+        seed: 3,
+        identity: "fake".to_owned(),
+        data: serde_json::from_value(data).expect("datasets"),
+        stages: vec![Stage::Policy(Box::new(stage))],
+        validation: Default::default(),
+        checkpoint: serde_json::from_value(serde_json::json!({"every_steps": 2, "keep_last": 9})).expect("settings"),
+        rollout_timeout_seconds: 5.0,
+    }
+}
+
+/// Run, or go on from the last checkpoint of `dir`; gives what the trainer was asked.
+pub fn run_in(dir: &Path, stage: PolicyStage, behaviour: Behaviour) -> Result<Vec<Call>, temper_controller::Error> {
+    let calls: Arc<Mutex<Vec<Call>>> = Arc::default();
+    let services = Services {
+        rollout: Arc::new(Rollout::default()),
+        reward: Arc::new(Reward(behaviour)),
+        trainer: Arc::new(Trainer { behaviour, calls: Arc::clone(&calls) }),
+        text: Arc::new(Text),
+    };
+    let run_dir = RunDir::open(dir)?;
+    let resume = latest_checkpoint(&run_dir.checkpoints())?;
+    let mut controller = Controller::new(spec(stage), services, run_dir, Arc::new(SystemClock::default()))?;
+    controller.run(resume.as_ref())?;
+    drop(controller);
+    Ok(std::mem::take(&mut *calls.lock().expect("no panic elsewhere")))
+}
+
+/// Rows of metrics of a run.
+pub fn metrics(dir: &Path) -> Vec<serde_json::Map<String, serde_json::Value>> {
+    let text = std::fs::read_to_string(dir.join("metrics.jsonl")).expect("metrics");
+    text.lines().map(|line| serde_json::from_str(line).expect("a row")).collect()
+}
+
+/// The mini-batches among the calls.
+pub fn updates(calls: &[Call]) -> Vec<&MiniBatch> {
+    calls.iter().filter_map(|call| if let Call::Update(batch) = call { Some(batch) } else { None }).collect()
+}
