@@ -1,10 +1,11 @@
-//! The project's own checks: `cargo xtask tidy | layers | readme | ci`.
+//! The project's own checks: `cargo xtask tidy | layers | readme | ci`, and the table of what recipes learn.
 //!
 //! Each check is a pure function from texts to a list of findings, tested on planted violations; this file and the
 //! `run` functions beside them do the reading.
 
 mod ci;
 mod layers;
+mod learning;
 mod readme;
 mod tidy;
 
@@ -17,6 +18,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   tidy      sizes, names, reasons and other house rules over every tracked file
   layers    no crate imports a sibling or a higher layer
   readme    the commands of README.md parse; those marked <!-- ci: run --> are run
+  learning  train the recipes and write docs/learning.md and docs/learning.svg (--help: its arguments)
   ci        formatting, clippy, docs, tidy, layers, licences, readme: everything but the tests";
 
 fn main() -> ExitCode {
@@ -25,6 +27,11 @@ fn main() -> ExitCode {
         ["tidy"] => workspace_root().and_then(|root| report("tidy", tidy::run(&root)?)),
         ["layers"] => workspace_root().and_then(|root| report("layers", layers::run(&root)?)),
         ["readme"] => workspace_root().and_then(|root| readme::run(&root)),
+        ["learning", "--help" | "-h"] => {
+            println!("{}", learning::USAGE);
+            Ok(())
+        }
+        ["learning", rest @ ..] => workspace_root().and_then(|root| learning::run(&root, rest)),
         ["ci"] => workspace_root().and_then(|root| ci::run(&root)),
         ["help" | "--help" | "-h"] => {
             println!("{USAGE}");
