@@ -6,6 +6,7 @@ mod commands;
 mod env;
 mod kill;
 mod recipe;
+mod reward_models;
 mod runtime;
 
 use clap::{Parser, Subcommand};

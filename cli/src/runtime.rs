@@ -1,14 +1,13 @@
 //! Assembly: from a checked recipe to the services of one process.
 
 use crate::recipe::{CheckReport, Recipe};
+use crate::reward_models::RewardModels;
 use anyhow::{Context, Result};
-use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use temper_actor::{SpecialTokens, Tokenizer};
 use temper_controller::{RunSpec, Services};
 use temper_proto::{ServiceError, ServiceResult, TextService};
-use temper_reward::{LocalRewardService, Scorer};
 use temper_rollout::{LocalRolloutService, TokenByteTable};
 use temper_tensor::{CpuConfig, CpuDevice, Device};
 use temper_trainer::{LocalTrainerService, Trainer};
@@ -127,13 +126,10 @@ pub fn embedded(recipe: &Recipe, report: &CheckReport, (model_dir, run_dir): (&P
     let bytes = text.token_byte_table(vocab_size);
     let rollout =
         LocalRolloutService::new(Arc::clone(&device), trainer.policy(), recipe.engine.clone(), Arc::new(bytes))?;
-    let reward_threads = NonZeroUsize::new(recipe.placement.reward_threads).unwrap_or(NonZeroUsize::MIN);
-    let services = Services {
-        rollout: Arc::new(rollout),
-        reward: Arc::new(LocalRewardService::new(Scorer::new(recipe.reward.clone())?, reward_threads)),
-        trainer: Arc::new(LocalTrainerService::new(trainer)),
-        text,
-    };
+    let trainer = Arc::new(LocalTrainerService::new(trainer));
+    let models = RewardModels { trainer: &trainer, device: &device, policy_dir: model_dir, dtype };
+    let services =
+        Services { rollout: Arc::new(rollout), reward: Arc::new(models.reward_service(recipe)?), trainer, text };
     let spec = RunSpec {
         name: recipe.name.clone(),
         seed: recipe.seed,

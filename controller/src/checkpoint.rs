@@ -31,6 +31,11 @@ impl CheckpointInfo {
         self.path.join("model")
     }
 
+    /// The reward model, a Hugging Face directory; there only where a stage has trained one.
+    pub fn reward_model(&self) -> PathBuf {
+        self.path.join("reward_model")
+    }
+
     /// The trainer's state.
     pub fn optimizer(&self) -> PathBuf {
         self.path.join("optimizer")
@@ -59,6 +64,10 @@ impl PendingCheckpoint {
 
     pub(crate) fn model(&self) -> PathBuf {
         self.temporary.join("model")
+    }
+
+    pub(crate) fn reward_model(&self) -> PathBuf {
+        self.temporary.join("reward_model")
     }
 
     pub(crate) fn optimizer(&self) -> PathBuf {

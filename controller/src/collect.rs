@@ -131,6 +131,8 @@ fn score_request(sample: &Sample) -> ScoreRequest {
         data_source: sample.data_source.clone(),
         response: sample.response.clone(),
         num_response_tokens: sample.response_token_ids.len(),
+        prompt_token_ids: sample.prompt_token_ids.clone(),
+        response_token_ids: sample.response_token_ids.clone(),
         finish_reason: sample.finish_reason,
         ground_truth: sample.ground_truth.clone(),
         extra_info: sample.extra_info.clone(),

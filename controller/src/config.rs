@@ -1,6 +1,6 @@
 //! What a run does, resolved: the controller's own part of a recipe.
 
-use crate::{Error, ReferenceConfig};
+use crate::{CriticConfig, Error, ReferenceConfig, RewardModelStage};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -101,6 +101,9 @@ pub struct PolicyStage {
     pub reference: ReferenceConfig,
     /// Prompts by their pass rates.
     pub curriculum: CurriculumConfig,
+    /// The critic; exactly where the algorithm reads values.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub critic: Option<CriticConfig>,
     /// How responses are drawn.
     pub sampling: SamplingParams,
     /// Optimizer.
@@ -124,6 +127,7 @@ impl Default for PolicyStage {
             algorithm: AlgorithmConfig::default(),
             reference: ReferenceConfig::default(),
             curriculum: CurriculumConfig::default(),
+            critic: None,
             sampling: SamplingParams::default(),
             optimizer: OptimizerConfig::default(),
             schedule: LrScheduleConfig::default(),
@@ -139,6 +143,8 @@ pub enum Stage {
     Sft(SftStage),
     /// Policy optimisation.
     Policy(Box<PolicyStage>),
+    /// Training of a reward model.
+    RewardModel(RewardModelStage),
 }
 
 impl Stage {
@@ -147,6 +153,7 @@ impl Stage {
         match self {
             Stage::Sft(stage) => &stage.name,
             Stage::Policy(stage) => &stage.name,
+            Stage::RewardModel(stage) => &stage.name,
         }
     }
 
@@ -155,6 +162,7 @@ impl Stage {
         match self {
             Stage::Sft(stage) => stage.steps,
             Stage::Policy(stage) => stage.steps,
+            Stage::RewardModel(stage) => stage.steps,
         }
     }
 
@@ -163,6 +171,7 @@ impl Stage {
         match self {
             Stage::Sft(stage) => &stage.data,
             Stage::Policy(stage) => &stage.data,
+            Stage::RewardModel(stage) => &stage.data,
         }
     }
 
@@ -177,6 +186,10 @@ impl Stage {
                 check_common(key, stage.steps, &stage.optimizer, &stage.schedule, &stage.memory)
             }
             Stage::Policy(stage) => stage.validate(key),
+            Stage::RewardModel(stage) => {
+                stage.validate(key)?;
+                check_common(key, stage.steps, &stage.optimizer, &stage.schedule, &stage.memory)
+            }
         }
     }
 }
@@ -199,6 +212,7 @@ impl PolicyStage {
         self.algorithm.validate().map_err(|e| Error::config(format!("{key}.algorithm"), e))?;
         self.sampling.validate().map_err(|e| Error::config(format!("{key}.sampling"), e))?;
         self.check_grouping(key)?;
+        self.check_critic(key)?;
         self.check_best_of_n(key)?;
         self.reference.validate(key, &self.algorithm.plan())?;
         self.curriculum.validate().map_err(|e| Error::config(format!("{key}.curriculum"), e))?;
@@ -212,6 +226,27 @@ impl PolicyStage {
         }
         let problem = format!("best + worst keep {kept} of {drawn} samples per prompt: expected at most {drawn}");
         Err(Error::config(format!("{key}.algorithm.best_of_n"), problem))
+    }
+
+    fn check_critic(&self, key: &str) -> Result<(), Error> {
+        let estimator = self.algorithm.advantage.adv_estimator;
+        match (&self.critic, self.algorithm.plan().values) {
+            (None, false) => Ok(()),
+            (Some(critic), true) => {
+                let key = format!("{key}.critic");
+                critic.validate(&key, self.steps)?;
+                check_common(&key, self.steps, &critic.optimizer, &critic.schedule, &self.memory)
+            }
+            (Some(_), false) => {
+                let problem = format!("{estimator:?} reads no values: expected no critic, or adv_estimator = \"gae\"");
+                Err(Error::config(format!("{key}.critic"), problem))
+            }
+            (None, true) => {
+                let problem =
+                    format!("{estimator:?} needs a critic: expected kind = \"ppo\", or a table [stage.critic]");
+                Err(Error::config(format!("{key}.algorithm.advantage.adv_estimator"), problem))
+            }
+        }
     }
 
     fn check_grouping(&self, key: &str) -> Result<(), Error> {

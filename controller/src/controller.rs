@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use temper_algos::Objective;
+use temper_algos::{Objective, SftLossType};
 use temper_proto::{RewardService, RolloutService, ServiceError, StageSpec, TextService, TrainerService};
 use temper_telemetry::MetricsRow;
 use temper_types::PromptRow;
@@ -174,6 +174,10 @@ impl Controller {
             self.begin_stage()?;
         }
         let (model, optimizer, version) = (checkpoint.model(), checkpoint.optimizer(), self.state.version);
+        if checkpoint.reward_model().is_dir() {
+            let restored = self.services.trainer.restore_reward_model(&checkpoint.reward_model());
+            self.attribute(restored)?;
+        }
         let restored = self.services.trainer.restore(&model, &optimizer, version);
         self.attribute(restored)?;
         let proven = self.services.rollout.set_version(version);
@@ -190,6 +194,7 @@ impl Controller {
         let row = match stage {
             Stage::Sft(stage) => self.sft_step(stage)?,
             Stage::Policy(stage) => self.policy_step(stage)?,
+            Stage::RewardModel(stage) => self.reward_model_step(stage)?,
         };
         (self.sink)(&row);
         Ok(row)
@@ -219,10 +224,25 @@ impl Controller {
         let spec = stage_spec(&stage);
         let begun = self.services.trainer.begin_stage(spec);
         self.attribute(begun)?;
+        self.begin_scalar_model(&stage)?;
         if let (Stage::Policy(policy), None) = (&stage, self.state.kl_coef) {
             self.state.kl_coef = Some(policy.algorithm.kl_in_reward.kl_ctrl.kl_coef);
         }
         self.record.event("stage", &[("stage", json!(stage.name())), ("step", json!(self.state.step))])
+    }
+
+    /// Ask for the critic or the reward model of a stage that has one.
+    fn begin_scalar_model(&mut self, stage: &Stage) -> Result<(), Error> {
+        let seed = self.stage_seed();
+        let spec = match stage {
+            Stage::Policy(policy) => policy.critic.as_ref().map(|critic| critic.spec(seed)),
+            Stage::RewardModel(stage) => Some(stage.spec(seed)),
+            Stage::Sft(_) => None,
+        };
+        match spec {
+            Some(spec) => self.attribute(self.services.trainer.begin_scalar_model(spec)),
+            None => Ok(()),
+        }
     }
 
     /// Name the weights and let the engines prove that they serve them.
@@ -247,6 +267,8 @@ impl Controller {
         self.record.sync()?;
         self.enter(Phase::CheckpointModel);
         let saved = self.services.trainer.save_model(&pending.model());
+        self.attribute(saved)?;
+        let saved = self.services.trainer.save_reward_model(&pending.reward_model());
         self.attribute(saved)?;
         self.enter(Phase::CheckpointOptimizer);
         let saved = self.services.trainer.save_state(&pending.optimizer());
@@ -284,6 +306,8 @@ fn stage_spec(stage: &Stage) -> StageSpec {
             let plan = s.algorithm.plan();
             (Objective::Policy(s.algorithm.policy_loss.clone()), &s.optimizer, plan.ref_log_probs, &s.memory)
         }
+        // The policy stays as it is; the loss of the reward model goes with its own message.
+        Stage::RewardModel(s) => (Objective::Sft(SftLossType::Nll), &s.optimizer, false, &s.memory),
     };
     StageSpec {
         name: stage.name().to_owned(),

@@ -33,8 +33,12 @@ impl Controller {
         self.log_probs_before_update(stage, &plan, &mut packed, samples)?;
         self.penalise_kl(stage, &mut packed, samples)?;
         columns.extend(self.correct_rollouts(stage, &plan, &mut packed, samples)?);
+        if plan.values {
+            self.values(&packed, samples)?;
+        }
         self.advantages(stage, &plan, &packed, samples)?;
         columns.extend(self.draw_rows(stage, &mut packed, samples)?);
+        columns.extend(self.update_critic(stage, &packed, samples)?);
         let reports = self.update(stage, &packed, samples)?;
         self.sync_reference(stage)?;
         self.publish(self.state.step + 1)?;
@@ -113,8 +117,10 @@ impl Controller {
         let old_log_probs = packed.gather(samples, |s| &s.old_log_probs);
         let components = reward_components(plan, packed, samples);
         let component_slices: Vec<&[f64]> = components.iter().map(Vec::as_slice).collect();
+        let values: Vec<f64> = packed.samples.iter().flat_map(|i| widen(&samples[*i].values)).collect();
         let input = AdvantageInput {
             batch,
+            values: plan.values.then_some(&values[..]),
             group_ids: &packed.group_ids,
             rewards,
             old_log_probs: plan.sum_pi_squared.then_some(&old_log_probs[..]),
@@ -186,10 +192,11 @@ impl Controller {
         samples: &mut [Sample],
     ) -> Result<Vec<UpdateReport>, Error> {
         let batches = packed.mini_batches(stage.mini_batches, samples);
+        let epochs = if self.is_critic_warmup(stage) { 0 } else { stage.epochs };
         let learning_rate =
             stage.optimizer.learning_rate * stage.schedule.multiplier(self.state.stage_step, stage.steps);
         let mut reports = Vec::new();
-        for _epoch in 0..stage.epochs {
+        for _epoch in 0..epochs {
             for rows in &batches {
                 self.enter(Phase::Update);
                 self.unpublished = true;

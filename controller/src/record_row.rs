@@ -121,14 +121,14 @@ fn component_values(samples: &[Sample]) -> BTreeMap<&str, Vec<f64>> {
     values
 }
 
-/// Means over the step's optimizer updates. `kl` is against the reference where the loss has that part, else between
+/// Means over the step's optimizer updates; nothing where only the critic learned. `kl` is against the reference where the loss has that part, else between
 /// the policies before and after.
 fn update_columns(reports: &[UpdateReport], row: &mut MetricsRow) {
+    let Some(first) = reports.first() else { return };
     row.set("loss", mean(reports.iter().map(|r| r.loss)));
     row.set("entropy", mean(reports.iter().map(|r| r.entropy)));
     row.set("grad_norm", mean(reports.iter().map(|r| r.grad_norm)));
     let metric = |name: &str| mean(reports.iter().filter_map(|r| r.metrics.get(name).copied()));
-    let Some(first) = reports.first() else { return };
     for name in first.metrics.keys() {
         row.set(name, metric(name));
     }

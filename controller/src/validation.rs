@@ -5,7 +5,7 @@ use crate::{Controller, Error, Phase, PolicyStage};
 use std::collections::BTreeMap;
 use temper_algos::metrics::{best_at_k, mean_at_n, pass_at_k};
 use temper_proto::{GroupRequest, GroupResult, ScoreRequest};
-use temper_types::{GroupId, PromptRow, SampleKey, SamplingParams, derive_seed};
+use temper_types::{GroupId, PromptRow, RewardOutcome, SampleKey, SamplingParams, derive_seed};
 
 /// Keeps the noise of validation apart from that of training.
 const VALIDATION_EPOCH: u64 = u64::MAX;
@@ -56,10 +56,11 @@ impl Controller {
         Ok(self.validation_columns(prefix, &rows, &scores))
     }
 
-    /// Rewards per prompt; a sample whose reward failed is left out and counted by the caller.
-    fn validation_scores(&self, rows: &[PromptRow], results: &[GroupResult]) -> Result<Vec<Vec<Option<f64>>>, Error> {
+    /// Outcomes per prompt; a sample whose reward failed is left out and counted by the caller.
+    fn validation_scores(&self, rows: &[PromptRow], results: &[GroupResult]) -> Result<Vec<Vec<RewardOutcome>>, Error> {
         let mut requests = Vec::new();
         for (row, result) in rows.iter().zip(results) {
+            let prompt_token_ids = self.attribute(self.services.text.encode_prompt(&row.prompt))?;
             for sample in &result.samples {
                 requests.push(ScoreRequest {
                     key: SampleKey {
@@ -71,6 +72,8 @@ impl Controller {
                     data_source: row.data_source.clone(),
                     response: self.services.text.decode(&sample.token_ids),
                     num_response_tokens: sample.token_ids.len(),
+                    prompt_token_ids: prompt_token_ids.clone(),
+                    response_token_ids: sample.token_ids.clone(),
                     finish_reason: sample.finish_reason,
                     ground_truth: row.ground_truth.clone(),
                     extra_info: row.extra_info.clone(),
@@ -78,18 +81,17 @@ impl Controller {
             }
         }
         let mut outcomes = self.attribute(self.services.reward.score(&requests))?.into_iter();
-        let per_group =
-            |result: &GroupResult| outcomes.by_ref().take(result.samples.len()).map(|o| o.reward()).collect();
+        let per_group = |result: &GroupResult| outcomes.by_ref().take(result.samples.len()).collect();
         Ok(results.iter().map(per_group).collect())
     }
 
-    fn validation_columns(&self, prefix: &str, rows: &[PromptRow], scores: &[Vec<Option<f64>>]) -> Columns {
+    fn validation_columns(&self, prefix: &str, rows: &[PromptRow], outcomes: &[Vec<RewardOutcome>]) -> Columns {
         let n = self.spec.validation.num_samples;
         let mut sources: BTreeMap<&str, Vec<Vec<f64>>> = BTreeMap::new();
         let mut failed: BTreeMap<&str, usize> = BTreeMap::new();
-        for (row, scores) in rows.iter().zip(scores) {
-            let scored: Vec<f64> = scores.iter().copied().flatten().collect();
-            *failed.entry(&row.data_source).or_default() += scores.len() - scored.len();
+        for (row, outcomes) in rows.iter().zip(outcomes) {
+            let scored: Vec<f64> = outcomes.iter().filter_map(RewardOutcome::reward).collect();
+            *failed.entry(&row.data_source).or_default() += outcomes.len() - scored.len();
             if !scored.is_empty() {
                 sources.entry(&row.data_source).or_default().push(scored);
             }
@@ -105,6 +107,23 @@ impl Controller {
                 columns.push((format!("{prefix}/{source}/pass@{n}"), over(&|g| pass_at_k(&correct(g), g.len()))));
             }
         }
+        columns.extend(component_columns(prefix, n, rows, outcomes));
         columns
     }
+}
+
+/// Means of the components one by one, where there is more than one: what a sum of rewards consists of, and what a
+/// component of weight 0 measures.
+fn component_columns(prefix: &str, n: usize, rows: &[PromptRow], outcomes: &[Vec<RewardOutcome>]) -> Columns {
+    let mut sums: BTreeMap<(&str, &str), (f64, usize)> = BTreeMap::new();
+    for (row, outcome) in rows.iter().zip(outcomes).flat_map(|(row, group)| group.iter().map(move |o| (row, o))) {
+        let RewardOutcome::Scored { components, .. } = outcome else { continue };
+        for component in components.iter().filter(|_| components.len() > 1) {
+            let (sum, count) = sums.entry((&row.data_source, &component.name)).or_default();
+            *sum += component.value;
+            *count += 1;
+        }
+    }
+    let column = |((source, name), (sum, count))| (format!("{prefix}/{source}/mean@{n}/{name}"), sum / count as f64);
+    sums.into_iter().map(column).collect()
 }

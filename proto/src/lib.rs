@@ -1,6 +1,7 @@
 //! The service contracts between the controller and its workers.
 //!
-//! Owns: the traits [`RolloutService`], [`RewardService`], [`TrainerService`] and [`TextService`], their messages, and
+//! Owns: the traits [`RolloutService`], [`RewardService`], [`TrainerService`] (with
+//! [`ScalarModelService`]) and [`TextService`], their messages, and
 //! the one error type that crosses them. Knows nothing of how a service is reached: in embedded mode the traits are
 //! implemented by objects in the same process, and a transport implements them on the caller's side.
 //!
@@ -10,12 +11,14 @@
 mod error;
 mod reward;
 mod rollout;
+mod scalar;
 mod text;
 mod trainer;
 
 pub use error::{ServiceError, ServiceResult};
 pub use reward::{RewardService, ScoreRequest};
 pub use rollout::{GeneratedSample, GroupRequest, GroupResult, RolloutService, RolloutStats};
+pub use scalar::{Backbone, PreferencePair, ScalarModelService, ScalarModelSpec, ScalarReport, ScalarRole};
 pub use text::TextService;
 pub use trainer::{
     GlobalCounts, LogProbs, MiniBatch, OptimizerConfig, PolicyRole, StageSpec, TokenSequence, TrainRow, TrainerService,

@@ -14,6 +14,10 @@ pub struct ScoreRequest {
     pub response: String,
     /// Length of the response in tokens.
     pub num_response_tokens: usize,
+    /// Ids of the prompt, for reward models.
+    pub prompt_token_ids: Vec<u32>,
+    /// Ids of the response, the stop token included, for reward models.
+    pub response_token_ids: Vec<u32>,
     /// Why it ended.
     pub finish_reason: FinishReason,
     /// The expected answer.

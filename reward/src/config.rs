@@ -5,6 +5,7 @@
 //! shortcut for one component of that kind with default parameters.
 
 use crate::error::Error;
+use crate::reward_model::RewardModelConfig;
 use crate::verifiers::contains::ContainsConfig;
 use crate::verifiers::exact_match::ExactMatchConfig;
 use crate::verifiers::format::FormatConfig;
@@ -67,6 +68,8 @@ pub enum RewardKind {
     Json(JsonConfig),
     /// A text occurs in the response.
     Contains(ContainsConfig),
+    /// The score of a reward model.
+    RewardModel(RewardModelConfig),
 }
 
 /// Which part of a response is verified. A response without that part scores 0: it does not give an answer.
@@ -107,10 +110,15 @@ fn first_group() -> usize {
 }
 
 /// Names of all kinds of reward.
-const KINDS: [&str; 9] = ["exact_match", "number", "math", "regex", "format", "length", "overlong", "json", "contains"];
+const KINDS: [&str; 10] =
+    ["exact_match", "number", "math", "regex", "format", "length", "overlong", "json", "contains", "reward_model"];
 /// Kinds with parameters that have no default, and which those are.
-const NEEDY: [(&str, &str); 3] =
-    [("regex", "`pattern`"), ("length", "`target_tokens`"), ("overlong", "`max_tokens` and `buffer_tokens`")];
+const NEEDY: [(&str, &str); 4] = [
+    ("regex", "`pattern`"),
+    ("length", "`target_tokens`"),
+    ("overlong", "`max_tokens` and `buffer_tokens`"),
+    ("reward_model", "`model`"),
+];
 
 impl RewardKind {
     /// The name of the kind.
@@ -125,6 +133,7 @@ impl RewardKind {
             RewardKind::Overlong(_) => "overlong",
             RewardKind::Json(_) => "json",
             RewardKind::Contains(_) => "contains",
+            RewardKind::RewardModel(_) => "reward_model",
         }
     }
 
@@ -137,7 +146,8 @@ impl RewardKind {
             | RewardKind::Format(_)
             | RewardKind::Length(_)
             | RewardKind::Overlong(_)
-            | RewardKind::Json(_) => false,
+            | RewardKind::Json(_)
+            | RewardKind::RewardModel(_) => false,
         }
     }
 }
@@ -299,6 +309,7 @@ fn parameter_names(kind: &str) -> Vec<String> {
         "overlong" => schemars::schema_for!(OverlongConfig),
         "json" => schemars::schema_for!(JsonConfig),
         "contains" => schemars::schema_for!(ContainsConfig),
+        "reward_model" => schemars::schema_for!(RewardModelConfig),
         _ => return Vec::new(),
     };
     let properties = schema.get("properties").and_then(Value::as_object);

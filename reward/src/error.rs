@@ -45,6 +45,14 @@ pub enum Error {
         /// The parser's words, on one line.
         cause: String,
     },
+    /// A reward model cannot be used.
+    #[error("reward model {}: {cause}", path.display())]
+    Model {
+        /// Its directory.
+        path: std::path::PathBuf,
+        /// What is wrong and what would be right.
+        cause: String,
+    },
     /// There is nothing to score with.
     #[error("reward has no components: expected at least one")]
     NoComponents,
@@ -71,6 +79,8 @@ pub(crate) enum Cause {
     TooLarge { what: &'static str, limit: &'static str },
     #[error("value {0} is not finite")]
     NonFinite(f64),
+    #[error("{0}")]
+    Model(String),
 }
 
 impl Cause {

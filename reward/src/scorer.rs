@@ -2,6 +2,7 @@
 
 use crate::config::{ComponentConfig, Extract, RewardConfig, RewardKind};
 use crate::error::{Cause, Error};
+use crate::reward_model::RewardModelConfig;
 use crate::text;
 use crate::verifiers;
 use temper_types::{FinishReason, RewardComponent, RewardFailure, RewardOutcome};
@@ -54,13 +55,35 @@ impl Scorer {
         self.components.iter().map(|component| component.config.name()).collect()
     }
 
-    /// Score one sample: all components and their weighted sum, or the first component that failed and why.
+    /// Score one sample: all components and their weighted sum, or the first component that failed and why. A
+    /// component of kind `reward_model` fails: a scorer alone holds no model.
     pub fn score(&self, input: ScoreInput<'_>) -> RewardOutcome {
+        self.score_with(input, &|_| Err("no model is at hand to score with".to_owned()))
+    }
+
+    /// Indices of the components that are reward models, with their configuration.
+    pub(crate) fn reward_models(&self) -> impl Iterator<Item = (usize, &RewardModelConfig)> {
+        self.components.iter().enumerate().filter_map(|(index, component)| match &component.config.kind {
+            RewardKind::RewardModel(config) => Some((index, config)),
+            _ => None,
+        })
+    }
+
+    /// As [`Scorer::score`]; `model_score` gives the score of the reward model at that component, or why there is none.
+    pub(crate) fn score_with(
+        &self,
+        input: ScoreInput<'_>,
+        model_score: &dyn Fn(usize) -> Result<f64, String>,
+    ) -> RewardOutcome {
         let mut values = Vec::with_capacity(self.components.len());
         let mut reward = 0.0;
-        for component in &self.components {
+        for (index, component) in self.components.iter().enumerate() {
             let name = component.config.name();
-            match component.value(&input) {
+            let value = match &component.config.kind {
+                RewardKind::RewardModel(_) => model_score(index).map_err(Cause::Model).and_then(finite),
+                _ => component.value(&input),
+            };
+            match value {
                 Ok(value) => {
                     reward += component.config.weight * value;
                     values.push(RewardComponent { name: name.to_owned(), value });
@@ -74,6 +97,10 @@ impl Scorer {
             failed("weighted sum", &Cause::NonFinite(reward))
         }
     }
+}
+
+fn finite(value: f64) -> Result<f64, Cause> {
+    if value.is_finite() { Ok(value) } else { Err(Cause::NonFinite(value)) }
 }
 
 fn failed(scorer: &str, cause: &Cause) -> RewardOutcome {
@@ -107,10 +134,7 @@ impl Component {
             Some(answer) => (answer, true),
             None => ("", false),
         };
-        let value = self.verify(answer, input)?;
-        if !value.is_finite() {
-            return Err(Cause::NonFinite(value));
-        }
+        let value = self.verify(answer, input).and_then(finite)?;
         Ok(if has_answer { value } else { 0.0 })
     }
 
@@ -146,6 +170,7 @@ impl Component {
             }
             RewardKind::Json(config) => verifiers::json::verify(config, answer),
             RewardKind::Contains(config) => verifiers::contains::verify(config, answer, input.ground_truth),
+            RewardKind::RewardModel(_) => Err(Cause::Model("a model reads ids, not text".to_owned())),
         }
     }
 }

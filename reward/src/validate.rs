@@ -2,6 +2,7 @@
 
 use crate::config::{ComponentConfig, Extract, RewardConfig, RewardKind};
 use crate::error::Error;
+use crate::reward_model::RewardModelSource;
 use std::collections::BTreeSet;
 
 impl RewardConfig {
@@ -53,6 +54,12 @@ fn check_component(component: &ComponentConfig) -> Result<(), Error> {
         RewardKind::Contains(config) => {
             check.that(config.text.as_deref() != Some(""), "text", &"", "a text, or none to use the ground truth")
         }
+        RewardKind::RewardModel(config) => check.that(
+            !matches!(&config.model, RewardModelSource::Path(path) if path.as_os_str().is_empty()),
+            "model.path",
+            &"",
+            "a Hugging Face directory of a sequence classifier with one label",
+        ),
         RewardKind::ExactMatch(_) | RewardKind::Math(_) | RewardKind::Json(_) => Ok(()),
     }
 }
@@ -72,7 +79,8 @@ fn check_extract(check: &Check<'_>, component: &ComponentConfig) -> Result<(), E
     let Some(extract) = &component.extract else {
         return Ok(());
     };
-    let reads_text = !matches!(component.kind, RewardKind::Length(_) | RewardKind::Overlong(_));
+    let reads_text =
+        !matches!(component.kind, RewardKind::Length(_) | RewardKind::Overlong(_) | RewardKind::RewardModel(_));
     check.that(reads_text, "extract", extract, "none: this kind measures the whole response")?;
     match extract {
         Extract::After(text) | Extract::Tag(text) => {

@@ -34,6 +34,16 @@ pub enum Error {
         /// Where the mini-batch is now, or why it was not saved.
         saved: String,
     },
+    /// A value or score is not finite.
+    #[error("{what} of sequence {sequence} is {value}: expected a finite number")]
+    NonFiniteOutput {
+        /// Which model's output.
+        what: &'static str,
+        /// Index in the call.
+        sequence: usize,
+        /// What came out.
+        value: f32,
+    },
     /// A model file cannot be read or written.
     #[error(transparent)]
     Actor(#[from] temper_actor::Error),
@@ -95,7 +105,8 @@ impl Error {
             Error::Invalid { .. } => ErrorCode::InvalidArgument,
             Error::Objective(temper_algos::Error::NonFinite { .. })
             | Error::NonFiniteGradient { .. }
-            | Error::NonFiniteBatch { .. } => ErrorCode::NonFinite,
+            | Error::NonFiniteBatch { .. }
+            | Error::NonFiniteOutput { .. } => ErrorCode::NonFinite,
             Error::Objective(_) => ErrorCode::InvalidArgument,
             Error::Actor(_) | Error::Io { .. } | Error::State { .. } | Error::WrongWeights { .. } => {
                 ErrorCode::DataLoss

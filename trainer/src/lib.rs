@@ -1,8 +1,8 @@
 //! Training: mini-batches in, updated weights out.
 //!
-//! Owns: the f32 masters, gradients and optimizer moments, the split of a mini-batch into micro-batches, the reference
-//! weights, and their part of a checkpoint. Knows losses only through [`temper_algos::Objective`]; knows nothing of
-//! prompts, rewards or the loop.
+//! Owns: the f32 masters, gradients and optimizer moments of the policy and of the models with a scalar head (critic,
+//! reward model), the split of a mini-batch into micro-batches, the reference weights, and their part of a checkpoint.
+//! Takes losses from `temper-algos` only; knows nothing of prompts, rewards or the loop.
 //!
 //! Invariants: only this crate changes weights · an update happens whole or not at all: a loss or gradient that is not
 //! finite stops before the first parameter moves, with the mini-batch saved · the packed weights that engines read are
@@ -11,7 +11,11 @@
 mod error;
 mod micro_batch;
 mod non_finite;
+mod optimizer;
 mod reference;
+mod scalar_model;
+mod scalar_service;
+mod scalar_state;
 mod service;
 mod state_io;
 mod trainer;

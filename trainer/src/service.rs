@@ -21,7 +21,7 @@ impl LocalTrainerService {
         LocalTrainerService { trainer: Mutex::new(trainer) }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Trainer> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Trainer> {
         self.trainer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

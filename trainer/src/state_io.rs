@@ -1,7 +1,8 @@
 //! The trainer's part of a checkpoint: `trainer.json`, and moments and reference as tensors under their weights' names.
 
-use crate::Error;
-use crate::trainer::{Moments, Trainer};
+use crate::optimizer::Moments;
+use crate::trainer::Trainer;
+use crate::{Error, scalar_state};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use temper_actor::weights_io::WriteOptions;
@@ -36,6 +37,7 @@ pub(crate) fn save(trainer: &Trainer, dir: &Path) -> Result<(), Error> {
     if let Some(reference) = &trainer.reference {
         save_store(trainer, dir, (REFERENCE, &reference.params), &mut file)?;
     }
+    scalar_state::save(trainer, dir)?;
     let path = dir.join(FILE);
     let text = serde_json::to_string_pretty(&file).expect("a state is plain data");
     std::fs::write(&path, text + "\n").map_err(Error::io("write", &path))
@@ -62,7 +64,7 @@ pub(crate) fn restore(trainer: &mut Trainer, dir: &Path) -> Result<(), Error> {
         let params = load_store(trainer, dir, REFERENCE, &file)?;
         trainer.set_reference(params);
     }
-    Ok(())
+    scalar_state::restore(trainer, dir)
 }
 
 fn save_store(

@@ -2,7 +2,9 @@
 
 use crate::micro_batch::{Columns, check, split, train_batch};
 use crate::non_finite::{Place, keep_batch};
+use crate::optimizer::{self, Moments, StepSize};
 use crate::reference::Reference;
+use crate::scalar_model::{ScalarModel, ScalarStage};
 use crate::{Error, state_io};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -12,19 +14,11 @@ use temper_algos::{GlobalCounts, LossMetrics, Objective, ObjectiveInput, Objecti
 use temper_proto::{
     LogProbs, MiniBatch, OptimizerConfig, PolicyRole, StageSpec, TokenSequence, TrainRow, UpdateReport,
 };
-use temper_tensor::{AdamWStep, DType, Device};
+use temper_tensor::{DType, Device};
 use temper_types::PolicyVersion;
 
 /// The packed weights of the process: written by the trainer at the end of an update, read by everyone.
 pub type SharedPolicy = Arc<RwLock<PackedPolicy>>;
-
-/// First and second moments, and how many updates they have seen.
-#[derive(Debug)]
-pub(crate) struct Moments {
-    pub(crate) first: ParamStore,
-    pub(crate) second: ParamStore,
-    pub(crate) num_updates: u64,
-}
 
 /// What the current stage asks for.
 #[derive(Debug)]
@@ -47,10 +41,14 @@ pub struct Trainer {
     pub(crate) dtype: DType,
     pub(crate) policy: SharedPolicy,
     grads: Option<ParamStore>,
-    arena: TrainArena,
+    pub(crate) arena: TrainArena,
     stage: Option<Stage>,
     max_micro_batch_tokens: usize,
     non_finite_dir: Option<PathBuf>,
+    /// The scalar model that the current stage trains.
+    pub(crate) scalar: Option<ScalarStage>,
+    pub(crate) critic: Option<ScalarModel>,
+    pub(crate) reward_model: Option<ScalarModel>,
 }
 
 /// Gradient of one micro-batch's outputs.
@@ -86,6 +84,9 @@ impl Trainer {
             stage: None,
             max_micro_batch_tokens: 4096,
             non_finite_dir: None,
+            scalar: None,
+            critic: None,
+            reward_model: None,
         })
     }
 
@@ -115,6 +116,7 @@ impl Trainer {
         objective.validate()?;
         self.moments = None;
         self.reference = None;
+        self.end_scalar_stage();
         if spec.needs_reference {
             self.set_reference(self.params.duplicate(&*self.device));
         }
@@ -167,8 +169,12 @@ impl Trainer {
         let stage = self.stage.take().ok_or_else(|| Error::invalid("update", "no stage has begun"))?;
         let result = self.update_in(&stage, batch);
         self.stage = Some(stage);
-        let place = self.non_finite_dir.as_deref().map(|dir| Place { dir, step: self.version().number + 1 });
-        result.map_err(|error| keep_batch(error, batch, place))
+        result.map_err(|error| keep_batch(error, batch, self.non_finite_place()))
+    }
+
+    /// Where a mini-batch goes that gave numbers that are not finite.
+    pub(crate) fn non_finite_place(&self) -> Option<Place<'_>> {
+        self.non_finite_dir.as_deref().map(|dir| Place { dir, step: self.version().number + 1 })
     }
 
     fn update_in(&mut self, stage: &Stage, batch: &MiniBatch) -> Result<UpdateReport, Error> {
@@ -177,7 +183,7 @@ impl Trainer {
         grads.clear(&*self.device);
         let accumulated = self.accumulate(stage, batch, &mut grads);
         let result = accumulated.and_then(|mut report| {
-            report.grad_norm = self.finite_norm(&grads)?;
+            report.grad_norm = optimizer::finite_norm(&*self.device, &grads)?;
             self.apply(stage, batch.learning_rate, report.grad_norm, &grads);
             Ok(report)
         });
@@ -246,38 +252,10 @@ impl Trainer {
         evaluate(&stage.objective, &batch.rows, (&stats.log_probs.concat(), &stats.entropies.concat()), counts)
     }
 
-    /// Global gradient norm, in f64.
-    fn finite_norm(&self, grads: &ParamStore) -> Result<f64, Error> {
-        let sum = grads.sum_squares(&*self.device);
-        if sum.is_finite() {
-            return Ok(sum.sqrt());
-        }
-        let squares = |(unit, slot): (usize, &temper_actor::TensorSlot)| {
-            let sum_squares = self.device.sum_squares(grads.unit(unit).buffer().view(slot.range.clone()));
-            (!sum_squares.is_finite()).then(|| Error::NonFiniteGradient { tensor: slot.name.clone(), sum_squares })
-        };
-        let named = grads.tensors().find_map(squares);
-        Err(named.unwrap_or(Error::NonFiniteGradient { tensor: "all tensors together".to_owned(), sum_squares: sum }))
-    }
-
     /// Clip, step every unit, and swap the packed weights.
     fn apply(&mut self, stage: &Stage, learning_rate: f64, grad_norm: f64, grads: &ParamStore) {
-        let device = Arc::clone(&self.device);
-        let fresh = || Moments {
-            first: self.params.zeros_like(&*device),
-            second: self.params.zeros_like(&*device),
-            num_updates: 0,
-        };
-        let mut moments = self.moments.take().unwrap_or_else(fresh);
-        moments.num_updates += 1;
-        let step = adamw_step(&stage.optimizer, learning_rate, grad_norm, moments.num_updates);
-        let units = self.params.units_mut().iter_mut().zip(grads.units());
-        let states = moments.first.units_mut().iter_mut().zip(moments.second.units_mut());
-        for ((param, grad), (first, second)) in units.zip(states) {
-            let pair = (first.buffer_mut().all_mut(), second.buffer_mut().all_mut());
-            device.adamw(step, grad.buffer().all(), param.buffer_mut().all_mut(), pair);
-        }
-        self.moments = Some(moments);
+        let size = StepSize { learning_rate, grad_norm };
+        optimizer::step(&*self.device, (&stage.optimizer, size), (&mut self.params, grads), &mut self.moments);
         self.repack();
     }
 
@@ -311,18 +289,23 @@ impl Trainer {
         Ok(())
     }
 
-    fn check_sequences<'a>(&self, sequences: impl Iterator<Item = &'a TokenSequence>) -> Result<(), Error> {
+    /// Memory limits of the current stage.
+    pub(crate) fn limits(&self) -> (usize, Recompute) {
+        (self.max_micro_batch_tokens, self.stage.as_ref().map_or(Recompute::None, |stage| stage.recompute))
+    }
+
+    pub(crate) fn check_sequences<'a>(&self, sequences: impl Iterator<Item = &'a TokenSequence>) -> Result<(), Error> {
         let (vocab, longest) = (self.config.vocab_size, self.config.max_position_embeddings);
         sequences.enumerate().try_for_each(|(index, sequence)| check(index, sequence, vocab, longest))
     }
 }
 
-fn sequence_len(sequence: &TokenSequence) -> usize {
+pub(crate) fn sequence_len(sequence: &TokenSequence) -> usize {
     sequence.prompt_token_ids.len() + sequence.response_token_ids.len()
 }
 
 /// Numbers of response tokens, one array per sequence.
-fn unpack<'a>(sequences: impl Iterator<Item = &'a TokenSequence>, values: &[f32]) -> Vec<Vec<f32>> {
+pub(crate) fn unpack<'a>(sequences: impl Iterator<Item = &'a TokenSequence>, values: &[f32]) -> Vec<Vec<f32>> {
     let mut rest = values;
     let take = |sequence: &TokenSequence| {
         let (own, tail) = rest.split_at(sequence.response_token_ids.len());
@@ -332,7 +315,7 @@ fn unpack<'a>(sequences: impl Iterator<Item = &'a TokenSequence>, values: &[f32]
     sequences.map(take).collect()
 }
 
-fn global_counts(batch: &MiniBatch) -> GlobalCounts {
+pub(crate) fn global_counts(batch: &MiniBatch) -> GlobalCounts {
     let g = &batch.global;
     GlobalCounts {
         num_tokens: g.num_tokens,
@@ -372,18 +355,4 @@ fn slice_gradients(out: &ObjectiveOutput, tokens: Range<usize>) -> OutputGradien
 fn name_metrics(report: &mut UpdateReport, metrics: &LossMetrics) {
     report.entropy = metrics.entropy();
     report.metrics = metrics.named().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
-}
-
-/// Clipping as torch's `clip_grad_norm_`: scale by `max / (norm + 1e-6)` where that is below 1.
-fn adamw_step(optimizer: &OptimizerConfig, learning_rate: f64, grad_norm: f64, step: u64) -> AdamWStep {
-    let scale = if optimizer.max_grad_norm > 0.0 { optimizer.max_grad_norm / (grad_norm + 1e-6) } else { 1.0 };
-    AdamWStep {
-        learning_rate: learning_rate as f32,
-        beta1: optimizer.beta1 as f32,
-        beta2: optimizer.beta2 as f32,
-        eps: optimizer.eps as f32,
-        weight_decay: optimizer.weight_decay as f32,
-        step,
-        grad_scale: scale.min(1.0) as f32,
-    }
 }

@@ -112,6 +112,7 @@ fn text_row(index: u64, text: &str) -> PromptRow {
         chosen: None,
         rejected: None,
         label: None,
+        margin: None,
     }
 }
 

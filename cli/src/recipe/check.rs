@@ -1,5 +1,6 @@
 //! Whether a typed recipe can run: against itself, its data and its model. Nothing is computed and nothing written.
 
+use super::check_reward_model::{self, check_directories, check_earlier, check_pairs};
 use super::render::to_table;
 use super::{ModelSource, Recipe, RecipeError, Source};
 use std::collections::BTreeMap;
@@ -106,7 +107,18 @@ fn check_stage(
     let rows = dataset(data, source, &format!("{key}.data"), stage.data())?;
     match stage {
         Stage::Sft(stage) => check_sft(source, &key, stage, rows),
-        Stage::Policy(stage) => check_policy(recipe, source, &key, (stage, rows)),
+        Stage::Policy(stage) => {
+            check_policy(recipe, source, &key, (stage, rows))?;
+            check_earlier(recipe, source, (index, stage))
+        }
+        Stage::RewardModel(stage) => {
+            check_pairs(source, &format!("{key}.data"), &stage.data, rows)?;
+            if stage.held_out.is_empty() {
+                return Ok(());
+            }
+            let held_out = dataset(data, source, &format!("{key}.held_out"), &stage.held_out)?;
+            check_pairs(source, &format!("{key}.held_out"), &stage.held_out, held_out)
+        }
     }
 }
 
@@ -133,6 +145,7 @@ fn check_policy(
         return Err(source.error("reward", "there is no reward: expected [[reward.components]] with a `kind`"));
     }
     recipe.reward.validate().map_err(|e| source.error("reward", e))?;
+    check_directories(recipe, source)?;
     check_ground_truth(recipe, source, &format!("{key}.data"), rows)?;
     check_plan(source, key, stage)?;
     check_lengths(recipe, source, key, stage)
@@ -151,7 +164,7 @@ fn check_ground_truth(recipe: &Recipe, source: &Source, key: &str, rows: &[Promp
 fn check_plan(source: &Source, key: &str, stage: &PolicyStage) -> Result<(), RecipeError> {
     let plan: Plan = stage.algorithm.plan();
     let estimator: AdvEstimator = stage.algorithm.advantage.adv_estimator;
-    let missing = [(plan.values, "a critic"), (plan.greedy_baseline, "greedy baseline responses")];
+    let missing = [(plan.greedy_baseline, "greedy baseline responses")];
     if let Some((_, what)) = missing.into_iter().find(|(needed, _)| *needed) {
         let problem = format!("{estimator:?} needs {what}, which this loop does not provide");
         return Err(source.error(&format!("{key}.algorithm.advantage.adv_estimator"), problem));
@@ -220,6 +233,7 @@ pub fn summary(recipe: &Recipe, num_rows: &BTreeMap<String, usize>) -> String {
 fn stage_summary(stage: &Stage, rows: usize) -> String {
     let passes = |taken: u64| taken as f64 / rows.max(1) as f64;
     match stage {
+        Stage::RewardModel(s) => check_reward_model::summary(s, rows),
         Stage::Sft(s) => {
             let taken = s.steps * s.batch_size as u64;
             format!(

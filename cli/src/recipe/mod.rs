@@ -7,6 +7,7 @@
 //! ```
 
 mod check;
+mod check_reward_model;
 mod error;
 mod render;
 mod source;

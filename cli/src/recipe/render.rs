@@ -41,6 +41,7 @@ fn stage_table(stage: &Stage) -> Value {
     let (kind, value) = match stage {
         Stage::Sft(stage) => ("sft", Value::try_from(stage)),
         Stage::Policy(stage) => ("grpo", Value::try_from(stage)),
+        Stage::RewardModel(stage) => ("reward_model", Value::try_from(stage)),
     };
     let mut value = value.expect("a stage is plain data");
     if let Value::Table(table) = &mut value {

@@ -4,13 +4,23 @@ use super::source::merge;
 use super::typed::{typed, unknown_key};
 use super::{RecipeError, Source};
 use temper_algos::{AdvEstimator, AlgorithmConfig, LossAggMode};
-use temper_controller::{PolicyStage, SftStage, Stage};
+use temper_controller::{CriticConfig, PolicyStage, RewardModelStage, SftStage, Stage};
 use temper_types::did_you_mean;
 use toml::{Table, Value};
 
 /// Kinds of stages.
-const KINDS: [&str; 8] =
-    ["sft", "grpo", "dr_grpo", "dapo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gpg"];
+const KINDS: [&str; 10] = [
+    "sft",
+    "reward_model",
+    "ppo",
+    "grpo",
+    "dr_grpo",
+    "dapo",
+    "rloo",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "gpg",
+];
 
 /// Every stage of a recipe, typed.
 pub(super) fn stages(source: &Source) -> Result<Vec<Stage>, RecipeError> {
@@ -41,6 +51,9 @@ fn stage(source: &Source, key: &str, value: &Value) -> Result<Stage, RecipeError
     if kind == "sft" {
         return Ok(Stage::Sft(typed::<SftStage>(source, key, Value::Table(table))?));
     }
+    if kind == "reward_model" {
+        return Ok(Stage::RewardModel(typed::<RewardModelStage>(source, key, Value::Table(table))?));
+    }
     if let Some(estimator) = table.get("adv_estimator") {
         let problem = format!(
             "{}: `adv_estimator` stands in [stage.algorithm.advantage] = {estimator}",
@@ -50,6 +63,9 @@ fn stage(source: &Source, key: &str, value: &Value) -> Result<Stage, RecipeError
     }
     let mut with_preset = Table::new();
     with_preset.insert("algorithm".to_owned(), Value::Table(preset(&kind)));
+    if let ("ppo", Ok(critic)) = (kind.as_str(), Value::try_from(CriticConfig::default())) {
+        with_preset.insert("critic".to_owned(), critic);
+    }
     merge(&mut with_preset, table);
     Ok(Stage::Policy(Box::new(typed::<PolicyStage>(source, key, Value::Table(with_preset))?)))
 }
@@ -68,6 +84,7 @@ fn preset(kind: &str) -> Table {
             algorithm.filter_groups.enable = true;
             algorithm.filter_groups.max_num_gen_batches = 10;
         }
+        "ppo" => algorithm.advantage.adv_estimator = AdvEstimator::Gae,
         "rloo" => algorithm.advantage.adv_estimator = AdvEstimator::Rloo,
         "reinforce_plus_plus" => algorithm.advantage.adv_estimator = AdvEstimator::ReinforcePlusPlus,
         "reinforce_plus_plus_baseline" => {

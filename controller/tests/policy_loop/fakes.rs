@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use temper_controller::{Controller, PolicyStage, RunDir, RunSpec, Services, Stage, SystemClock, latest_checkpoint};
 use temper_proto::{
-    GeneratedSample, GroupRequest, GroupResult, LogProbs, MiniBatch, PolicyRole, RewardService, RolloutService,
-    RolloutStats, ScoreRequest, ServiceResult, StageSpec, TextService, TokenSequence, TrainerService, UpdateReport,
+    GeneratedSample, GroupRequest, GroupResult, LogProbs, MiniBatch, PolicyRole, PreferencePair, RewardService,
+    RolloutService, RolloutStats, ScalarModelService, ScalarModelSpec, ScalarReport, ScoreRequest, ServiceResult,
+    StageSpec, TextService, TokenSequence, TrainerService, UpdateReport,
 };
 use temper_types::{
     FinishReason, PolicyVersion, PromptContent, RewardComponent, RewardFailure, RewardOutcome, SampleIndex,
@@ -22,6 +23,8 @@ pub enum Call {
     Update(MiniBatch),
     /// The reference moved.
     Mix(f64),
+    /// An update of the critic.
+    Critic(MiniBatch),
 }
 
 /// How the fakes behave.
@@ -147,6 +150,36 @@ impl Trainer {
     }
     fn note(&self, call: Call) {
         self.calls.lock().expect("no panic elsewhere").push(call);
+    }
+}
+
+/// The critic's value at an id: exact in f32.
+pub fn value(id: u32) -> f32 {
+    0.125 * id as f32
+}
+
+impl ScalarModelService for Trainer {
+    fn begin_scalar_model(&self, _spec: ScalarModelSpec) -> ServiceResult<()> {
+        Ok(())
+    }
+    fn values(&self, sequences: &[TokenSequence]) -> ServiceResult<Vec<Vec<f32>>> {
+        Ok(sequences.iter().map(|s| s.response_token_ids.iter().map(|id| value(*id)).collect()).collect())
+    }
+    fn update_critic(&self, batch: MiniBatch) -> ServiceResult<ScalarReport> {
+        self.note(Call::Critic(batch));
+        Ok(ScalarReport { loss: 2.0, grad_norm: 3.0, ..ScalarReport::default() })
+    }
+    fn update_reward_model(&self, _pairs: &[PreferencePair], _learning_rate: f64) -> ServiceResult<ScalarReport> {
+        Ok(ScalarReport::default())
+    }
+    fn scores(&self, sequences: &[TokenSequence]) -> ServiceResult<Vec<f32>> {
+        Ok(vec![0.0; sequences.len()])
+    }
+    fn save_reward_model(&self, _dir: &Path) -> ServiceResult<bool> {
+        Ok(false)
+    }
+    fn restore_reward_model(&self, _dir: &Path) -> ServiceResult<()> {
+        Ok(())
     }
 }
 

@@ -1,5 +1,6 @@
 //! The policy loop over fake workers: what reaches the trainer, what is recorded, and what a resumed run repeats.
 
+mod critic;
 mod fakes;
 
 use fakes::{Behaviour, Call, engine_log_prob, first_id, metrics, run_in, stage, updates};
@@ -164,6 +165,7 @@ fn the_reference_moves_when_it_is_due() {
             Call::LogProbs(PolicyRole::Policy, _) => 'p',
             Call::LogProbs(PolicyRole::Reference, _) => 'r',
             Call::Update(_) => 'u',
+            Call::Critic(_) => 'c',
             Call::Mix(alpha) => {
                 if *alpha == 0.25 {
                     'M'

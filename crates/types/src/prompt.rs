@@ -47,4 +47,6 @@ pub struct PromptRow {
     pub rejected: Option<PromptContent>,
     /// Whether `completion` is a desirable response, where the row says so.
     pub label: Option<bool>,
+    /// By how much a reward model should prefer `chosen`, where the row says so.
+    pub margin: Option<f64>,
 }

@@ -14,6 +14,8 @@ fn request(prompt: u64, truth: Option<&str>) -> ScoreRequest {
         },
         data_source: "test".to_owned(),
         response: format!("it is {}", prompt % 3),
+        prompt_token_ids: vec![1],
+        response_token_ids: vec![2],
         num_response_tokens: 3,
         finish_reason: FinishReason::Stop,
         ground_truth: truth.map(str::to_owned),

@@ -9,7 +9,7 @@
 //! | `data_source` | the same; the file's name without extension where the row has none |
 //! | `reward_model.ground_truth`, else `ground_truth`, else `answer` | `ground_truth`; JSON text unless a string |
 //! | `extra_info` | JSON text |
-//! | `ability`, `completion`, `chosen`, `rejected` | the same |
+//! | `ability`, `completion`, `chosen`, `rejected`, `margin` (a number) | the same |
 //! | `label` | the same, where it is true or false |
 //!
 //! Where `prompt` is missing and `chosen` and `rejected` are conversations, the messages that both begin with are the
@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 use temper_types::{PromptId, PromptRow};
 
 /// Columns that are read; all others are ignored.
-const COLUMNS: [&str; 12] = [
+const COLUMNS: [&str; 13] = [
     "prompt",
     "prompt_token_ids",
     "data_source",
@@ -38,6 +38,7 @@ const COLUMNS: [&str; 12] = [
     "chosen",
     "rejected",
     "label",
+    "margin",
 ];
 
 /// Columns of which a dataset must have at least one set to hold prompts.

@@ -54,6 +54,7 @@ pub(super) fn parse(
         chosen,
         rejected,
         label: label(fields)?,
+        margin: number(fields, "margin")?,
     })
 }
 
@@ -76,6 +77,16 @@ fn label(fields: &Map<String, Value>) -> Result<Option<bool>, Problem> {
         Some(Value::Bool(label)) => Ok(Some(*label)),
         // Classification datasets number their labels; such a column is no preference.
         Some(_) => Ok(None),
+    }
+}
+
+fn number(fields: &Map<String, Value>, column: &str) -> Result<Option<f64>, Problem> {
+    match present(fields, column) {
+        None => Ok(None),
+        Some(value) => match value.as_f64() {
+            Some(number) => Ok(Some(number)),
+            None => problem(column, format!("{} where a number is expected", kind(value))),
+        },
     }
 }
 

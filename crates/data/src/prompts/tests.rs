@@ -69,7 +69,8 @@ fn a_saved_dataset_directory_is_read_by_its_state() {
 
 #[test]
 fn trl_rows_are_read_in_all_their_forms() {
-    let row = read_line(r#"{"prompt":"a","completion":"b","chosen":"c","rejected":"d"}"#);
+    let row = read_line(r#"{"prompt":"a","completion":"b","chosen":"c","rejected":"d","margin":2}"#);
+    assert_eq!(row.margin, Some(2.0));
     assert_eq!((row.prompt, row.completion), (text("a"), Some(text("b"))));
     assert_eq!((row.chosen, row.rejected), (Some(text("c")), Some(text("d"))));
     assert_eq!(row.data_source, "rows");

@@ -220,6 +220,7 @@ impl TaskConfig {
             chosen: if self.preferences { right() } else { None },
             rejected: if self.preferences { wrong() } else { None },
             label,
+            margin: None,
         })
     }
 

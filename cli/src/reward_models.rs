@@ -1,0 +1,77 @@
+//! Assembly of the reward service: verifiers, and reward models from directories or from the trainer.
+
+use crate::recipe::Recipe;
+use anyhow::{Context, Result, ensure};
+use std::num::NonZeroUsize;
+use std::path::Path;
+use std::sync::Arc;
+use temper_actor::tokenizer::TOKENIZER_FILE;
+use temper_proto::{ScalarModelService, TokenSequence};
+use temper_reward::{LocalRewardService, ModelScorer, RewardModelConfig, RewardModelSource, Scorer, SequenceScorer};
+use temper_tensor::Device;
+use temper_trainer::LocalTrainerService;
+use temper_types::DType;
+
+/// What reward models are made from.
+pub struct RewardModels<'a> {
+    /// Holds the reward model that a stage trains.
+    pub trainer: &'a Arc<LocalTrainerService>,
+    /// What computes.
+    pub device: &'a Arc<dyn Device>,
+    /// The policy's first directory, for its tokenizer.
+    pub policy_dir: &'a Path,
+    /// Number format of matrix products.
+    pub dtype: DType,
+}
+
+impl RewardModels<'_> {
+    /// The reward service of a recipe.
+    ///
+    /// # Errors
+    /// A reward that cannot be compiled, a model that cannot be loaded, or one with another tokenizer.
+    pub fn reward_service(&self, recipe: &Recipe) -> Result<LocalRewardService> {
+        let threads = NonZeroUsize::new(recipe.placement.reward_threads).unwrap_or(NonZeroUsize::MIN);
+        LocalRewardService::new(Scorer::new(recipe.reward.clone())?, threads).with_models(|config| self.find(config))
+    }
+
+    fn find(&self, config: &RewardModelConfig) -> Result<Arc<dyn SequenceScorer>> {
+        match &config.model {
+            RewardModelSource::Trained => Ok(Arc::new(Trained(Arc::clone(self.trainer)))),
+            RewardModelSource::Path(dir) => {
+                self.check_tokenizer(dir)?;
+                Ok(Arc::new(ModelScorer::load(self.device, dir, self.dtype)?))
+            }
+        }
+    }
+
+    /// A reward model reads the policy's ids, so its tokenizer has to be the policy's.
+    fn check_tokenizer(&self, dir: &Path) -> Result<()> {
+        let read = |dir: &Path| {
+            let path = dir.join(TOKENIZER_FILE);
+            std::fs::read(&path).with_context(|| format!("reading {}", path.display()))
+        };
+        let same = read(dir)? == read(self.policy_dir)?;
+        ensure!(
+            same,
+            "reward model {}: its {TOKENIZER_FILE} is not that of the policy ({}): expected the same tokenizer",
+            dir.display(),
+            self.policy_dir.display()
+        );
+        Ok(())
+    }
+}
+
+/// The reward model that the trainer holds.
+struct Trained(Arc<LocalTrainerService>);
+
+impl SequenceScorer for Trained {
+    fn scores(&self, sequences: &[(&[u32], &[u32])]) -> Result<Vec<f32>, String> {
+        let sequence = |(prompt, response): &(&[u32], &[u32])| TokenSequence {
+            prompt_token_ids: prompt.to_vec(),
+            response_token_ids: response.to_vec(),
+            response_mask: vec![1; response.len()],
+        };
+        let sequences: Vec<TokenSequence> = sequences.iter().map(sequence).collect();
+        self.0.scores(&sequences).map_err(|e| e.to_string())
+    }
+}

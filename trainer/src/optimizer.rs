@@ -1,0 +1,75 @@
+//! One AdamW step over a whole model, shared by the policy and the models with a scalar head.
+
+use crate::Error;
+use temper_actor::{ParamStore, TensorSlot};
+use temper_proto::OptimizerConfig;
+use temper_tensor::{AdamWStep, Device};
+
+/// First and second moments, and how many updates they have seen.
+#[derive(Debug)]
+pub(crate) struct Moments {
+    pub(crate) first: ParamStore,
+    pub(crate) second: ParamStore,
+    pub(crate) num_updates: u64,
+}
+
+/// The size of one step.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct StepSize {
+    pub(crate) learning_rate: f64,
+    /// Global norm of the gradient before clipping.
+    pub(crate) grad_norm: f64,
+}
+
+/// Global gradient norm, in f64.
+///
+/// # Errors
+/// A gradient that is not finite, by the name of its tensor.
+pub(crate) fn finite_norm(device: &dyn Device, grads: &ParamStore) -> Result<f64, Error> {
+    let sum = grads.sum_squares(device);
+    if sum.is_finite() {
+        return Ok(sum.sqrt());
+    }
+    let squares = |(unit, slot): (usize, &TensorSlot)| {
+        let sum_squares = device.sum_squares(grads.unit(unit).buffer().view(slot.range.clone()));
+        (!sum_squares.is_finite()).then(|| Error::NonFiniteGradient { tensor: slot.name.clone(), sum_squares })
+    };
+    let named = grads.tensors().find_map(squares);
+    Err(named.unwrap_or(Error::NonFiniteGradient { tensor: "all tensors together".to_owned(), sum_squares: sum }))
+}
+
+/// Clip and step every unit; moments begin at 0 where there are none.
+pub(crate) fn step(
+    device: &dyn Device,
+    (optimizer, size): (&OptimizerConfig, StepSize),
+    (params, grads): (&mut ParamStore, &ParamStore),
+    moments: &mut Option<Moments>,
+) {
+    let moments = moments.get_or_insert_with(|| Moments {
+        first: params.zeros_like(device),
+        second: params.zeros_like(device),
+        num_updates: 0,
+    });
+    moments.num_updates += 1;
+    let step = adamw_step(optimizer, size, moments.num_updates);
+    let units = params.units_mut().iter_mut().zip(grads.units());
+    let states = moments.first.units_mut().iter_mut().zip(moments.second.units_mut());
+    for ((param, grad), (first, second)) in units.zip(states) {
+        let pair = (first.buffer_mut().all_mut(), second.buffer_mut().all_mut());
+        device.adamw(step, grad.buffer().all(), param.buffer_mut().all_mut(), pair);
+    }
+}
+
+/// Clipping as torch's `clip_grad_norm_`: scale by `max / (norm + 1e-6)` where that is below 1.
+fn adamw_step(optimizer: &OptimizerConfig, size: StepSize, step: u64) -> AdamWStep {
+    let scale = if optimizer.max_grad_norm > 0.0 { optimizer.max_grad_norm / (size.grad_norm + 1e-6) } else { 1.0 };
+    AdamWStep {
+        learning_rate: size.learning_rate as f32,
+        beta1: optimizer.beta1 as f32,
+        beta2: optimizer.beta2 as f32,
+        eps: optimizer.eps as f32,
+        weight_decay: optimizer.weight_decay as f32,
+        step,
+        grad_scale: scale.min(1.0) as f32,
+    }
+}

@@ -1,0 +1,121 @@
+//! Models with a scalar head in a checkpoint: `scalar.json`, the critic as a Hugging Face directory, and moments as
+//! tensors under their weights' names. (The reward model itself is written where users look for it.)
+
+use crate::Error;
+use crate::optimizer::Moments;
+use crate::scalar_model::ScalarModel;
+use crate::trainer::Trainer;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::Path;
+use temper_actor::weights_io::WriteOptions;
+use temper_actor::{CheckpointReader, ModelConfig, ParamStore};
+use temper_proto::ScalarRole;
+
+const FILE: &str = "scalar.json";
+const FORMAT: u32 = 1;
+const CRITIC: &str = "critic";
+const REWARD_MODEL: &str = "reward_model";
+
+/// What is stored beside the tensors.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ScalarFile {
+    format: u32,
+    /// By name of the model.
+    models: BTreeMap<String, ModelState>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ModelState {
+    /// Hash of its weights, as text.
+    hash: String,
+    /// Updates that its moments have seen; absent where there are none.
+    num_updates: Option<u64>,
+}
+
+/// Write what there is into an existing directory; nothing where there is no such model.
+pub(crate) fn save(trainer: &Trainer, dir: &Path) -> Result<(), Error> {
+    let mut file = ScalarFile { format: FORMAT, models: BTreeMap::new() };
+    let models = [(CRITIC, &trainer.critic), (REWARD_MODEL, &trainer.reward_model)];
+    for (name, model) in models.into_iter().filter_map(|(name, model)| Some((name, model.as_ref()?))) {
+        let write = |store: &ParamStore, part: &str| {
+            store.save(&*trainer.device, &dir.join(part), &model.config, &WriteOptions::default())
+        };
+        if name == CRITIC {
+            write(&model.params, CRITIC)?;
+        }
+        if let Some(moments) = &model.moments {
+            write(&moments.first, &format!("{name}_exp_avg"))?;
+            write(&moments.second, &format!("{name}_exp_avg_sq"))?;
+        }
+        let hash = model.params.content_hash(&*trainer.device).to_string();
+        let num_updates = model.moments.as_ref().map(|moments| moments.num_updates);
+        file.models.insert(name.to_owned(), ModelState { hash, num_updates });
+    }
+    if file.models.is_empty() {
+        return Ok(());
+    }
+    let path = dir.join(FILE);
+    let text = serde_json::to_string_pretty(&file).expect("a state is plain data");
+    std::fs::write(&path, text + "\n").map_err(Error::io("write", &path))
+}
+
+/// Read it back. A reward model was loaded before; it is proven here.
+pub(crate) fn restore(trainer: &mut Trainer, dir: &Path) -> Result<(), Error> {
+    let path = dir.join(FILE);
+    trainer.critic = None;
+    if !path.exists() {
+        return Ok(());
+    }
+    let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    let fail = |problem: String| Error::State { path: path.clone(), problem };
+    let file: ScalarFile = serde_json::from_str(&text).map_err(|e| fail(e.to_string()))?;
+    if file.format != FORMAT {
+        return Err(fail(format!("format {}: this binary reads format {FORMAT}", file.format)));
+    }
+    for (name, state) in &file.models {
+        let mut model = match (name.as_str(), trainer.reward_model.take()) {
+            (CRITIC, reward_model) => {
+                trainer.reward_model = reward_model;
+                load_model(trainer, ScalarRole::Critic, &dir.join(CRITIC))?
+            }
+            (REWARD_MODEL, Some(model)) => model,
+            (REWARD_MODEL, None) => return Err(fail("the checkpoint has no reward_model directory".to_owned())),
+            (other, _) => return Err(fail(format!("unknown model `{other}`"))),
+        };
+        let got = model.params.content_hash(&*trainer.device).to_string();
+        if got != state.hash {
+            return Err(fail(format!("the weights of `{name}` hash to {got}: expected {}", state.hash)));
+        }
+        model.moments = load_moments(trainer, dir, (name, &model.config), state.num_updates)?;
+        let place = if name == CRITIC { &mut trainer.critic } else { &mut trainer.reward_model };
+        *place = Some(model);
+    }
+    Ok(())
+}
+
+/// A model of `role` in a Hugging Face directory, on this trainer's backbone.
+pub(crate) fn load_model(trainer: &Trainer, role: ScalarRole, dir: &Path) -> Result<ScalarModel, Error> {
+    let config = trainer.scalar_config(role)?;
+    let params = load_store(trainer, dir, &config)?;
+    Ok(ScalarModel::new(&trainer.device, params, config, trainer.dtype))
+}
+
+fn load_moments(
+    trainer: &Trainer,
+    dir: &Path,
+    (name, config): (&str, &ModelConfig),
+    num_updates: Option<u64>,
+) -> Result<Option<Moments>, Error> {
+    let Some(num_updates) = num_updates else { return Ok(None) };
+    let first = load_store(trainer, &dir.join(format!("{name}_exp_avg")), config)?;
+    let second = load_store(trainer, &dir.join(format!("{name}_exp_avg_sq")), config)?;
+    Ok(Some(Moments { first, second, num_updates }))
+}
+
+fn load_store(trainer: &Trainer, dir: &Path, config: &ModelConfig) -> Result<ParamStore, Error> {
+    let reader = CheckpointReader::open(dir)?;
+    Ok(ParamStore::load(&*trainer.device, config, &reader)?)
+}
