@@ -1,6 +1,6 @@
 //! What a run does, resolved: the controller's own part of a recipe.
 
-use crate::{CriticConfig, Error, ReferenceConfig, RewardModelStage};
+use crate::{CriticConfig, Error, OnlinePreferenceStage, PreferenceStage, ReferenceConfig, RewardModelStage};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -145,6 +145,10 @@ pub enum Stage {
     Policy(Box<PolicyStage>),
     /// Training of a reward model.
     RewardModel(RewardModelStage),
+    /// Preferences of a dataset.
+    Preference(Box<PreferenceStage>),
+    /// Preferences between samples.
+    OnlinePreference(Box<OnlinePreferenceStage>),
 }
 
 impl Stage {
@@ -154,6 +158,8 @@ impl Stage {
             Stage::Sft(stage) => &stage.name,
             Stage::Policy(stage) => &stage.name,
             Stage::RewardModel(stage) => &stage.name,
+            Stage::Preference(stage) => &stage.name,
+            Stage::OnlinePreference(stage) => &stage.policy.name,
         }
     }
 
@@ -163,6 +169,8 @@ impl Stage {
             Stage::Sft(stage) => stage.steps,
             Stage::Policy(stage) => stage.steps,
             Stage::RewardModel(stage) => stage.steps,
+            Stage::Preference(stage) => stage.steps,
+            Stage::OnlinePreference(stage) => stage.policy.steps,
         }
     }
 
@@ -172,6 +180,8 @@ impl Stage {
             Stage::Sft(stage) => &stage.data,
             Stage::Policy(stage) => &stage.data,
             Stage::RewardModel(stage) => &stage.data,
+            Stage::Preference(stage) => &stage.data,
+            Stage::OnlinePreference(stage) => &stage.policy.data,
         }
     }
 
@@ -190,12 +200,14 @@ impl Stage {
                 stage.validate(key)?;
                 check_common(key, stage.steps, &stage.optimizer, &stage.schedule, &stage.memory)
             }
+            Stage::Preference(stage) => stage.validate(key),
+            Stage::OnlinePreference(stage) => stage.validate(key),
         }
     }
 }
 
 impl PolicyStage {
-    fn validate(&self, key: &str) -> Result<(), Error> {
+    pub(crate) fn validate(&self, key: &str) -> Result<(), Error> {
         at_least_one(key, "prompts_per_step", self.prompts_per_step)?;
         at_least_one(key, "num_generations", self.num_generations)?;
         at_least_one(key, "mini_batches", self.mini_batches)?;
@@ -263,7 +275,7 @@ impl PolicyStage {
     }
 }
 
-fn at_least_one(key: &str, name: &str, value: usize) -> Result<(), Error> {
+pub(crate) fn at_least_one(key: &str, name: &str, value: usize) -> Result<(), Error> {
     if value > 0 {
         Ok(())
     } else {
@@ -271,7 +283,7 @@ fn at_least_one(key: &str, name: &str, value: usize) -> Result<(), Error> {
     }
 }
 
-fn check_common(
+pub(crate) fn check_common(
     key: &str,
     steps: u64,
     optimizer: &OptimizerConfig,

@@ -1,6 +1,7 @@
 //! A run from start to end: stages, steps, checkpoints, resume.
 
 use crate::checkpoint::{self, PendingCheckpoint};
+use crate::preference_step::PreferenceCache;
 use crate::record::Record;
 use crate::{
     CheckpointInfo, Clock, Error, Phase, PhaseObserver, RunDir, RunSpec, RunState, Stage, load_dataset,
@@ -54,6 +55,7 @@ pub struct Controller {
     pub(crate) state: RunState,
     pub(crate) data: BTreeMap<String, Vec<PromptRow>>,
     pub(crate) record: Record,
+    pub(crate) preferences: Option<PreferenceCache>,
     dir: RunDir,
     observer: Box<dyn PhaseObserver>,
     sink: StepSink,
@@ -84,6 +86,7 @@ impl Controller {
             state,
             data,
             record,
+            preferences: None,
             dir,
             observer: Box::new(()),
             sink: Box::new(|_| {}),
@@ -195,6 +198,8 @@ impl Controller {
             Stage::Sft(stage) => self.sft_step(stage)?,
             Stage::Policy(stage) => self.policy_step(stage)?,
             Stage::RewardModel(stage) => self.reward_model_step(stage)?,
+            Stage::Preference(stage) => self.preference_step(stage)?,
+            Stage::OnlinePreference(stage) => self.online_preference_step(stage)?,
         };
         (self.sink)(&row);
         Ok(row)
@@ -237,7 +242,7 @@ impl Controller {
         let spec = match stage {
             Stage::Policy(policy) => policy.critic.as_ref().map(|critic| critic.spec(seed)),
             Stage::RewardModel(stage) => Some(stage.spec(seed)),
-            Stage::Sft(_) => None,
+            Stage::Sft(_) | Stage::Preference(_) | Stage::OnlinePreference(_) => None,
         };
         match spec {
             Some(spec) => self.attribute(self.services.trainer.begin_scalar_model(spec)),
@@ -308,6 +313,10 @@ fn stage_spec(stage: &Stage) -> StageSpec {
         }
         // The policy stays as it is; the loss of the reward model goes with its own message.
         Stage::RewardModel(s) => (Objective::Sft(SftLossType::Nll), &s.optimizer, false, &s.memory),
+        Stage::Preference(s) => (s.objective.clone(), &s.optimizer, s.objective.needs_reference(), &s.memory),
+        Stage::OnlinePreference(s) => {
+            (s.objective.clone(), &s.policy.optimizer, s.objective.needs_reference(), &s.policy.memory)
+        }
     };
     StageSpec {
         name: stage.name().to_owned(),

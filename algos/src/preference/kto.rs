@@ -46,6 +46,11 @@ impl Default for KtoConfig {
 }
 
 impl KtoConfig {
+    /// True where the loss has a reference point, which mismatched completions estimate.
+    pub fn reads_mismatched(&self) -> bool {
+        self.loss_type == KtoLossType::Kto
+    }
+
     /// Check every range.
     ///
     /// # Errors

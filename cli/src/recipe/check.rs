@@ -1,6 +1,7 @@
 //! Whether a typed recipe can run: against itself, its data and its model. Nothing is computed and nothing written.
 
 use super::check_reward_model::{self, check_directories, check_earlier, check_pairs};
+use super::preference_stage;
 use super::render::to_table;
 use super::{ModelSource, Recipe, RecipeError, Source};
 use std::collections::BTreeMap;
@@ -119,6 +120,18 @@ fn check_stage(
             let held_out = dataset(data, source, &format!("{key}.held_out"), &stage.held_out)?;
             check_pairs(source, &format!("{key}.held_out"), &stage.held_out, held_out)
         }
+        Stage::OnlinePreference(stage) => {
+            check_policy(recipe, source, &key, (&stage.policy, rows))?;
+            check_earlier(recipe, source, (index, &stage.policy))
+        }
+        Stage::Preference(stage) => {
+            let held_out_key = format!("{key}.held_out");
+            let held_out = match stage.held_out.as_str() {
+                "" => None,
+                name => Some(dataset(data, source, &held_out_key, name)?),
+            };
+            preference_stage::check(source, &key, stage, (rows, held_out))
+        }
     }
 }
 
@@ -234,6 +247,11 @@ fn stage_summary(stage: &Stage, rows: usize) -> String {
     let passes = |taken: u64| taken as f64 / rows.max(1) as f64;
     match stage {
         Stage::RewardModel(s) => check_reward_model::summary(s, rows),
+        Stage::Preference(s) => preference_stage::summary(s, rows),
+        Stage::OnlinePreference(s) => {
+            let inner = stage_summary(&Stage::Policy(Box::new(s.policy.clone())), rows);
+            format!("{inner}; the best and the worst sample of a prompt form a pair")
+        }
         Stage::Sft(s) => {
             let taken = s.steps * s.batch_size as u64;
             format!(

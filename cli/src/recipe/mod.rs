@@ -9,6 +9,7 @@
 mod check;
 mod check_reward_model;
 mod error;
+mod preference_stage;
 mod render;
 mod source;
 mod stage;

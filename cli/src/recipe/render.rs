@@ -1,5 +1,6 @@
 //! The resolved recipe as TOML, every value with its origin.
 
+use super::preference_stage::rendered;
 use super::{Recipe, Source};
 use std::fmt::Write;
 use temper_controller::Stage;
@@ -38,7 +39,14 @@ pub(super) fn to_table(recipe: &Recipe) -> Table {
 }
 
 fn stage_table(stage: &Stage) -> Value {
+    let loss = match stage {
+        Stage::Preference(stage) => Some(rendered(&stage.objective, false)),
+        Stage::OnlinePreference(stage) => Some(rendered(&stage.objective, true)),
+        _ => None,
+    };
     let (kind, value) = match stage {
+        Stage::Preference(stage) => ("dpo", Value::try_from(stage)),
+        Stage::OnlinePreference(stage) => ("online_dpo", Value::try_from(&stage.policy)),
         Stage::Sft(stage) => ("sft", Value::try_from(stage)),
         Stage::Policy(stage) => ("grpo", Value::try_from(stage)),
         Stage::RewardModel(stage) => ("reward_model", Value::try_from(stage)),
@@ -46,6 +54,11 @@ fn stage_table(stage: &Stage) -> Value {
     let mut value = value.expect("a stage is plain data");
     if let Value::Table(table) = &mut value {
         table.insert("kind".to_owned(), Value::String(kind.to_owned()));
+        if let Some((kind, Some(settings))) = loss {
+            table.remove("algorithm");
+            table.insert("kind".to_owned(), Value::String(kind.to_owned()));
+            table.insert("loss".to_owned(), settings);
+        }
     }
     value
 }

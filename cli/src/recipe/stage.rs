@@ -1,5 +1,6 @@
 //! `[[stage]]` tables: the kind decides which keys there are and what the algorithm is where nothing is said.
 
+use super::preference_stage::{self, PREFERENCE_KINDS};
 use super::source::merge;
 use super::typed::{typed, unknown_key};
 use super::{RecipeError, Source};
@@ -8,8 +9,8 @@ use temper_controller::{CriticConfig, PolicyStage, RewardModelStage, SftStage, S
 use temper_types::did_you_mean;
 use toml::{Table, Value};
 
-/// Kinds of stages.
-const KINDS: [&str; 10] = [
+/// Kinds of stages that are not over preferences.
+const OTHER_KINDS: [&str; 10] = [
     "sft",
     "reward_model",
     "ppo",
@@ -21,6 +22,11 @@ const KINDS: [&str; 10] = [
     "reinforce_plus_plus_baseline",
     "gpg",
 ];
+
+/// Every kind of stage.
+fn kinds() -> Vec<&'static str> {
+    OTHER_KINDS.into_iter().chain(PREFERENCE_KINDS).collect()
+}
 
 /// Every stage of a recipe, typed.
 pub(super) fn stages(source: &Source) -> Result<Vec<Stage>, RecipeError> {
@@ -40,14 +46,17 @@ fn stage(source: &Source, key: &str, value: &Value) -> Result<Stage, RecipeError
     let kind = match table.remove("kind") {
         Some(Value::String(kind)) => kind,
         Some(_) => return Err(source.error(&format!("{key}.kind"), "expected a string")),
-        None => return Err(source.error(key, format!("`kind` is missing: expected one of {}", KINDS.join(", ")))),
+        None => return Err(source.error(key, format!("`kind` is missing: expected one of {}", kinds().join(", ")))),
     };
-    if !KINDS.contains(&kind.as_str()) {
-        let near = did_you_mean(&kind, KINDS).map_or_else(String::new, |near| format!(" did you mean `{near}`?"));
-        let problem = format!("unknown kind `{kind}`:{near} expected one of {}", KINDS.join(", "));
+    if !kinds().contains(&kind.as_str()) {
+        let near = did_you_mean(&kind, kinds()).map_or_else(String::new, |near| format!(" did you mean `{near}`?"));
+        let problem = format!("unknown kind `{kind}`:{near} expected one of {}", kinds().join(", "));
         return Err(source.error(&format!("{key}.kind"), problem));
     }
     table.entry("name").or_insert_with(|| Value::String(kind.clone()));
+    if PREFERENCE_KINDS.contains(&kind.as_str()) {
+        return preference_stage::read(source, key, &kind, table);
+    }
     if kind == "sft" {
         return Ok(Stage::Sft(typed::<SftStage>(source, key, Value::Table(table))?));
     }
