@@ -131,6 +131,7 @@ const AROUND_THE_LOSS: &[Entry] = &[
     entry(Kind::Kl, "KL in the loss", "2402.03300", "policy_loss.use_kl_loss, kl_loss_coef, kl_loss_type"),
     entry(Kind::Kl, "KL in the reward", "1909.08593", "kl_in_reward.use_kl_in_reward, kl_penalty, kl_ctrl"),
     entry(Kind::Kl, "kl, abs, mse, low_var_kl and their + forms", "Schulman", "kl_loss_type, kl_penalty"),
+    entry(Kind::Kl, "moving reference (TR-DPO)", "2404.09656", "stage: reference.sync_every_steps, mixup_alpha"),
     entry(Kind::Kl, "entropy bonus", "1602.01783", "policy_loss.entropy_coeff"),
     entry(Kind::Kl, "bounded and unbiased KL", "OpenRLHF", "BoundedKl"),
     entry(Kind::RolloutCorrection, "tis", "verl", "policy_loss.rollout_correction.rollout_is, rollout_is_threshold"),
@@ -144,7 +145,14 @@ const AROUND_THE_LOSS: &[Entry] = &[
     entry(Kind::SamplingControl, "dynamic sampling", "2503.14476", "filter_groups.enable, metric, max_num_gen_batches"),
     entry(Kind::SamplingControl, "overlong penalty", "2503.14476", "overlong.enable, len, penalty_factor"),
     entry(Kind::SamplingControl, "mask_truncated_completions", "2503.14476", "mask_truncated_completions = true"),
-    entry(Kind::SamplingControl, "pf_ppo", "2409.06957", "filters::pf_ppo_weights"),
+    entry(Kind::SamplingControl, "pf_ppo", "2409.06957", "pf_ppo.enable, reweight_method, weight_pow"),
+    entry(Kind::SamplingControl, "best-of-n", "2504.13818", "best_of_n.best, worst"),
+    entry(
+        Kind::SamplingControl,
+        "curriculum by pass rate",
+        "temper",
+        "stage: curriculum.enable, min_pass_rate, max_pass_rate, correct_at, smoothing, revisit_after",
+    ),
     entry(Kind::SamplingControl, "stop-properly penalty", "ProRL", "filters::stop_properly_reward"),
 ];
 

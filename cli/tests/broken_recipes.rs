@@ -72,6 +72,30 @@ const CASES: &[Case] = &[
         "sampling = { max_new_tokens = 64 }",
         &["max_new_tokens", "64", "32 positions"],
     ),
+    case(
+        "a curriculum without a band",
+        "steps = 6\n",
+        "steps = 6\ncurriculum = { enable = true, min_pass_rate = 0.9, max_pass_rate = 0.1 }\n",
+        &["stage.1.curriculum", "max_pass_rate", "min_pass_rate to 1"],
+    ),
+    case(
+        "more kept than drawn",
+        "algorithm = { policy_loss",
+        "algorithm = { best_of_n = { best = 3, worst = 2 }, policy_loss",
+        &["stage.1.algorithm.best_of_n", "5 of 4 samples"],
+    ),
+    case(
+        "a reference that moves too far",
+        "steps = 6\n",
+        "steps = 6\nreference = { sync_every_steps = 2, mixup_alpha = 2.0 }\n",
+        &["stage.1.reference.mixup_alpha", "at most 1"],
+    ),
+    case(
+        "on-policy weights that are not 1",
+        "policy_loss = { use_kl_loss = true",
+        "policy_loss = { rollout_correction = { rollout_is = \"token\", rollout_is_threshold = 0.5 }, use_kl_loss = true",
+        &["stage.1.algorithm", "rollout_is_threshold", "bounds around 1"],
+    ),
     case("no TOML", "steps = 6", "steps = ", &["recipe.toml:4"]),
     case(
         "a task that cannot be",

@@ -90,7 +90,11 @@ fn without_clock(line: &str) -> String {
 }
 
 fn reference(dir: &Path) -> (PathBuf, Outcome) {
-    let recipe = recipe(dir, SMALL);
+    reference_of(dir, SMALL)
+}
+
+fn reference_of(dir: &Path, text: &str) -> (PathBuf, Outcome) {
+    let recipe = recipe(dir, text);
     let run_dir = dir.join("reference");
     let output = train(&recipe, &run_dir, &[], None);
     assert!(output.status.success(), "{}", stderr(&output));
@@ -150,6 +154,37 @@ fn an_interrupted_run_exits_130_with_a_checkpoint_and_goes_on() {
     let output = train(&recipe, &run_dir, &["--resume"], None);
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(outcome(&run_dir), expected);
+}
+
+/// A reference that moves, an adaptive coefficient, a curriculum, greedy baselines and corrected rollouts: all that a
+/// step can remember or draw.
+#[test]
+fn whatever_a_step_remembers_is_resumed() {
+    let settings = "reference = { sync_every_steps = 3, mixup_alpha = 0.6 }\n\
+        curriculum = { enable = true, correct_at = 0.5, max_pass_rate = 0.6, revisit_after = 1 }\n\
+        [stage.algorithm]\n\
+        advantage = { adv_estimator = \"remax\" }\n\
+        policy_loss = { use_kl_loss = true, rollout_correction = { rollout_is = \"token\", rollout_rs = \"token_k1\", rollout_rs_threshold = 1.1 } }\n\
+        kl_in_reward = { use_kl_in_reward = true, kl_ctrl = { type = \"adaptive\", kl_coef = 0.1, target_kl = 1e-4, horizon = 31.0 } }\n\
+        pf_ppo = { enable = true }\n";
+    let line = "algorithm = { policy_loss = { use_kl_loss = true, entropy_coeff = 0.001 } }\n";
+    assert!(SMALL.contains(line));
+    let text = SMALL.replace(line, settings);
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (recipe, expected) = reference_of(dir.path(), &text);
+    let run_dir = dir.path().join("killed");
+    // The reference moves after steps 7 and 10: the checkpoint of step 8 holds one that is neither policy.
+    for (point, args) in [("7:publish", &[][..]), ("10:update", &["--resume"])] {
+        let output = train(&recipe, &run_dir, args, Some(point));
+        assert_eq!(output.status.signal(), Some(9), "{point}: {}", stderr(&output));
+    }
+    let output = train(&recipe, &run_dir, &["--resume"], None);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(outcome(&run_dir), expected);
+    let is_exact =
+        |line: &String| line.contains("\"rollout_corr/kl\":0.0") && line.contains("\"rollout_corr/ppl_ratio\":1.0");
+    assert_eq!(expected.metrics.iter().filter(|line| is_exact(line)).count(), 6, "{:?}", expected.metrics.last());
+    assert!(expected.metrics.iter().any(|line| line.contains("curriculum/pass_rate_mean")));
 }
 
 #[test]

@@ -269,6 +269,47 @@ fn a_restored_trainer_goes_on_bit_for_bit() {
     }
 }
 
+/// Mixed halfway the reference is neither policy, mixed in full it is the policy, and a checkpoint keeps it to the bit.
+#[test]
+fn a_reference_that_moves_is_kept_in_the_checkpoint() {
+    let run = fixture("llama", "ppo_actor");
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (model, state) = (dir.path().join("model"), dir.path().join("optimizer"));
+    std::fs::create_dir_all(&state).expect("writable");
+    let spec = StageSpec { needs_reference: true, ..stage(&run, 4096, false) };
+    let sequences: Vec<TokenSequence> = rows(&run).into_iter().map(|row| row.sequence).collect();
+    let says = |service: &LocalTrainerService, role| service.log_probs(role, &sequences, 1.0).expect("log-probs");
+    let service = LocalTrainerService::new(trainer("llama", DType::F32));
+    service.begin_stage(spec.clone()).expect("a stage");
+    let frozen = says(&service, PolicyRole::Reference);
+    service.update(mini_batch(&run)).expect("an update");
+    let policy = says(&service, PolicyRole::Policy);
+    service.mix_reference(0.5).expect("mixed");
+    let mixed = says(&service, PolicyRole::Reference);
+    assert!(mixed != frozen && mixed != policy);
+    let version = service.publish(1).expect("a version");
+    service.save_model(&model).expect("saved");
+    service.save_state(&state).expect("saved");
+    service.mix_reference(0.5).expect("mixed");
+    let mixed_again = says(&service, PolicyRole::Reference);
+
+    let resumed = LocalTrainerService::new(trainer("llama", DType::F32));
+    resumed.begin_stage(spec).expect("a stage");
+    resumed.restore(&model, &state, version).expect("restored");
+    assert_eq!(says(&resumed, PolicyRole::Reference), mixed);
+    resumed.mix_reference(0.5).expect("mixed");
+    assert_eq!(says(&resumed, PolicyRole::Reference), mixed_again);
+    resumed.mix_reference(1.0).expect("copied");
+    assert_eq!(says(&resumed, PolicyRole::Reference), policy);
+
+    for alpha in [0.0, 1.1, f64::NAN] {
+        assert_eq!(service.mix_reference(alpha).expect_err("out of range").code, ErrorCode::InvalidArgument);
+    }
+    service.begin_stage(stage(&run, 4096, false)).expect("a stage");
+    let error = service.mix_reference(0.5).expect_err("no reference");
+    assert!(error.to_string().contains("keeps no reference"), "{error}");
+}
+
 #[test]
 fn a_loss_that_is_not_finite_changes_no_weight() {
     let run = fixture("llama", "ppo_actor");

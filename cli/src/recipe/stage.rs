@@ -4,13 +4,13 @@ use super::preference_stage::{self, PREFERENCE_KINDS};
 use super::source::merge;
 use super::typed::{typed, unknown_key};
 use super::{RecipeError, Source};
-use temper_algos::{AdvEstimator, AlgorithmConfig, LossAggMode};
+use temper_algos::{AdvEstimator, AlgorithmConfig, LossAggMode, LossMode, PolicyLossConfig};
 use temper_controller::{CriticConfig, PolicyStage, RewardModelStage, SftStage, Stage};
 use temper_types::did_you_mean;
 use toml::{Table, Value};
 
 /// Kinds of stages that are not over preferences.
-const OTHER_KINDS: [&str; 10] = [
+const OTHER_KINDS: [&str; 16] = [
     "sft",
     "reward_model",
     "ppo",
@@ -20,7 +20,13 @@ const OTHER_KINDS: [&str; 10] = [
     "rloo",
     "reinforce_plus_plus",
     "reinforce_plus_plus_baseline",
+    "remax",
+    "opo",
     "gpg",
+    "gspo",
+    "cispo",
+    "sapo",
+    "gmpo",
 ];
 
 /// Every kind of stage.
@@ -99,11 +105,45 @@ fn preset(kind: &str) -> Table {
         "reinforce_plus_plus_baseline" => {
             algorithm.advantage.adv_estimator = AdvEstimator::ReinforcePlusPlusBaseline;
         }
-        "gpg" => algorithm.advantage.adv_estimator = AdvEstimator::Gpg,
-        _ => {}
+        "remax" => algorithm.advantage.adv_estimator = AdvEstimator::Remax,
+        "opo" => algorithm.advantage.adv_estimator = AdvEstimator::Opo,
+        "gpg" => {
+            algorithm.advantage.adv_estimator = AdvEstimator::Gpg;
+            algorithm.policy_loss.loss_mode = LossMode::Gpg;
+        }
+        _ => loss_preset(kind, &mut algorithm.policy_loss),
     }
     match Value::try_from(algorithm) {
         Ok(Value::Table(table)) => table,
         _ => Table::new(),
+    }
+}
+
+/// Kinds that are GRPO with another loss, with the clip ranges of their papers.
+fn loss_preset(kind: &str, loss: &mut PolicyLossConfig) {
+    let clip = match kind {
+        "gspo" => {
+            loss.loss_mode = LossMode::Gspo;
+            loss.loss_agg_mode = LossAggMode::SeqMeanTokenMean;
+            Some((3e-4, 4e-4))
+        }
+        // Only the upper bound acts.
+        "cispo" => {
+            loss.loss_mode = LossMode::Cispo;
+            Some((10.0, 0.2))
+        }
+        "sapo" => {
+            loss.loss_mode = LossMode::Sapo;
+            None
+        }
+        "gmpo" => {
+            loss.loss_mode = LossMode::GeoMean;
+            Some((0.4, 0.4))
+        }
+        _ => None,
+    };
+    if let Some((low, high)) = clip {
+        loss.clip_ratio_low = Some(low);
+        loss.clip_ratio_high = Some(high);
     }
 }
