@@ -36,6 +36,7 @@ impl Controller {
             let groups = self.score(stage, groups, numbers)?;
             numbers.num_gen_batches += 1;
             for group in groups {
+                numbers.count_generated(&group.samples);
                 if plan.filter_groups && !filters::keep_group(&metric_values(&group.samples, &filter.metric)) {
                     numbers.num_filtered_groups += 1;
                     continue;

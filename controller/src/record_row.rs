@@ -18,6 +18,8 @@ pub(crate) struct StepNumbers {
     step_seconds: f64,
     pub(crate) num_gen_batches: u64,
     pub(crate) num_filtered_groups: u64,
+    /// Number of scored samples before groups were filtered, and the sum of their rewards.
+    pub(crate) generated: (u64, f64),
     /// Groups that dynamic sampling did not find.
     pub(crate) num_missing_groups: u64,
     /// Greedy responses that could not be scored.
@@ -29,6 +31,13 @@ pub(crate) struct StepNumbers {
 impl StepNumbers {
     pub(crate) fn start(now: Duration) -> Self {
         StepNumbers { begin: now, ..StepNumbers::default() }
+    }
+
+    /// Count samples before any group is filtered out.
+    pub(crate) fn count_generated(&mut self, samples: &[Sample]) {
+        for reward in samples.iter().filter_map(reward_of) {
+            self.generated = (self.generated.0 + 1, self.generated.1 + reward);
+        }
     }
 
     pub(crate) fn finish(&mut self, now: Duration) {
@@ -75,6 +84,9 @@ impl Controller {
         row.set("staleness_mean", mean(samples.iter().map(|s| f64::from(s.staleness))));
         row.set_count("num_trained_samples", trained.len() as u64);
         baseline_columns(&collected.baselines, &numbers, &mut row);
+        if stage.algorithm.filter_groups.enable {
+            row.set("generated_reward_mean", numbers.generated.1 / numbers.generated.0.max(1) as f64);
+        }
         let after = self.validation_after_step(stage)?;
         columns.iter().chain(&after).for_each(|(name, value)| {
             row.set(name, *value);

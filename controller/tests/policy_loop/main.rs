@@ -191,6 +191,10 @@ fn dynamic_sampling_refills_and_says_when_it_runs_out() {
     assert_eq!(updates(&calls)[0].rows.len(), 16);
     assert!(number(row, "num_gen_batches") > 1.0 && number(row, "num_filtered_groups") > 0.0);
     assert_eq!(number(row, "num_missing_groups"), 0.0);
+    // Samples of the groups that were dropped got 1, the others 0, 1, 2 and 3.
+    let (kept, dropped) = (16.0, 4.0 * number(row, "num_filtered_groups"));
+    let expected = (1.5 * kept + dropped) / (kept + dropped);
+    assert!((number(row, "generated_reward_mean") - expected).abs() < 1e-12 && number(row, "reward_mean") == 1.5);
     let (dir, calls) = run(stage(1, filter(1)), behaviour);
     let missing = number(&metrics(dir.path())[0], "num_missing_groups") as usize;
     assert!(missing > 0 && updates(&calls)[0].rows.len() == 16 - 4 * missing);

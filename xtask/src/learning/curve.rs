@@ -49,7 +49,9 @@ impl Curve {
 
     /// The curve of the rows of `metrics.jsonl`.
     fn from_rows(rows: &[Map<String, Value>]) -> Curve {
-        let all = rows.iter().filter_map(|row| number(row, "reward_mean"));
+        // Where groups are filtered, the reward of what was generated says how good the policy is.
+        let reward = |row| number(row, "generated_reward_mean").or_else(|| number(row, "reward_mean"));
+        let all = rows.iter().filter_map(reward);
         let rewards: Vec<(u64, f64)> = all.enumerate().map(|(index, reward)| (index as u64 + 1, reward)).collect();
         let values: Vec<f64> = rewards.iter().map(|(_, reward)| *reward).collect();
         let end = ENDS.min(values.len());
