@@ -27,6 +27,8 @@ pub(crate) trait Simd: Copy + 'static {
 
     /// Ask for the cache line at `ptr`, which need not be valid.
     unsafe fn prefetch(ptr: *const f32);
+    /// As [`Simd::prefetch`], but no nearer than the second cache level.
+    unsafe fn prefetch_far(ptr: *const f32);
     unsafe fn splat(x: f32) -> Self::V;
     unsafe fn load(ptr: *const f32) -> Self::V;
     /// The first `lanes` (at most 16) lanes from memory, the others 0.

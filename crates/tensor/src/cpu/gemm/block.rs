@@ -3,10 +3,10 @@
 //! A block walks the summed dimension in segments. For each segment it makes the panel's words readable (in place,
 //! widened or gathered into scratch that stays in the first cache levels) and runs register tiles over its rows.
 //! Sums that are not complete at the end of a segment rest in the block's carry memory, as f32, so that cutting a
-//! chain changes no bit.
+//! chain changes no bit. A caller cuts chains the same way by giving a block the sums so far ([`Block::seed`]).
 
 use super::tile::{
-    GROUP_ROWS, MAX_TILE_ROWS, PANEL, Product, Single, Tile, WidenedPair, chain_groups, chain_rows, load_tile,
+    Ahead, GROUP_ROWS, MAX_TILE_ROWS, PANEL, Product, Single, Tile, WidenedPair, chain_groups, chain_rows, load_tile,
     store_tile,
 };
 use super::words::{self, Gather};
@@ -14,10 +14,10 @@ use crate::Reduction;
 use crate::cpu::simd::{Kernel, Simd};
 use std::ops::Range;
 
-/// Most steps of a segment that is gathered, or of a long sum: 160 KiB of panel words, which stay in the second cache
-/// level while a block's tiles pass over them. Even, so that no pair is cut.
+/// Most steps of a segment of a long sum: 160 KiB of panel words, which stay in the second cache level while a block's
+/// tiles pass over them. Even, so that no pair is cut.
 const SEGMENT_STEPS: usize = 640;
-/// Sums of up to this many steps run whole, tile by tile, over panels that need no gathering.
+/// Sums of up to this many steps run whole, tile by tile. Gathered sums always do.
 const WHOLE_STEPS: usize = 2048;
 /// Carry memory: one slot for each level of the tree that joins eight parts, one for a chain that is cut.
 const CARRY_SLOTS: usize = 4;
@@ -48,7 +48,7 @@ pub(super) enum PanelSource {
     Resident(*const f32),
     /// bf16 pairs `[steps / 2][64]`, widened into scratch as f32, odd number first.
     Widen(*const f32),
-    /// Columns of a row-major f32 matrix whose rows are the summed dimension, packed into scratch.
+    /// Columns of a row-major f32 matrix whose rows are the summed dimension, packed into scratch as a whole.
     Gather(Gather),
 }
 
@@ -76,6 +76,10 @@ pub(super) struct Block {
     pub(super) left: Left,
     pub(super) panel: PanelSource,
     pub(super) out: Output,
+    /// Where the chains begin, `[rows][64]`; null for +0. Only for chains that run whole.
+    pub(super) seed: *const f32,
+    /// What the next block reads, fetched into the second cache level while the tiles run.
+    pub(super) ahead: Ahead,
     /// Memory for a packed segment and for unfinished sums; set by `run_block`.
     pub(super) scratch: *mut f32,
 }
@@ -137,6 +141,8 @@ struct Pass {
     carry: *mut f32,
     /// Carry memory belongs to one tile and is used again by the next, or every row of the block has its own.
     whole: bool,
+    /// Tiles so far, and all tiles of the block.
+    tiles: (usize, usize),
 }
 
 /// A block over f32 words.
@@ -175,7 +181,7 @@ impl Block {
     /// True where tiles run the whole sum one after the other.
     #[inline(always)]
     const fn runs_whole(&self) -> bool {
-        !matches!(self.panel, PanelSource::Gather(_)) && self.steps <= WHOLE_STEPS
+        matches!(self.panel, PanelSource::Gather(_)) || self.steps <= WHOLE_STEPS
     }
 
     /// Steps of panel words that scratch holds at once.
@@ -183,7 +189,7 @@ impl Block {
     const fn buffer_steps(&self) -> usize {
         match self.panel {
             PanelSource::Resident(_) => 0,
-            _ if self.runs_whole() => WHOLE_STEPS,
+            _ if self.runs_whole() => self.steps,
             _ => SEGMENT_STEPS,
         }
     }
@@ -197,7 +203,7 @@ impl Block {
     fn cut(&self) -> Cut {
         let (part_numbers, num_parts) = parts(self.reduction, self.steps * self.numbers_per_step);
         let part_steps = part_numbers.div_ceil(self.numbers_per_step);
-        let longest = if self.runs_whole() { WHOLE_STEPS } else { SEGMENT_STEPS };
+        let longest = if self.runs_whole() { self.steps.max(1) } else { SEGMENT_STEPS };
         let segments_per_part = part_steps.div_ceil(longest).max(1);
         let segment_steps = part_steps.div_ceil(segments_per_part).next_multiple_of(2);
         Cut { steps: self.steps, num_parts, part_steps, segments_per_part, segment_steps }
@@ -215,12 +221,14 @@ impl Block {
         let whole = self.runs_whole();
         let segments_per_pass = if whole { num_segments } else { 1 };
         let carry = self.scratch.wrapping_add(self.buffer_steps() * PANEL);
+        let num_tiles = self.rows.div_ceil(P::MAX_ROWS) * self.out.columns.div_ceil(16 * P::S::TILE_VECTORS);
         for first in (0..num_segments).step_by(segments_per_pass) {
             let end = first + segments_per_pass;
+            let tiles = (0, num_tiles);
             // SAFETY: the buffer holds the words of a pass; the rest is the caller's contract.
             unsafe {
                 let panel = self.panel_words::<P::S>(cut.segment(first).start..cut.segment(end - 1).end);
-                self.all_tiles::<P>(&Pass { cut, first, end, panel, carry, whole });
+                self.all_tiles::<P>(&mut Pass { cut, first, end, panel, carry, whole, tiles });
             }
         }
     }
@@ -236,7 +244,7 @@ impl Block {
                 PanelSource::Widen(pairs) => {
                     words::widen_pairs::<S>(pairs.add(steps.start / 2 * PANEL), steps.len() / 2, buffer);
                 }
-                PanelSource::Gather(gather) => gather.pack::<S>(steps.clone(), buffer),
+                PanelSource::Gather(gather) => gather.pack::<S>(buffer),
             }
         }
         buffer.wrapping_sub(steps.start * PANEL)
@@ -244,7 +252,7 @@ impl Block {
 
     /// Every register tile of a pass. Rows are split as evenly as the largest tile allows; groups are split alone.
     #[inline(always)]
-    unsafe fn all_tiles<P: Product>(&self, pass: &Pass) {
+    unsafe fn all_tiles<P: Product>(&self, pass: &mut Pass) {
         let unit = if self.left.layout == Layout::Groups { GROUP_ROWS } else { self.rows };
         for vector in (0..self.out.columns.div_ceil(16)).step_by(P::S::TILE_VECTORS) {
             let (mut row, mut end) = (0, unit.min(self.rows));
@@ -272,17 +280,21 @@ impl Block {
 
     /// The segments of one register tile: `MR` rows from `row`, `TILE_VECTORS` vectors from `vector`.
     #[inline(always)]
-    unsafe fn tile<P: Product, const MR: usize>(&self, pass: &Pass, (row, vector): (usize, usize)) {
+    unsafe fn tile<P: Product, const MR: usize>(&self, pass: &mut Pass, (row, vector): (usize, usize)) {
         let (carry_row, slot_rows) = if pass.whole { (0, MAX_TILE_ROWS) } else { (row, self.rows) };
         let (left, ld) = (self.left.ptr, self.left.ld);
         // SAFETY: the tile lies within the operands, the panel's words and the carry memory.
         unsafe {
             let carry = pass.carry.add(carry_row * PANEL + vector * 16);
+            let mut ahead = self.ahead.share(pass.tiles, self.steps);
+            pass.tiles.0 += 1;
             for index in pass.first..pass.end {
                 let seg = pass.cut.segment(index);
                 let mut acc = [[P::S::splat(0.0); 4]; MR];
                 if !seg.opens {
                     acc = load_tile::<P, MR>(carry.add(CHAIN_SLOT * slot_rows * PANEL));
+                } else if !self.seed.is_null() {
+                    acc = load_tile::<P, MR>(self.seed.add(row * PANEL + vector * 16));
                 }
                 if seg.last {
                     self.prefetch_out::<P, MR>((row, vector));
@@ -290,7 +302,12 @@ impl Block {
                 let (b, steps) = (pass.panel.wrapping_add(seg.start * PANEL + vector * 16), seg.end - seg.start);
                 acc = match self.left.layout {
                     Layout::Rows => {
-                        chain_rows::<P, MR>(acc, left.add(row * ld + seg.start * P::LEFT_WORDS), ld, b, steps)
+                        let rows = (left.add(row * ld + seg.start * P::LEFT_WORDS), ld);
+                        if self.ahead.len == 0 {
+                            chain_rows::<P, MR, false>(acc, rows, b, steps, &mut ahead)
+                        } else {
+                            chain_rows::<P, MR, true>(acc, rows, b, steps, &mut ahead)
+                        }
                     }
                     Layout::Groups => {
                         let group = left.add(row / GROUP_ROWS * ld + seg.start * GROUP_ROWS + row % GROUP_ROWS);

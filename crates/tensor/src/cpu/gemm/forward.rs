@@ -2,7 +2,7 @@
 
 use super::block::{Block, Layout, Left, Output, PanelSource};
 use super::split::Grid;
-use super::tile::PANEL;
+use super::tile::{Ahead, PANEL};
 use super::words::Format;
 use super::{Body, operand_format, rows_to_words, run_block, scratch};
 use crate::cpu::CpuDevice;
@@ -14,6 +14,10 @@ use temper_types::DType;
 const MAX_BLOCK_ROWS: usize = 240;
 /// Blocks of up to this many rows widen bf16 weights in registers; more rows share words widened once.
 const MAX_WIDENED_ROWS: usize = 12;
+/// Blocks of up to this many rows fetch the next panel while they multiply: it takes about as long to arrive. For more
+/// rows the requests cost more than the wait, unless the weight is so large that no cache ever holds it.
+const MAX_AHEAD_ROWS: usize = 96;
+const LARGE_WEIGHT_WORDS: usize = 8 << 20;
 /// Words of laid-out inputs in scratch at once (32 MiB, or a few rows); more rows run in turns.
 pub(super) const LEFT_WORDS: usize = 8 << 20;
 /// Rows of a turn at least, so that a panel is read for more than a few rows.
@@ -60,31 +64,36 @@ fn linear_words(
     let row_words = operand_format(dev, w.dtype).num_words(k);
     let grid = Grid::new(out.len() / n, n.div_ceil(PANEL), MAX_BLOCK_ROWS, dev.pool.num_threads());
     let (x, out) = (SharedX(x.as_ptr()), SharedMut::new(out));
+    let fetches_ahead = w.panels.words.len() > LARGE_WEIGHT_WORDS;
     dev.pool.run(grid.num_tasks(), &|task| {
-        let (rows, panel) = grid.task(task);
-        let column = panel * PANEL;
-        let (body, words_per_step) = forward_body(dev, w.dtype, rows.len());
-        let words = w.panels.panel(panel).as_ptr();
-        let widen = w.dtype == DType::Bf16 && body == Body::Single;
-        let block = Block {
-            rows: rows.len(),
-            steps: row_words / words_per_step,
-            reduction: w.reduction,
-            numbers_per_step: if body == Body::Single { 1 } else { 2 },
-            left: Left { ptr: x.at(rows.start * row_words), layout: Layout::Rows, ld: row_words },
-            panel: if widen { PanelSource::Widen(words) } else { PanelSource::Resident(words) },
-            out: Output {
-                ptr: out.ptr_at(rows.start * n + column),
-                ld: n,
-                columns: (n - column).min(PANEL),
-                bias: bias.map_or(std::ptr::null(), |b| b[column..].as_ptr()),
-                add: store == Store::Add,
-            },
-
-            scratch: std::ptr::null_mut(),
-        };
-        // SAFETY: lengths were checked by `linear`; every task writes rows and columns of its own.
-        unsafe { run_block(dev, body, block) }
+        grid.for_pieces(task, |rows, panel, next| {
+            let column = panel * PANEL;
+            let next = next.filter(|_| fetches_ahead || rows.len() <= MAX_AHEAD_ROWS).map(|next| w.panels.panel(next));
+            let ahead = next.map_or(Ahead::NONE, |words| Ahead { ptr: words.as_ptr(), len: words.len() });
+            let (body, words_per_step) = forward_body(dev, w.dtype, rows.len());
+            let words = w.panels.panel(panel).as_ptr();
+            let widen = w.dtype == DType::Bf16 && body == Body::Single;
+            let block = Block {
+                rows: rows.len(),
+                steps: row_words / words_per_step,
+                reduction: w.reduction,
+                numbers_per_step: if body == Body::Single { 1 } else { 2 },
+                left: Left { ptr: x.at(rows.start * row_words), layout: Layout::Rows, ld: row_words },
+                panel: if widen { PanelSource::Widen(words) } else { PanelSource::Resident(words) },
+                out: Output {
+                    ptr: out.ptr_at(rows.start * n + column),
+                    ld: n,
+                    columns: (n - column).min(PANEL),
+                    bias: bias.map_or(std::ptr::null(), |b| b[column..].as_ptr()),
+                    add: store == Store::Add,
+                },
+                seed: std::ptr::null(),
+                ahead,
+                scratch: std::ptr::null_mut(),
+            };
+            // SAFETY: lengths were checked by `linear`; every task writes rows and columns of its own.
+            unsafe { run_block(dev, body, block) }
+        })
     });
 }
 

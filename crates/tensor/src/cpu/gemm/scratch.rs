@@ -13,6 +13,7 @@ fn grown(memory: &mut AlignedVec<f32>, len: usize) -> *mut f32 {
 thread_local! {
     static BLOCK: Cell<AlignedVec<f32>> = Cell::default();
     static LEFT: Cell<AlignedVec<f32>> = Cell::default();
+    static CARRY: Cell<AlignedVec<f32>> = Cell::default();
 }
 
 /// Run `f` with `len` words of this thread's memory for the segments of a block.
@@ -28,4 +29,12 @@ pub(super) fn with_left(len: usize, f: impl FnOnce(&mut [f32])) {
     grown(&mut memory, len);
     f(&mut memory[..len]);
     LEFT.set(memory);
+}
+
+/// Run `f` with `len` words of this thread's memory for sums that are not complete, contents arbitrary.
+pub(super) fn with_carry(len: usize, f: impl FnOnce(&mut [f32])) {
+    let mut memory = CARRY.take();
+    grown(&mut memory, len);
+    f(&mut memory[..len]);
+    CARRY.set(memory);
 }

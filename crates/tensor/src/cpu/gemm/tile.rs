@@ -153,19 +153,53 @@ unsafe fn step<P: Product, const MR: usize>(
     acc
 }
 
-/// Continue a tile's chains over steps whose left words are contiguous in each row.
+/// Words that are fetched into the second cache level while chains run.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    pub(super) ptr: *const f32,
+    pub(super) len: usize,
+}
+
+impl Ahead {
+    /// Nothing.
+    pub(super) const NONE: Ahead = Ahead { ptr: std::ptr::null(), len: 0 };
+
+    /// The share of tile `index` of `num_tiles`, each of `steps` steps.
+    #[inline(always)]
+    pub(super) fn share(&self, (index, num_tiles): (usize, usize), steps: usize) -> Walk {
+        /// Bytes of a cache line.
+        const LINE: usize = 64;
+        let stride = (self.len * size_of::<f32>()).div_ceil((num_tiles * steps).max(1)).min(LINE);
+        Walk { ptr: self.ptr.wrapping_byte_add(index * steps * stride), stride }
+    }
+}
+
+/// An address that is asked for at every step of a chain, `stride` bytes behind the one before: no branch in the loop,
+/// which a guess that goes wrong would cost more than the requests.
+#[derive(Clone, Copy)]
+pub(super) struct Walk {
+    ptr: *const f32,
+    stride: usize,
+}
+
+/// Continue a tile's chains over steps whose left words are contiguous in each row, rows lying `row_stride` apart. With
+/// `AHEAD` every step asks for an address of `ahead`.
 #[inline(always)]
-pub(super) unsafe fn chain_rows<P: Product, const MR: usize>(
+pub(super) unsafe fn chain_rows<P: Product, const MR: usize, const AHEAD: bool>(
     mut acc: Tile<P, MR>,
-    mut a: *const f32,
-    row_stride: usize,
+    (mut a, row_stride): (*const f32, usize),
     mut b: *const f32,
     steps: usize,
+    ahead: &mut Walk,
 ) -> Tile<P, MR> {
     // SAFETY: the caller's pointers are valid for `steps` steps.
     unsafe {
         let mut below = a.wrapping_add(HALF_ROWS * row_stride);
         for _ in 0..steps {
+            if AHEAD {
+                P::S::prefetch_far(ahead.ptr);
+                ahead.ptr = ahead.ptr.wrapping_byte_add(ahead.stride);
+            }
             acc = step::<P, MR>(acc, [a, below], row_stride, b);
             a = a.add(P::LEFT_WORDS);
             below = below.wrapping_add(P::LEFT_WORDS);

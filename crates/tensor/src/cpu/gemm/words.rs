@@ -6,7 +6,6 @@
 
 use super::tile::{GROUP_ROWS, PANEL};
 use crate::cpu::simd::{Kernel, Simd, round_bf16, to_bf16};
-use std::ops::Range;
 
 /// What the words of an operand are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,29 +75,86 @@ pub(super) struct Gather {
     pub(super) num_rows: usize,
     /// Columns that exist.
     pub(super) columns: usize,
-    /// Columns of the packed words, the ones that do not exist being zero.
-    pub(super) width: usize,
     /// What the words are.
     pub(super) format: Format,
 }
 
 impl Gather {
-    /// Write word rows `range` to `out[range.len()][width]`, `width` being a multiple of 16.
+    /// Write every word row to `out[word rows][64]`, columns that do not exist being zero.
     ///
     /// # Safety
-    /// The matrix and `out` are valid for the range, which is made of whole pairs where the format is swapped.
+    /// The matrix is valid for its rows and columns, and `out` for the words.
     #[inline(always)]
-    pub(super) unsafe fn pack<S: Simd>(&self, range: Range<usize>, out: *mut f32) {
-        for (index, word_row) in range.enumerate() {
-            for column in (0..self.width).step_by(16) {
-                // SAFETY: the caller's contract; lanes behind the last column are not read.
-                unsafe {
+    pub(super) unsafe fn pack<S: Simd>(&self, out: *mut f32) {
+        let whole = if self.columns >= PANEL { self.whole_word_rows() } else { 0 };
+        for word_row in 0..self.format.num_words(self.num_rows) {
+            let out = out.wrapping_add(word_row * PANEL);
+            // SAFETY: the caller's contract; lanes behind the last column are not read.
+            unsafe {
+                if word_row < whole {
+                    self.whole_words::<S>(word_row, (PANEL / 16, 16), (out, 16));
+                    continue;
+                }
+                for column in (0..PANEL).step_by(16) {
                     let words = if column < self.columns {
                         self.words::<S>(word_row, column, self.columns - column)
                     } else {
                         S::splat(0.0)
                     };
-                    S::store(out.add(index * self.width + column), words);
+                    S::store(out.add(column), words);
+                }
+            }
+        }
+    }
+
+    /// Word rows of which every number exists.
+    #[inline(always)]
+    const fn whole_word_rows(&self) -> usize {
+        match self.format {
+            Format::Exact => self.num_rows,
+            Format::Swapped => self.num_rows / 2 * 2,
+            Format::Pairs => self.num_rows / 2,
+        }
+    }
+
+    /// The words of 16 columns from each of the columns `0, step, ..., (count - 1) * step`, all of which exist, to
+    /// `out` and every `out_step` words behind it.
+    ///
+    /// # Safety
+    /// The matrix is valid for these columns of the word row, and `out` for the words.
+    #[inline(always)]
+    unsafe fn whole_words<S: Simd>(
+        &self,
+        word_row: usize,
+        (count, step): (usize, usize),
+        (out, out_step): (*mut f32, usize),
+    ) {
+        let rows = self.format.numbers_per_word();
+        let row = self.ptr.wrapping_add(word_row * rows * self.ld);
+        // SAFETY: the caller's contract; prefetched addresses need not be valid.
+        unsafe {
+            for line in (0..(count - 1) * step + 16).step_by(16) {
+                for next in PREFETCH_ROWS * rows..(PREFETCH_ROWS + 1) * rows {
+                    S::prefetch(row.wrapping_add(next * self.ld + line));
+                }
+            }
+            match self.format {
+                Format::Exact => {
+                    for i in 0..count {
+                        S::store(out.add(i * out_step), S::load(row.add(i * step)));
+                    }
+                }
+                Format::Swapped => {
+                    let row = self.ptr.add((word_row ^ 1) * self.ld);
+                    for i in 0..count {
+                        S::store(out.add(i * out_step), S::round_bf16(S::load(row.add(i * step))));
+                    }
+                }
+                Format::Pairs => {
+                    for i in 0..count {
+                        let pair = S::pair_bf16(S::load(row.add(i * step)), S::load(row.add(self.ld + i * step)));
+                        S::store(out.add(i * out_step), pair);
+                    }
                 }
             }
         }
@@ -129,18 +185,17 @@ impl Gather {
                 return S::splat(0.0);
             }
             let from = self.ptr.add(row * self.ld + column);
-            S::prefetch(from.wrapping_add(PREFETCH_ROWS * self.ld));
             if lanes >= 16 { S::load(from) } else { S::load_partial(from, lanes) }
         }
     }
 }
 
-/// Columns of a row-major matrix `[num_rows, ld]` as a left operand in groups: `[group][word row][6]`.
+/// Columns of a row-major matrix as a left operand in groups of six: `[group][word row][6]`.
 pub(super) struct LeftGroups<'a> {
-    /// The columns; `ptr` addresses the whole matrix, `first` is where its columns begin.
+    /// The columns.
     pub(super) gather: Gather,
-    /// First column.
-    pub(super) first: usize,
+    /// Numbers that may be read from the first column of a row on; at least the columns.
+    pub(super) readable: usize,
     /// Words from one group to the next, [`LeftGroups::group_len`].
     pub(super) out: &'a mut [f32],
 }
@@ -156,18 +211,25 @@ impl Kernel for LeftGroups<'_> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let num_words = self.gather.format.num_words(self.gather.num_rows);
-        let (group_len, num_groups) = (Self::group_len(num_words), self.gather.columns.div_ceil(GROUP_ROWS));
+        let gather = self.gather;
+        let num_words = gather.format.num_words(gather.num_rows);
+        let (group_len, num_groups) = (Self::group_len(num_words), gather.columns.div_ceil(GROUP_ROWS));
         assert!(self.out.len() >= num_groups * group_len, "the packed operand fits its memory");
-        let out = self.out.as_mut_ptr();
+        let (out, whole_rows) = (self.out.as_mut_ptr(), gather.whole_word_rows());
+        // Groups whose 16 lanes may all be read.
+        let whole_groups = if self.readable < 16 { 0 } else { ((self.readable - 16) / GROUP_ROWS + 1).min(num_groups) };
         for word_row in 0..num_words {
-            for group in 0..num_groups {
-                let column = self.first + group * GROUP_ROWS;
-                // SAFETY: the matrix is valid by the caller's contract, the memory by the assertion. Lanes behind the
-                // group's words are overwritten by its next step or lie in the room behind the group.
-                unsafe {
-                    let words = self.gather.words::<S>(word_row, column, self.gather.ld - column);
-                    S::store(out.add(group * group_len + word_row * GROUP_ROWS), words);
+            // SAFETY: the matrix is valid by the caller's contract, the memory by the assertion. Lanes behind a group's
+            // words are overwritten by its next step or lie in the room behind the group.
+            unsafe {
+                let out = out.add(word_row * GROUP_ROWS);
+                let whole = if word_row < whole_rows { whole_groups } else { 0 };
+                if whole > 0 {
+                    gather.whole_words::<S>(word_row, (whole, GROUP_ROWS), (out, group_len));
+                }
+                for group in whole..num_groups {
+                    let column = group * GROUP_ROWS;
+                    S::store(out.add(group * group_len), gather.words::<S>(word_row, column, self.readable - column));
                 }
             }
         }

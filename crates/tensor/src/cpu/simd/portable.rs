@@ -35,6 +35,8 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn prefetch(_ptr: *const f32) {}
     #[inline(always)]
+    unsafe fn prefetch_far(_ptr: *const f32) {}
+    #[inline(always)]
     unsafe fn splat(x: f32) -> Lanes {
         [x; 16]
     }
