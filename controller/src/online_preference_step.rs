@@ -117,8 +117,8 @@ impl Controller {
     }
 }
 
-/// Mean of `old_log_prob - ref_log_prob` over the tokens of the pairs: how far the policy went from the reference on the
-/// responses that it learns from. `None` where there is no reference or no pair.
+/// Mean of `old_log_prob - ref_log_prob` over the tokens of the pairs: how far the policy went from the reference on
+/// the responses that it learns from. `None` where there is no reference or no pair.
 fn drift(trained: &[usize], samples: &[Sample]) -> Option<f64> {
     let gaps = trained.iter().flat_map(|index| {
         let sample = &samples[*index];
