@@ -63,7 +63,12 @@ const ADVANTAGES: &[Entry] = &[
     entry(Kind::Advantage, "remax", "2310.10505", "advantage.adv_estimator = \"remax\""),
     entry(Kind::Advantage, "opo", "2505.23585", "advantage.adv_estimator = \"opo\""),
     entry(Kind::Advantage, "gpg", "2504.02546", "advantage.adv_estimator = \"gpg\""),
-    entry(Kind::Advantage, "gae", "1506.02438", "advantage.adv_estimator = \"gae\""),
+    entry(
+        Kind::Advantage,
+        "gae",
+        "1506.02438",
+        "kind = \"ppo\", or advantage.adv_estimator = \"gae\" with [stage.critic]",
+    ),
     entry(Kind::Advantage, "optimal_token_baseline", "verl", "advantage.adv_estimator = \"optimal_token_baseline\""),
     entry(
         Kind::Advantage,
@@ -188,8 +193,8 @@ const PREFERENCES: &[Entry] = &[
     entry(Kind::Preference, "group distributional (gdpo)", "2412.20299", "preference::gdpo_loss"),
     entry(Kind::Supervised, "sft", "-", "loss_type = \"nll\""),
     entry(Kind::Supervised, "dft", "2508.05629", "loss_type = \"dft\""),
-    entry(Kind::Supervised, "value loss", "1707.06347", "ValueLossConfig: cliprange_value"),
-    entry(Kind::Supervised, "reward model", "2307.09288", "RewardModelConfig: center_rewards_coefficient"),
+    entry(Kind::Supervised, "value loss", "1707.06347", "kind = \"ppo\", critic.value_loss.cliprange_value"),
+    entry(Kind::Supervised, "reward model", "2307.09288", "kind = \"reward_model\", center_rewards_coefficient"),
     entry(Kind::Supervised, "generalised JSD (gkd)", "2306.13649", "distill::generalized_jsd"),
     entry(Kind::Supervised, "top-k forward KL", "verl", "distill::forward_kl_top_k"),
 ];

@@ -133,8 +133,8 @@ fn component_values(samples: &[Sample]) -> BTreeMap<&str, Vec<f64>> {
     values
 }
 
-/// Means over the step's optimizer updates; nothing where only the critic learned. `kl` is against the reference where the loss has that part, else between
-/// the policies before and after.
+/// Means over the step's optimizer updates; nothing where only the critic learned. `kl` is against the reference where
+/// the loss has that part, else between the policies before and after.
 fn update_columns(reports: &[UpdateReport], row: &mut MetricsRow) {
     let Some(first) = reports.first() else { return };
     row.set("loss", mean(reports.iter().map(|r| r.loss)));

@@ -3,6 +3,7 @@
 mod config;
 mod laws;
 mod math;
+mod model;
 mod number;
 mod service;
 mod text;

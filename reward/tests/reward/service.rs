@@ -4,7 +4,7 @@ use temper_proto::{RewardService, ScoreRequest};
 use temper_reward::LocalRewardService;
 use temper_types::{FinishReason, GroupId, PromptId, RewardOutcome, SampleIndex, SampleKey};
 
-fn request(prompt: u64, truth: Option<&str>) -> ScoreRequest {
+pub fn request(prompt: u64, truth: Option<&str>) -> ScoreRequest {
     ScoreRequest {
         key: SampleKey {
             prompt_id: PromptId(prompt),

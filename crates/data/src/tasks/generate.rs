@@ -125,6 +125,11 @@ impl Problem {
             WrongAnswer::NearMiss => false,
             WrongAnswer::RandomPermutation => true,
             WrongAnswer::Mixed => noise(Use::WrongKind).below(2) == 1,
+            WrongAnswer::Varied => match noise(Use::WrongKind).below(4) {
+                0 => false,
+                1 => true,
+                _ => return self.with_other_digits(),
+            },
         };
         if !permute {
             return self.corrupted();
@@ -143,6 +148,24 @@ impl Problem {
             match others.len() {
                 0 => digits[first] = b'0' + (digits[first] - b'0' + 1 + noise.below(9) as u8) % 10,
                 count => digits.swap(first, others[noise.below(count as u64) as usize]),
+            }
+        })
+    }
+
+    /// A wrong answer whose digits are not those of the right one: one changed, left out, or given twice.
+    fn with_other_digits(&self) -> String {
+        let mut noise = Noise::new(self.task, self.seed, self.index, Use::Corruption);
+        self.with_digits(|digits| {
+            let at = noise.below(digits.len() as u64) as usize;
+            match noise.below(4) {
+                0 if digits.len() > 1 => {
+                    digits.remove(at);
+                }
+                0 | 1 => digits.insert(at, digits[at]),
+                _ => digits[at] = b'0' + (digits[at] - b'0' + 1 + noise.below(9) as u8) % 10,
+            }
+            if matches!(self.task, Task::SortDigits { .. }) {
+                digits.sort_unstable();
             }
         })
     }

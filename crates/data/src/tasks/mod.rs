@@ -98,6 +98,9 @@ pub enum WrongAnswer {
     RandomPermutation,
     /// One or the other, by the row's noise.
     Mixed,
+    /// One or the other, or a digit changed, left out or given twice (in order again where the task sorts), by the
+    /// row's noise: what a reward model has to know apart, so that no other answer scores like the right one.
+    Varied,
 }
 
 /// A generated dataset, as it stands in a recipe.

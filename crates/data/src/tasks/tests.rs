@@ -137,6 +137,29 @@ fn rejected_responses_are_wrong_and_as_long() {
     }
 }
 
+/// Four kinds in about equal parts but for the lengths: orders of the digits, other digits in order, other lengths.
+#[test]
+fn varied_wrong_answers_differ_in_order_in_digits_and_in_length() {
+    let config =
+        TaskConfig { preferences: true, wrong_answer: WrongAnswer::Varied, ..config(SORT, Split::Train, 400, 4) };
+    let (mut orders, mut digits, mut lengths) = (0, 0, 0);
+    for row in config.rows().expect("the task is valid") {
+        let (chosen, rejected) = (text(&row.chosen), text(&row.rejected));
+        assert_ne!(chosen, rejected);
+        let sorted = |text: &str| {
+            let mut bytes = text.as_bytes().to_vec();
+            bytes.sort_unstable();
+            bytes
+        };
+        let same_digits = sorted(rejected) == sorted(chosen);
+        assert!(same_digits || sorted(rejected) == rejected.as_bytes(), "{rejected} is not in order");
+        orders += usize::from(same_digits);
+        lengths += usize::from(chosen.len() != rejected.len());
+        digits += usize::from(!same_digits && chosen.len() == rejected.len());
+    }
+    assert!(orders > 150 && digits > 60 && lengths > 60, "{orders} {digits} {lengths}");
+}
+
 /// The unpaired form of a preference set: the same prompts, right and wrong answers in turn.
 #[test]
 fn unpaired_rows_carry_the_label_of_their_completion() {
