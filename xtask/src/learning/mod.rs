@@ -1,4 +1,4 @@
-//! Learning, not just running: recipes are trained one after another, and what they reached goes into a table and a plot.
+//! Learning, not just running: recipes are trained one after another; what they reached goes into a table and a plot.
 //!
 //! A run that is complete already is read, not repeated, so that an interrupted table goes on where it stopped.
 
