@@ -7,7 +7,6 @@ use super::{ModelSource, Recipe, RecipeError, Source};
 use std::collections::BTreeMap;
 use std::path::Path;
 use temper_actor::{ModelConfig, Tokenizer};
-use temper_algos::{AdvEstimator, Plan};
 use temper_controller::{PolicyStage, SftStage, Stage, load_dataset};
 use temper_types::{PromptRow, did_you_mean};
 
@@ -160,7 +159,6 @@ fn check_policy(
     recipe.reward.validate().map_err(|e| source.error("reward", e))?;
     check_directories(recipe, source)?;
     check_ground_truth(recipe, source, &format!("{key}.data"), rows)?;
-    check_plan(source, key, stage)?;
     check_lengths(recipe, source, key, stage)
 }
 
@@ -171,18 +169,6 @@ fn check_ground_truth(recipe: &Recipe, source: &Source, key: &str, rows: &[Promp
         }
         _ => Ok(()),
     }
-}
-
-/// What the loop cannot provide is refused before the first step, not ignored in it.
-fn check_plan(source: &Source, key: &str, stage: &PolicyStage) -> Result<(), RecipeError> {
-    let plan: Plan = stage.algorithm.plan();
-    let estimator: AdvEstimator = stage.algorithm.advantage.adv_estimator;
-    let missing = [(plan.greedy_baseline, "greedy baseline responses")];
-    if let Some((_, what)) = missing.into_iter().find(|(needed, _)| *needed) {
-        let problem = format!("{estimator:?} needs {what}, which this loop does not provide");
-        return Err(source.error(&format!("{key}.algorithm.advantage.adv_estimator"), problem));
-    }
-    Ok(())
 }
 
 fn check_lengths(recipe: &Recipe, source: &Source, key: &str, stage: &PolicyStage) -> Result<(), RecipeError> {
