@@ -17,7 +17,10 @@ mod trainer;
 
 pub use error::{ServiceError, ServiceResult};
 pub use reward::{RewardService, ScoreRequest};
-pub use rollout::{GeneratedSample, GroupRequest, GroupResult, RolloutService, RolloutStats};
+pub use rollout::{
+    DraftCounts, GeneratedSample, GroupRequest, GroupResult, NUM_MATCH_BUCKETS, RolloutService, RolloutStats,
+    SpeculationStats,
+};
 pub use scalar::{Backbone, PreferencePair, ScalarModelService, ScalarModelSpec, ScalarReport, ScalarRole};
 pub use text::TextService;
 pub use trainer::{

@@ -61,6 +61,38 @@ pub struct GroupResult {
     pub samples: Vec<GeneratedSample>,
 }
 
+/// Classes of drafted tokens by the length of the context that matched: 0..=2, 3..=4, 5..=8, 9..=16, 17..=31, 32 and
+/// more tokens.
+pub const NUM_MATCH_BUCKETS: usize = 6;
+
+/// Drafted tokens that were verified, and those of them that were what the sampler drew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
+pub struct DraftCounts {
+    /// Tokens computed as drafts.
+    pub num_draft_tokens: u64,
+    /// Those that were kept.
+    pub num_accepted_tokens: u64,
+}
+
+/// Drafted tokens by drafter and match bucket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
+pub struct SpeculationStats {
+    /// Of the group's suffix drafter.
+    pub suffix: [DraftCounts; NUM_MATCH_BUCKETS],
+    /// Of the replay of the previous pass.
+    pub replay: [DraftCounts; NUM_MATCH_BUCKETS],
+}
+
+impl SpeculationStats {
+    /// All drafters and buckets together.
+    pub fn total(&self) -> DraftCounts {
+        self.suffix.iter().chain(&self.replay).fold(DraftCounts::default(), |sum, counts| DraftCounts {
+            num_draft_tokens: sum.num_draft_tokens + counts.num_draft_tokens,
+            num_accepted_tokens: sum.num_accepted_tokens + counts.num_accepted_tokens,
+        })
+    }
+}
+
 /// Counters of an engine since its start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
 pub struct RolloutStats {
@@ -76,6 +108,10 @@ pub struct RolloutStats {
     pub peak_kv_blocks: u64,
     /// K/V blocks in use now.
     pub kv_blocks_in_use: u64,
+    /// Rows computed, prompts and drafted tokens included.
+    pub num_rows: u64,
+    /// Drafted tokens.
+    pub speculation: SpeculationStats,
 }
 
 /// Generates. Groups finish in any order; their contents do not depend on it.

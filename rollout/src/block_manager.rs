@@ -111,6 +111,22 @@ impl BlockManager {
         Ok(())
     }
 
+    /// Append fresh blocks towards `num_slots` slots as far as free ones last; returns the slots covered, `num_slots`
+    /// at most.
+    pub fn grow_up_to(&mut self, table: &mut BlockTable, num_slots: usize) -> usize {
+        let reachable = num_slots.min((table.blocks.len() + self.num_free()) * self.block_size);
+        self.grow(table, reachable).expect("as many blocks are free as were counted");
+        reachable
+    }
+
+    /// Give back the blocks beyond those that hold the first `num_slots` slots.
+    pub fn truncate(&mut self, table: &mut BlockTable, num_slots: usize) {
+        let num_kept = self.blocks_for(num_slots).min(table.blocks.len());
+        for block in table.blocks.drain(num_kept..).rev() {
+            Self::give_back(&mut self.ref_counts, &mut self.free, block);
+        }
+    }
+
     /// Let the empty table `child` share the first `num_blocks` blocks of `parent`.
     ///
     /// # Panics
@@ -152,14 +168,17 @@ impl BlockManager {
 
     /// Give back every block of `table` and empty it, keeping its capacity.
     pub fn release(&mut self, table: &mut BlockTable) {
-        // In reverse, so that the next taker gets the blocks in the order they stood in here.
-        for block in table.blocks.drain(..).rev() {
-            let count = &mut self.ref_counts[block as usize];
-            assert!(*count > 0, "block {block} was released more often than it was taken");
-            *count -= 1;
-            if *count == 0 {
-                self.free.push(block);
-            }
+        self.truncate(table, 0);
+    }
+
+    /// Drop one reference. Tables are emptied from their end, so that the next taker gets the blocks in the order in
+    /// which they stood there.
+    fn give_back(ref_counts: &mut [u32], free: &mut Vec<u32>, block: u32) {
+        let count = &mut ref_counts[block as usize];
+        assert!(*count > 0, "block {block} was released more often than it was taken");
+        *count -= 1;
+        if *count == 0 {
+            free.push(block);
         }
     }
 

@@ -1,5 +1,6 @@
 //! Limits of the engine: as a recipe gives them, and resolved against a model.
 
+use crate::speculation::{SpeculationConfig, Speculative};
 use crate::{Error, ModelLimits};
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +26,14 @@ pub struct EngineConfig {
     pub reserve_tokens: usize,
     /// Most samples queued and running; a submit beyond it is refused.
     pub max_queued_samples: usize,
+    /// Which drafters guess tokens ahead; every guess is verified, so no choice changes a response.
+    pub speculative: Speculative,
+    /// Longest draft of one sequence in one step.
+    pub max_draft_tokens: usize,
+    /// Earlier passes over a prompt whose responses the drafters remember, in memory.
+    pub history_epochs: usize,
+    /// Most response tokens remembered of earlier passes, all prompts together.
+    pub history_tokens: usize,
 }
 
 impl Default for EngineConfig {
@@ -39,6 +48,10 @@ impl Default for EngineConfig {
             watermark: 0.01,
             reserve_tokens: 256,
             max_queued_samples: 1 << 20,
+            speculative: Speculative::Auto,
+            max_draft_tokens: 24,
+            history_epochs: 2,
+            history_tokens: 1 << 23,
         }
     }
 }
@@ -77,6 +90,16 @@ impl EngineConfig {
         let is_multiple = self.block_size > 0 && self.block_size.is_multiple_of(16);
         check(is_multiple, "block_size", self.block_size, "a positive multiple of 16")?;
         check((0.0..1.0).contains(&self.watermark), "watermark", self.watermark, "0 or more, less than 1")
+    }
+
+    /// What the drafters need of it.
+    pub fn speculation(&self) -> SpeculationConfig {
+        SpeculationConfig {
+            speculative: self.speculative,
+            max_draft_tokens: self.max_draft_tokens,
+            history_epochs: self.history_epochs,
+            history_tokens: self.history_tokens,
+        }
     }
 
     /// Fix the size of the pool for a model whose block takes `block_bytes` bytes over all layers.
@@ -133,6 +156,10 @@ mod tests {
             "watermark",
             "reserve_tokens",
             "max_queued_samples",
+            "speculative",
+            "max_draft_tokens",
+            "history_epochs",
+            "history_tokens",
         ];
         assert_eq!(keys, expected);
         assert!(serde_json::from_str::<EngineConfig>(r#"{"max_num_seq": 3}"#).is_err());

@@ -30,6 +30,7 @@ mod model;
 mod policy_model;
 pub mod scheduler;
 mod service;
+pub mod speculation;
 mod stop;
 
 pub use bench::{BenchReport, BenchSpec, measure_generation};
@@ -42,4 +43,5 @@ pub use model::{Model, ModelLimits, StepBatch, StepOutput};
 pub use policy_model::PolicyModel;
 pub use scheduler::GroupShape;
 pub use service::LocalRolloutService;
+pub use speculation::{Speculation, SpeculationConfig, Speculative};
 pub use stop::{StopMatcher, StopState, TokenByteTable, TokenBytes};

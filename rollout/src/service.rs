@@ -45,6 +45,7 @@ impl LocalRolloutService {
             token_bytes: Some(token_bytes),
             clock: Arc::new(SystemClock::default()),
             worker: WORKER.to_owned(),
+            speculation: config.speculation(),
         };
         Ok(Self::with_engine(model, options))
     }

@@ -15,6 +15,8 @@ pub(super) struct StepBuffers {
     draw_rows: Vec<u32>,
     spans: Vec<SeqSpan<'static>>,
     draws: Vec<SampleRow<'static>>,
+    /// What penalties have seen after each drafted token of the samples that have penalties, in the plan's order.
+    seen: Vec<Vec<(u32, u32)>>,
 }
 
 impl StepBuffers {
@@ -28,7 +30,8 @@ impl StepBuffers {
         let mut spans = recycle(std::mem::take(&mut self.spans));
         let mut draws = recycle(std::mem::take(&mut self.draws));
         self.gather_rows(scheduler, samples, &mut spans);
-        self.gather_draws(scheduler, samples, &mut draws);
+        self.gather_seen(scheduler, samples);
+        gather_draws(scheduler, samples, &self.seen, &mut self.draw_rows, &mut draws);
         let output = model.step(StepBatch {
             token_ids: &self.token_ids,
             positions: &self.positions,
@@ -57,16 +60,30 @@ impl StepBuffers {
         }
     }
 
-    fn gather_draws<'a>(
-        &mut self,
-        scheduler: &Scheduler,
-        samples: &'a [Option<OpenSample>],
-        draws: &mut Vec<SampleRow<'a>>,
-    ) {
-        self.draw_rows.clear();
-        for draw in &scheduler.plan().draws {
-            self.draw_rows.push(draw.row);
-            draws.push(open(samples, draw.key.index()).draw(draw.slot));
+    fn gather_seen(&mut self, scheduler: &Scheduler, samples: &[Option<OpenSample>]) {
+        self.seen.clear();
+        for draws in scheduler.plan().draws_by_sequence() {
+            open(samples, draws[0].key.index()).extend_with_seen(draws.len() - 1, &mut self.seen);
+        }
+    }
+}
+
+fn gather_draws<'a>(
+    scheduler: &Scheduler,
+    samples: &'a [Option<OpenSample>],
+    seen: &'a [Vec<(u32, u32)>],
+    draw_rows: &mut Vec<u32>,
+    out: &mut Vec<SampleRow<'a>>,
+) {
+    draw_rows.clear();
+    let mut drafted = seen.iter();
+    for draws in scheduler.plan().draws_by_sequence() {
+        let sample = open(samples, draws[0].key.index());
+        for (index, draw) in draws.iter().enumerate() {
+            let has_own = index > 0 && !sample.seen().is_empty();
+            let seen = if has_own { drafted.next().map_or(&[][..], Vec::as_slice) } else { sample.seen() };
+            draw_rows.push(draw.row);
+            out.push(sample.draw(draw.slot, seen));
         }
     }
 }

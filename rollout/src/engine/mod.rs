@@ -9,6 +9,11 @@
 //! alone, so tokens and log-prob bits do not depend on batch mates, arrival order, chunking, block size, preemption
 //! or threads; tests pin this down with a model that hashes what it reads and with random policies.
 //!
+//! # Speculation
+//! A decoding sequence may take rows for drafted tokens behind its last one. The token after each of these rows is
+//! drawn as if the draft were right, by the same function with the same noise; the draws count as far as the draft is
+//! what was drawn, and the first one that differs counts too. So a draft moves work between steps and nothing else.
+//!
 //! # When weights change between steps
 //! Every token is tagged with the version that drew it. K/V of running sequences are kept: a token drawn after a
 //! change attends to K/V that older weights stored. A sequence that is preempted after a change is recomputed under
@@ -26,14 +31,17 @@ mod sample;
 use crate::clock::Clock;
 use crate::model::{Model, ModelLimits, StepOutput};
 use crate::scheduler::{Scheduler, SeqKey};
+use crate::speculation::{Speculation, SpeculationConfig};
 use crate::stop::{StopMatcher, TokenBytes};
 use crate::{Error, SchedulerLimits};
 use batch::StepBuffers;
 use sample::{GroupContext, OpenSample};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 use temper_proto::{GeneratedSample, GroupRequest, GroupResult, RolloutStats};
-use temper_types::{FinishReason, GroupId};
+use temper_tensor::Sampled;
+use temper_types::{FinishReason, GroupId, PolicyVersion};
 
 /// What an engine is made with, beside its model.
 #[derive(Clone)]
@@ -48,6 +56,8 @@ pub struct EngineOptions {
     pub clock: Arc<dyn Clock>,
     /// Name under which results are reported.
     pub worker: String,
+    /// Drafters, and how much they may guess.
+    pub speculation: SpeculationConfig,
 }
 
 /// A group of which at least one sample is open.
@@ -69,8 +79,10 @@ pub struct Engine<M> {
     groups: BTreeMap<GroupId, OpenGroup>,
     finished: VecDeque<GroupResult>,
     buffers: StepBuffers,
+    speculation: Option<Speculation>,
     num_queued: usize,
     num_steps: u64,
+    num_rows: u64,
     num_generated_tokens: u64,
 }
 
@@ -80,6 +92,7 @@ impl<M: Model> Engine<M> {
         Engine {
             model,
             scheduler: Scheduler::new(options.limits),
+            speculation: Speculation::new(options.speculation),
             options,
             samples: Vec::new(),
             groups: BTreeMap::new(),
@@ -87,8 +100,14 @@ impl<M: Model> Engine<M> {
             buffers: StepBuffers::default(),
             num_queued: 0,
             num_steps: 0,
+            num_rows: 0,
             num_generated_tokens: 0,
         }
+    }
+
+    /// Use these drafters from now on; what others remember is dropped.
+    pub fn set_speculation(&mut self, speculation: Option<Speculation>) {
+        self.speculation = speculation;
     }
 
     /// Queue groups behind those already queued.
@@ -109,12 +128,15 @@ impl<M: Model> Engine<M> {
         if self.scheduler.is_idle() {
             return Ok(());
         }
+        let begin = self.options.clock.now();
+        self.propose_drafts();
         self.scheduler.schedule();
         self.model.copy_blocks(&self.scheduler.plan().copies);
         let output = self.buffers.run(&mut self.model, &self.scheduler, &self.samples)?;
         self.note_starts();
         self.scheduler.commit();
         self.record(&output);
+        self.note_step(begin);
         Ok(())
     }
 
@@ -160,6 +182,8 @@ impl<M: Model> Engine<M> {
             num_preemptions: scheduler.num_preemptions,
             peak_kv_blocks: blocks.peak_used() as u64,
             kv_blocks_in_use: blocks.num_used() as u64,
+            num_rows: self.num_rows,
+            speculation: self.speculation.as_ref().map(Speculation::stats).unwrap_or_default(),
         }
     }
 
@@ -250,15 +274,64 @@ impl<M: Model> Engine<M> {
         }
     }
 
-    fn record(&mut self, output: &StepOutput) {
-        for (index, drawn) in output.sampled.iter().enumerate() {
-            let key = self.scheduler.plan().draws[index].key;
-            let sample = self.samples[key.index()].as_mut().expect("a drawing sample is open");
-            self.num_generated_tokens += 1;
-            match sample.push(drawn, output.version) {
-                None => self.scheduler.append(key),
-                Some(reason) => self.finish(key, reason),
+    /// Ask the drafters, and tell the scheduler and the samples what to verify.
+    fn propose_drafts(&mut self) {
+        let Some(speculation) = &mut self.speculation else { return };
+        let (scheduler, samples) = (&mut self.scheduler, &mut self.samples);
+        // A step that failed has left its drafts.
+        scheduler.clear_drafts();
+        let num_rows = scheduler.running().iter().filter(|key| scheduler.draft_room(**key) > 0).count();
+        if num_rows == 0 || !speculation.begin_step(num_rows) {
+            return;
+        }
+        let vocab_size = self.model.limits().vocab_size;
+        for &key in scheduler.running() {
+            let room = scheduler.draft_room(key);
+            if let Some(sample) = samples[key.index()].as_ref().filter(|_| room > 0) {
+                speculation.propose(key, &sample.draft_context(vocab_size, room));
             }
+        }
+        speculation.choose(|key, proposal| {
+            let sample = samples[key.index()].as_mut().expect("a running sample is open");
+            scheduler.propose(key, proposal.draft.token_ids.len());
+            std::mem::swap(&mut sample.proposal, proposal);
+        });
+    }
+
+    fn record(&mut self, output: &StepOutput) {
+        let mut at = 0;
+        while at < output.sampled.len() {
+            let draws = &self.scheduler.plan().draws[at..];
+            let key = draws[0].key;
+            let num_draws = draws.iter().take_while(|draw| draw.key == key).count();
+            self.verify(key, &output.sampled[at..at + num_draws], output.version);
+            at += num_draws;
+        }
+    }
+
+    fn verify(&mut self, key: SeqKey, drawn: &[Sampled], version: PolicyVersion) {
+        let sample = self.samples[key.index()].as_mut().expect("a drawing sample is open");
+        let verified = sample.verify(drawn, version);
+        self.num_generated_tokens += verified.num_kept as u64;
+        if let Some(speculation) = &mut self.speculation {
+            let vocab_size = self.model.limits().vocab_size;
+            speculation.settle(&sample.proposal, drawn.len() - 1, verified.num_accepted);
+            speculation.observe(&sample.draft_context(vocab_size, 0), verified.num_kept);
+        }
+        self.scheduler.append(key, verified.num_kept);
+        if let Some(reason) = verified.finish_reason {
+            self.finish(key, reason);
+        }
+    }
+
+    /// Count the step; what it cost by rows where all its rows draw.
+    fn note_step(&mut self, begin: Duration) {
+        let elapsed = self.options.clock.now().saturating_sub(begin);
+        let plan = self.scheduler.plan();
+        let num_rows = plan.num_rows();
+        self.num_rows += num_rows as u64;
+        if let Some(speculation) = self.speculation.as_mut().filter(|_| plan.draws.len() == num_rows) {
+            speculation.note_step(num_rows, elapsed);
         }
     }
 
@@ -279,16 +352,22 @@ impl<M: Model> Engine<M> {
 
     fn close(&mut self, group_id: GroupId) {
         let Some(group) = self.groups.remove(&group_id) else { return };
+        let samples: Vec<GeneratedSample> = group.finished.into_iter().flatten().collect();
+        if let Some(speculation) = &mut self.speculation {
+            speculation.close_group(&group.context.request, &samples);
+        }
         self.finished.push_back(GroupResult {
             group_id,
             prompt_id: group.context.request.prompt_id,
             worker: self.options.worker.clone(),
-            samples: group.finished.into_iter().flatten().collect(),
+            samples,
         });
     }
 }
 
 #[cfg(test)]
 pub(crate) mod fake_model;
+#[cfg(test)]
+mod speculation_tests;
 #[cfg(test)]
 mod tests;

@@ -1,5 +1,6 @@
 //! One response while it grows.
 
+use crate::speculation::{DraftContext, Proposal};
 use crate::stop::{StopMatcher, StopState, TokenBytes};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -31,6 +32,20 @@ pub(super) struct OpenSample {
     stop_state: StopState,
     /// Ids of prompt and response with their occurrences in the response, ascending; only kept for penalties.
     seen: Vec<(u32, u32)>,
+    /// Tokens to verify in the next step.
+    pub proposal: Proposal,
+    num_drafted: u32,
+    num_accepted: u32,
+}
+
+/// What a step did to a sample.
+pub(super) struct Verified {
+    /// Tokens that count, at least one.
+    pub num_kept: usize,
+    /// Drafted tokens that were drawn.
+    pub num_accepted: usize,
+    /// Why the response ends, where it does.
+    pub finish_reason: Option<FinishReason>,
 }
 
 impl OpenSample {
@@ -52,22 +67,59 @@ impl OpenSample {
             policy_versions: Vec::new(),
             stop_state: StopState::default(),
             seen,
+            proposal: Proposal::default(),
+            num_drafted: 0,
+            num_accepted: 0,
         }
     }
 
-    /// Append the tokens at `slots` of prompt and response to `out`.
+    /// What a drafter may know, for a draft of at most `max_tokens`.
+    pub fn draft_context(&self, vocab_size: usize, max_tokens: usize) -> DraftContext<'_> {
+        DraftContext {
+            group_id: self.context.request.group_id,
+            sample_index: self.sample_index as usize,
+            request: &self.context.request,
+            stop_ids: &self.context.stop_ids,
+            vocab_size,
+            response: &self.token_ids,
+            max_tokens,
+        }
+    }
+
+    /// Append the tokens at `slots` of prompt, response and draft to `out`.
     pub fn extend_with_tokens(&self, slots: std::ops::Range<usize>, out: &mut Vec<u32>) {
         let prompt = &self.context.request.prompt_token_ids;
         let split = |slot: usize| (slot.min(prompt.len()), slot.saturating_sub(prompt.len()));
         let ((prompt_start, start), (prompt_end, end)) = (split(slots.start), split(slots.end));
         out.extend_from_slice(&prompt[prompt_start..prompt_end]);
-        out.extend_from_slice(&self.token_ids[start..end]);
+        let known = self.token_ids.len();
+        out.extend_from_slice(&self.token_ids[start..end.min(known)]);
+        out.extend_from_slice(&self.proposal.draft.token_ids[..end.saturating_sub(known)]);
     }
 
-    /// How the token at `slot` is drawn: a function of the request, the seed and the tokens before.
-    pub fn draw(&self, slot: usize) -> SampleRow<'_> {
-        let GroupRequest { sampling, seeds, .. } = &self.context.request;
-        let bans_stops = self.token_ids.len() < sampling.min_new_tokens as usize;
+    /// Append to `out` what penalties have seen after each of the first `num_drafted` drafted tokens; nothing where
+    /// there are no penalties.
+    pub fn extend_with_seen(&self, num_drafted: usize, out: &mut Vec<Vec<(u32, u32)>>) {
+        if !self.context.request.sampling.has_penalties() {
+            return;
+        }
+        for (index, &token_id) in self.proposal.draft.token_ids[..num_drafted].iter().enumerate() {
+            let mut seen = if index == 0 { self.seen.clone() } else { out[out.len() - 1].clone() };
+            count(&mut seen, token_id);
+            out.push(seen);
+        }
+    }
+
+    /// Ids that penalties read before the first draw of a step.
+    pub fn seen(&self) -> &[(u32, u32)] {
+        &self.seen
+    }
+
+    /// How the token at `slot` is drawn: a function of the request, the seed and the tokens before, of which `seen`
+    /// is what penalties read.
+    pub fn draw<'a>(&'a self, slot: usize, seen: &'a [(u32, u32)]) -> SampleRow<'a> {
+        let GroupRequest { sampling, seeds, prompt_token_ids, .. } = &self.context.request;
+        let bans_stops = slot - prompt_token_ids.len() < sampling.min_new_tokens as usize;
         SampleRow {
             temperature: sampling.temperature,
             top_p: sampling.top_p,
@@ -76,14 +128,33 @@ impl OpenSample {
             repetition_penalty: sampling.repetition_penalty,
             presence_penalty: sampling.presence_penalty,
             frequency_penalty: sampling.frequency_penalty,
-            seen: &self.seen,
+            seen,
             banned_ids: if bans_stops { &self.context.stop_ids } else { &[] },
             uniform: uniform53(seeds[self.sample_index as usize], slot as u64),
         }
     }
 
+    /// Add what was drawn in a step: the token after the known ones, then those after each drafted token, as long as
+    /// the drafted ones are what was drawn.
+    pub fn verify(&mut self, drawn: &[Sampled], version: PolicyVersion) -> Verified {
+        let num_drafted = drawn.len() - 1;
+        let (mut num_kept, mut num_accepted, mut finish_reason) = (0, 0, None);
+        for (index, token) in drawn.iter().enumerate() {
+            finish_reason = self.push(token, version);
+            num_kept += 1;
+            let is_accepted = index < num_drafted && self.proposal.draft.token_ids[index] == token.token_id;
+            num_accepted += usize::from(is_accepted);
+            if finish_reason.is_some() || !is_accepted {
+                break;
+            }
+        }
+        self.num_drafted += num_drafted as u32;
+        self.num_accepted += num_accepted as u32;
+        Verified { num_kept, num_accepted, finish_reason }
+    }
+
     /// Add a drawn token; says why the response ends, where it does.
-    pub fn push(&mut self, drawn: &Sampled, version: PolicyVersion) -> Option<FinishReason> {
+    fn push(&mut self, drawn: &Sampled, version: PolicyVersion) -> Option<FinishReason> {
         if self.token_ids.is_empty() {
             self.reserve();
         }
@@ -147,8 +218,8 @@ impl OpenSample {
             surviving_mass: self.surviving_mass,
             policy_versions: self.policy_versions,
             finish_reason,
-            num_drafted: 0,
-            num_accepted: 0,
+            num_drafted: self.num_drafted,
+            num_accepted: self.num_accepted,
             timings: SampleTimings {
                 queue_seconds: started_at.saturating_sub(context.submitted_at).as_secs_f64(),
                 rollout_seconds: now.saturating_sub(started_at).as_secs_f64(),

@@ -2,7 +2,7 @@
 
 use super::fake_model::{FakeModel, VOCAB, respond};
 use super::{Engine, EngineOptions};
-use crate::{Clock, Error, SchedulerLimits, TokenByteTable};
+use crate::{Clock, Error, SchedulerLimits, SpeculationConfig, TokenByteTable};
 use proptest::prelude::*;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,7 +20,7 @@ impl Clock for CountingClock {
     }
 }
 
-fn roomy() -> SchedulerLimits {
+pub(super) fn roomy() -> SchedulerLimits {
     SchedulerLimits {
         max_num_seqs: 16,
         max_batch_tokens: 64,
@@ -32,7 +32,7 @@ fn roomy() -> SchedulerLimits {
     }
 }
 
-fn engine(limits: SchedulerLimits) -> Engine<FakeModel> {
+pub(super) fn engine(limits: SchedulerLimits) -> Engine<FakeModel> {
     let letters = (0..VOCAB).map(|id| vec![b'a' + (id % 26) as u8]).collect();
     let options = EngineOptions {
         limits,
@@ -40,11 +40,12 @@ fn engine(limits: SchedulerLimits) -> Engine<FakeModel> {
         token_bytes: Some(Arc::new(TokenByteTable(letters))),
         clock: Arc::new(CountingClock::default()),
         worker: "test".to_owned(),
+        speculation: SpeculationConfig::OFF,
     };
     Engine::new(FakeModel::new(limits.num_blocks, limits.block_size), options)
 }
 
-fn request(group: u64, prompt_len: usize, num_samples: u64, max_new_tokens: u32) -> GroupRequest {
+pub(super) fn request(group: u64, prompt_len: usize, num_samples: u64, max_new_tokens: u32) -> GroupRequest {
     GroupRequest {
         group_id: GroupId(group),
         prompt_id: PromptId(group),
@@ -55,7 +56,7 @@ fn request(group: u64, prompt_len: usize, num_samples: u64, max_new_tokens: u32)
     }
 }
 
-fn run(engine: &mut Engine<FakeModel>) -> Vec<GroupResult> {
+pub(super) fn run(engine: &mut Engine<FakeModel>) -> Vec<GroupResult> {
     let mut results = Vec::new();
     while !engine.is_idle() {
         engine.step().unwrap();
@@ -278,9 +279,10 @@ fn timings_split_queue_and_rollout() {
     let mut engine = engine(SchedulerLimits { max_num_seqs: 1, ..roomy() });
     engine.submit(vec![request(0, 5, 1, 3), request(1, 5, 1, 3)]).unwrap();
     let results = run(&mut engine);
-    // Looks at the clock: submit 0, submit 1, start of 0, end of 0, start of 1, end of 1.
+    // Looks at the clock: submit 0, submit 1; then begin and end of each of 6 steps, and in the first and last step of
+    // each group its start and its end.
     let timings = results.iter().map(|r| (r.samples[0].timings.queue_seconds, r.samples[0].timings.rollout_seconds));
-    assert_eq!(timings.collect::<Vec<_>>(), [(2.0, 1.0), (3.0, 1.0)]);
+    assert_eq!(timings.collect::<Vec<_>>(), [(3.0, 5.0), (10.0, 5.0)]);
 }
 
 /// Bookkeeping alone: thousands of short requests, steady memory, totals that add up.

@@ -1,8 +1,9 @@
 //! Which rows the next step computes: a pure state machine over lengths and blocks.
 //!
 //! Owns: the order of sequences, their block tables and the pool's bookkeeping. Knows no token, no weight and no
-//! clock. The engine calls [`Scheduler::schedule`], runs the [`Plan`], calls [`Scheduler::commit`], and then says of
-//! every drawn token whether its sequence goes on ([`Scheduler::append`]) or ends ([`Scheduler::remove`]).
+//! clock. The engine says how many tokens are drafted ([`Scheduler::propose`]), calls [`Scheduler::schedule`], runs
+//! the [`Plan`], calls [`Scheduler::commit`], and then says how many drawn tokens of each sequence count
+//! ([`Scheduler::append`]) and which sequences end ([`Scheduler::remove`]).
 //!
 //! # Policy
 //! - One budget of rows a step: decode rows first, oldest first, then prefill chunks, oldest first.
@@ -10,6 +11,8 @@
 //!   (`reserve_tokens` ahead) and a watermark stays free. Alone, a sequence always starts.
 //! - The first sequence of a group computes the prompt; its siblings wait, draw their first token from the same row,
 //!   and then share its blocks. A sibling that comes later shares the prompt's full blocks.
+//! - A decoding sequence may take a row for each token drafted for it, from what budget and free blocks are left after
+//!   everything else. The rows behind the last token that counts are forgotten, and their blocks freed, in `append`.
 //! - A decode row that finds no block takes those of the youngest sequence, which is recomputed later. The oldest
 //!   sequence is therefore never stopped by a younger one, and since everything submitted fits alone, it always ends.
 //!
@@ -83,6 +86,8 @@ struct Sequence {
     num_computed: usize,
     /// True once a token was drawn since the sequence last started: from then on it takes decode rows.
     is_decoding: bool,
+    /// Tokens proposed to follow the known ones in the next step.
+    num_drafted: usize,
     table: BlockTable,
 }
 
@@ -151,6 +156,31 @@ impl Scheduler {
         key
     }
 
+    /// Ask for rows that verify `num_drafted` proposed tokens of `key` in the next step. The plan may grant fewer, and
+    /// grants none to a sequence that is not decoding.
+    pub fn propose(&mut self, key: SeqKey, num_drafted: usize) {
+        self.sequences[key.index()].num_drafted = num_drafted;
+    }
+
+    /// Forget what was proposed.
+    pub fn clear_drafts(&mut self) {
+        for key in &self.running {
+            self.sequences[key.index()].num_drafted = 0;
+        }
+    }
+
+    /// Most tokens whose rows could count if they were drafted for `key` now; 0 where it is not decoding.
+    pub fn draft_room(&self, key: SeqKey) -> usize {
+        let sequence = &self.sequences[key.index()];
+        // The row of a response's last token is never computed.
+        if sequence.is_decoding { sequence.max_slots - sequence.len } else { 0 }
+    }
+
+    /// Sequences that hold blocks, oldest first.
+    pub fn running(&self) -> &[SeqKey] {
+        &self.running
+    }
+
     /// Plan the next step. The same plan comes again if it is not committed, except for its copies, which must be run.
     pub fn schedule(&mut self) -> &Plan {
         self.plan.clear();
@@ -160,6 +190,7 @@ impl Scheduler {
             self.start_waiting();
         }
         self.plan_prefill_chunks();
+        self.grant_drafts();
         self.plan_draws();
         &self.plan
     }
@@ -175,6 +206,7 @@ impl Scheduler {
             let Work { key, first_slot, num_rows } = self.plan.work[index];
             let sequence = &mut self.sequences[key.index()];
             sequence.num_computed += num_rows;
+            sequence.num_drafted = 0;
             let prompt_end = sequence.num_computed.min(sequence.prompt_len);
             self.stats.num_prefill_tokens += prompt_end.saturating_sub(first_slot) as u64;
         }
@@ -187,11 +219,14 @@ impl Scheduler {
         self.followers.clear();
     }
 
-    /// One more token is known of `key`.
-    pub fn append(&mut self, key: SeqKey) {
+    /// `num_tokens` more tokens are known of `key`, at least one. Rows computed from drafted tokens that turned out
+    /// otherwise are forgotten.
+    pub fn append(&mut self, key: SeqKey, num_tokens: usize) {
         let sequence = &mut self.sequences[key.index()];
-        sequence.len += 1;
+        sequence.len += num_tokens;
         sequence.is_decoding = true;
+        sequence.num_computed = sequence.num_computed.min(sequence.len - 1);
+        self.blocks.truncate(&mut sequence.table, sequence.num_computed);
     }
 
     /// Forget `key`, running or waiting, and free exactly its blocks. Not between `schedule` and `commit`.
@@ -266,17 +301,35 @@ impl Scheduler {
         }
     }
 
+    /// Lengthen decode items by rows of drafted tokens, oldest sequence first. Costs nobody else a row or a block.
+    fn grant_drafts(&mut self) {
+        let mut budget = self.limits.max_batch_tokens - self.plan.num_rows();
+        for item in &mut self.plan.work {
+            let sequence = &mut self.sequences[item.key.index()];
+            let wanted = sequence.num_drafted.min(sequence.max_slots - sequence.len).min(budget);
+            if !sequence.is_decoding || wanted == 0 {
+                continue;
+            }
+            let end = self.blocks.grow_up_to(&mut sequence.table, item.first_slot + 1 + wanted);
+            item.num_rows = end - item.first_slot;
+            budget -= item.num_rows - 1;
+        }
+    }
+
     fn plan_draws(&mut self) {
         let Plan { work, draws, .. } = &mut self.plan;
         let mut num_rows = 0;
         for item in work.iter() {
             num_rows += item.num_rows as u32;
             let sequence = &self.sequences[item.key.index()];
-            if item.first_slot + item.num_rows < sequence.len {
+            let end = item.first_slot + item.num_rows;
+            if end < sequence.len {
                 continue;
             }
-            let (row, slot) = (num_rows - 1, sequence.len);
-            draws.push(Draw { key: item.key, row, slot });
+            let num_drafted = end - sequence.len;
+            let (row, slot) = (num_rows - 1 - num_drafted as u32, sequence.len);
+            let verifying = (0..=num_drafted).map(|i| Draw { key: item.key, row: row + i as u32, slot: slot + i });
+            draws.extend(verifying);
             for &key in &self.followers {
                 // Two siblings may reach the end of the prompt in one step; a follower draws from the first.
                 let is_new = || draws.iter().all(|draw| draw.key != key);
@@ -320,6 +373,7 @@ impl Scheduler {
         let sequence = &mut self.sequences[key.index()];
         self.blocks.release(&mut sequence.table);
         sequence.num_computed = 0;
+        sequence.num_drafted = 0;
         sequence.is_decoding = false;
     }
 

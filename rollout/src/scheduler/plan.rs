@@ -10,7 +10,7 @@ pub struct Work {
     pub key: SeqKey,
     /// Slot of the first row.
     pub first_slot: usize,
-    /// Number of rows; 1 in decode. Verification of a draft is a decode with more rows.
+    /// Number of rows; in decode 1 and one for each drafted token that is verified.
     pub num_rows: usize,
 }
 
@@ -32,7 +32,7 @@ pub struct Plan {
     pub copies: Vec<BlockCopy>,
     /// Rows; work item `i` takes the rows of the batch that follow item `i - 1`'s.
     pub work: Vec<Work>,
-    /// Draws. At most one per sequence without speculation.
+    /// Draws. At most one per sequence, or one for each of its last token and the drafted ones, in order.
     pub draws: Vec<Draw>,
     /// Sequences that gave up their blocks for this step.
     pub num_preempted: usize,
@@ -44,6 +44,11 @@ impl Plan {
         self.work.clear();
         self.draws.clear();
         self.num_preempted = 0;
+    }
+
+    /// Draws, one slice for each sequence: the draw after its known tokens, then one after each drafted token.
+    pub fn draws_by_sequence(&self) -> impl Iterator<Item = &[Draw]> {
+        self.draws.chunk_by(|a, b| a.key == b.key)
     }
 
     /// Number of rows.

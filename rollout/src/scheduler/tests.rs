@@ -43,15 +43,26 @@ fn check_plan(scheduler: &Scheduler) {
         }
     }
     let drawing: BTreeSet<SeqKey> = plan.draws.iter().map(|draw| draw.key).collect();
-    assert_eq!(drawing.len(), plan.draws.len(), "a sequence draws once a step");
+    assert_eq!(drawing.len(), plan.draws_by_sequence().count(), "the draws of a sequence follow each other");
+    for draws in plan.draws_by_sequence() {
+        let sequence = &scheduler.sequences[draws[0].key.index()];
+        assert!(draws.len() <= 1 + sequence.num_drafted, "no more is verified than was proposed");
+        for (draw, slot) in draws.iter().zip(sequence.len..) {
+            assert_eq!((draw.slot, draw.row), (slot, draws[0].row + (slot - sequence.len) as u32));
+            assert!(slot <= sequence.max_slots, "no row behind the last that can count");
+        }
+    }
 }
 
 #[derive(Debug, Clone)]
 enum Op {
     Submit(GroupShape),
-    /// Run one step; sequences whose key divides by `stop_every` stop early.
+    /// Run one step with `num_drafted` tokens proposed for each sequence, of which up to `num_accepted` come true;
+    /// sequences whose key divides by `stop_every` stop early.
     Step {
         stop_every: usize,
+        num_drafted: usize,
+        num_accepted: usize,
     },
     /// Drop the open sequence at this position.
     Abort(usize),
@@ -65,7 +76,9 @@ fn op() -> impl Strategy<Value = Op> {
     });
     prop_oneof![
         1 => shape.prop_map(Op::Submit),
-        5 => (7usize..40).prop_map(|stop_every| Op::Step { stop_every }),
+        5 => (7usize..40, 0usize..9, 0usize..9).prop_map(|(stop_every, num_drafted, num_accepted)| {
+            Op::Step { stop_every, num_drafted, num_accepted }
+        }),
         1 => (0usize..64).prop_map(Op::Abort),
     ]
 }
@@ -91,19 +104,22 @@ struct World {
 }
 
 impl World {
-    fn step(&mut self, stop_every: usize) {
+    fn step(&mut self, stop_every: usize, num_drafted: usize, num_accepted: usize) {
+        self.scheduler.clear_drafts();
+        self.left.keys().for_each(|key| self.scheduler.propose(*key, num_drafted));
         self.scheduler.schedule();
         check_plan(&self.scheduler);
         self.scheduler.commit();
-        let drawn: Vec<SeqKey> = self.scheduler.plan().draws.iter().map(|draw| draw.key).collect();
-        for key in drawn {
+        let drawn: Vec<(SeqKey, usize)> =
+            self.scheduler.plan().draws_by_sequence().map(|draws| (draws[0].key, draws.len())).collect();
+        for (key, num_draws) in drawn {
             let left = self.left.get_mut(&key).expect("an open sequence draws");
-            *left -= 1;
+            let num_kept = num_draws.min(1 + num_accepted);
+            *left -= num_kept;
+            self.scheduler.append(key, num_kept);
             if *left == 0 || (key.index() + *left).is_multiple_of(stop_every) {
                 self.left.remove(&key);
                 self.scheduler.remove(key);
-            } else {
-                self.scheduler.append(key);
             }
         }
     }
@@ -115,7 +131,9 @@ impl World {
                 self.left.extend(keys.into_iter().map(|key| (key, shape.max_new_tokens)));
             }
             Op::Submit(_) => {}
-            Op::Step { stop_every } if !self.left.is_empty() => self.step(stop_every),
+            Op::Step { stop_every, num_drafted, num_accepted } if !self.left.is_empty() => {
+                self.step(stop_every, num_drafted, num_accepted);
+            }
             Op::Step { .. } => {}
             Op::Abort(which) => {
                 let victim = self.left.keys().nth(which % self.left.len().max(1)).copied();
@@ -139,7 +157,7 @@ proptest! {
         ops.iter().for_each(|op| world.apply(op));
         let mut steps = 0;
         while !world.left.is_empty() {
-            world.apply(&Op::Step { stop_every: usize::MAX });
+            world.apply(&Op::Step { stop_every: usize::MAX, num_drafted: 3, num_accepted: 1 });
             steps += 1;
             prop_assert!(steps < 100_000, "the queue drains");
         }
@@ -173,7 +191,7 @@ fn a_group_computes_its_prompt_once_and_shares_it() {
     let drawn: Vec<(SeqKey, u32, usize)> = scheduler.plan().draws.iter().map(|d| (d.key, d.row, d.slot)).collect();
     assert_eq!(drawn, keys.iter().map(|&key| (key, 5, 22)).collect::<Vec<_>>(), "all draw from the prompt's last row");
     assert_eq!((scheduler.blocks().num_used(), scheduler.stats().num_prefill_tokens), (6, 22));
-    keys.iter().for_each(|&key| scheduler.append(key));
+    keys.iter().for_each(|&key| scheduler.append(key, 1));
     let plan = scheduler.schedule();
     assert_eq!((plan.work.len(), plan.copies.len()), (5, 4), "the last owner of the half-full block writes in place");
     check_invariants(&scheduler);
@@ -186,7 +204,7 @@ fn decode_rows_come_before_prefill_and_both_fit_the_budget() {
     let keys = scheduler.submit(GroupShape { prompt_len: 4, max_new_tokens: 8, num_samples: 30 });
     scheduler.schedule();
     scheduler.commit();
-    keys.iter().for_each(|&key| scheduler.append(key));
+    keys.iter().for_each(|&key| scheduler.append(key, 1));
     scheduler.submit(GroupShape { prompt_len: 40, max_new_tokens: 8, num_samples: 1 });
     let rows: Vec<usize> = scheduler.schedule().work.iter().map(|work| work.num_rows).collect();
     assert_eq!(rows, [vec![1; 30], vec![10]].concat());
@@ -200,7 +218,7 @@ fn the_youngest_gives_way_and_the_oldest_goes_on() {
     let (old, young) = (scheduler.submit(shape)[0], scheduler.submit(shape)[0]);
     scheduler.schedule();
     scheduler.commit();
-    [old, young].into_iter().for_each(|key| scheduler.append(key));
+    [old, young].into_iter().for_each(|key| scheduler.append(key, 1));
     let plan = scheduler.schedule();
     assert_eq!(plan.num_preempted, 1);
     assert_eq!(plan.work.iter().map(|work| work.key).collect::<Vec<_>>(), [old]);

@@ -2,7 +2,7 @@
 
 use super::LocalRolloutService;
 use crate::engine::fake_model::FakeModel;
-use crate::{Clock, EngineOptions, SchedulerLimits};
+use crate::{Clock, EngineOptions, SchedulerLimits, SpeculationConfig};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -35,6 +35,7 @@ fn service() -> LocalRolloutService<FakeModel> {
         token_bytes: None,
         clock: Arc::new(CountingClock::default()),
         worker: "rollout-7".to_owned(),
+        speculation: SpeculationConfig::OFF,
     };
     LocalRolloutService::with_engine(FakeModel::new(limits.num_blocks, limits.block_size), options)
 }
