@@ -110,8 +110,48 @@ pub struct RolloutStats {
     pub kv_blocks_in_use: u64,
     /// Rows computed, prompts and drafted tokens included.
     pub num_rows: u64,
+    /// K/V blocks in the pool.
+    pub kv_blocks: u64,
+    /// Samples that hold K/V blocks now.
+    pub num_requests_running: u64,
+    /// Samples that wait for their first step, or for their next after a preemption, now.
+    pub num_requests_waiting: u64,
+    /// Prompt tokens of groups that were accepted, once a group.
+    pub prompt_tokens: u64,
+    /// Tokens looked up in the prefix cache.
+    pub prefix_cache_queries: u64,
+    /// Those whose K/V it had.
+    pub prefix_cache_hits: u64,
+    /// Microseconds of steps.
+    pub step_micros: u64,
+    /// Microseconds of steps in which nothing waited and at most a quarter of the engine's widest step so far ran.
+    pub tail_micros: u64,
     /// Drafted tokens.
     pub speculation: SpeculationStats,
+}
+
+impl RolloutStats {
+    /// The counters as a flat table, under the names of vLLM's metrics where it has them.
+    pub fn metrics(&self) -> Vec<(&'static str, f64)> {
+        let total = self.speculation.total();
+        let share = |part: u64, whole: u64| if whole == 0 { 0.0 } else { part as f64 / whole as f64 };
+        vec![
+            ("num_requests_running", self.num_requests_running as f64),
+            ("num_requests_waiting", self.num_requests_waiting as f64),
+            ("kv_cache_usage_perc", share(self.kv_blocks_in_use, self.kv_blocks)),
+            ("prefix_cache_queries", self.prefix_cache_queries as f64),
+            ("prefix_cache_hits", self.prefix_cache_hits as f64),
+            ("spec_decode_num_draft_tokens", total.num_draft_tokens as f64),
+            ("spec_decode_num_accepted_tokens", total.num_accepted_tokens as f64),
+            ("num_preemptions", self.num_preemptions as f64),
+            ("prompt_tokens", self.prompt_tokens as f64),
+            ("generation_tokens", self.num_generated_tokens as f64),
+            ("num_steps", self.num_steps as f64),
+            ("rows_per_step", share(self.num_rows, self.num_steps)),
+            ("step_seconds", self.step_micros as f64 / 1e6),
+            ("tail_seconds", self.tail_micros as f64 / 1e6),
+        ]
+    }
 }
 
 /// Generates. Groups finish in any order; their contents do not depend on it.

@@ -156,6 +156,7 @@ mod tests {
             clock,
             worker,
             speculation: SpeculationConfig::OFF,
+            prefix_cache: true,
         };
         measure_generation(FakeModel::new(40, 16), options, spec)
     }

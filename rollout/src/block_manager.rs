@@ -1,13 +1,23 @@
-//! Paged K/V blocks with reference counts.
+//! Paged K/V blocks with reference counts, and the prefixes that full ones hold.
 //!
-//! Owns: which blocks of the pool are free, and how many tables name each used one. Knows nothing of sequences, tokens
-//! or devices: a copy that a write needs is returned to the caller, who runs it.
+//! Owns: which blocks of the pool are free, how many tables name each used one, and which prefix a full block holds.
+//! Knows nothing of sequences, tokens or devices: a copy that a write needs is returned to the caller, who runs it.
 //!
 //! # Invariants
 //! - The reference count of a block equals the number of times it occurs in live tables.
-//! - Free and used blocks partition the pool: a block is free exactly when its count is 0.
-//! - A block is written only while it has one owner; [`BlockManager::make_writable`] brings that about.
+//! - Free and used blocks partition the pool: a block is free exactly when its count is 0. A free block may still hold
+//!   a cached prefix; it is taken last, the longest idle one first.
+//! - A block is written only while it has one owner and no cached prefix; [`BlockManager::make_writable`] brings the
+//!   first about, and only full blocks are ever cached.
+//! - A table that names a cached block names the blocks of all prefixes before it, and gives up later blocks first: so
+//!   a prefix is never forgotten before the longer ones that need it.
 //! - Every operation either succeeds whole or changes nothing.
+
+mod prefix;
+
+pub use prefix::BlockHash;
+
+use prefix::PrefixCache;
 
 /// The blocks of one sequence in slot order: block `i` holds slots `i * block_size..(i + 1) * block_size`.
 ///
@@ -50,6 +60,8 @@ pub struct BlockManager {
     ref_counts: Vec<u32>,
     /// Free blocks; the next one handed out is the last.
     free: Vec<u32>,
+    /// Prefixes of full blocks; the idle ones among them are free too.
+    cache: PrefixCache,
     peak_used: usize,
 }
 
@@ -62,7 +74,13 @@ impl BlockManager {
         assert!(block_size > 0, "a block holds at least one slot");
         let num_ids = u32::try_from(num_blocks).expect("block ids fit 32 bits");
         // Low ids go out first, so that memory that is never needed is never touched.
-        BlockManager { block_size, ref_counts: vec![0; num_blocks], free: (0..num_ids).rev().collect(), peak_used: 0 }
+        BlockManager {
+            block_size,
+            ref_counts: vec![0; num_blocks],
+            free: (0..num_ids).rev().collect(),
+            cache: PrefixCache::new(num_blocks),
+            peak_used: 0,
+        }
     }
 
     /// Slots in a block.
@@ -77,7 +95,7 @@ impl BlockManager {
 
     /// Blocks that no table names.
     pub fn num_free(&self) -> usize {
-        self.free.len()
+        self.free.len() + self.cache.num_idle()
     }
 
     /// Blocks that at least one table names.
@@ -123,7 +141,7 @@ impl BlockManager {
     pub fn truncate(&mut self, table: &mut BlockTable, num_slots: usize) {
         let num_kept = self.blocks_for(num_slots).min(table.blocks.len());
         for block in table.blocks.drain(num_kept..).rev() {
-            Self::give_back(&mut self.ref_counts, &mut self.free, block);
+            self.give_back(block);
         }
     }
 
@@ -150,6 +168,7 @@ impl BlockManager {
     pub fn make_writable(&mut self, table: &mut BlockTable, slot: usize) -> Result<Option<BlockCopy>, OutOfBlocks> {
         let entry = &mut table.blocks[slot / self.block_size];
         if self.ref_counts[*entry as usize] == 1 {
+            assert!(!self.cache.is_cached(*entry), "block {entry} holds a cached prefix and must not be written");
             return Ok(None);
         }
         let to = self.take()?;
@@ -158,12 +177,13 @@ impl BlockManager {
         Ok(Some(BlockCopy { from, to }))
     }
 
-    /// True where the block that holds `slot` belongs to `table` alone.
+    /// True where the block that holds `slot` belongs to `table` alone and holds no cached prefix.
     ///
     /// # Panics
     /// If the table does not cover `slot`.
     pub fn is_writable(&self, table: &BlockTable, slot: usize) -> bool {
-        self.ref_counts[table.blocks[slot / self.block_size] as usize] == 1
+        let block = table.blocks[slot / self.block_size];
+        self.ref_counts[block as usize] == 1 && !self.cache.is_cached(block)
     }
 
     /// Give back every block of `table` and empty it, keeping its capacity.
@@ -173,21 +193,83 @@ impl BlockManager {
 
     /// Drop one reference. Tables are emptied from their end, so that the next taker gets the blocks in the order in
     /// which they stood there.
-    fn give_back(ref_counts: &mut [u32], free: &mut Vec<u32>, block: u32) {
-        let count = &mut ref_counts[block as usize];
+    fn give_back(&mut self, block: u32) {
+        let count = &mut self.ref_counts[block as usize];
         assert!(*count > 0, "block {block} was released more often than it was taken");
         *count -= 1;
-        if *count == 0 {
-            free.push(block);
+        match (*count, self.cache.is_cached(block)) {
+            (0, true) => self.cache.set_idle(block),
+            (0, false) => self.free.push(block),
+            _ => {}
+        }
+    }
+
+    /// Number of leading blocks that hold the prefixes named by `hashes`.
+    pub fn num_cached(&self, hashes: &[BlockHash]) -> usize {
+        hashes.iter().take_while(|hash| self.cache.find(**hash).is_some()).count()
+    }
+
+    /// Let the empty `table` share the cached blocks named by `hashes`.
+    ///
+    /// # Panics
+    /// If `table` is not empty or a prefix is not cached ([`BlockManager::num_cached`]).
+    pub fn share_cached(&mut self, hashes: &[BlockHash], table: &mut BlockTable) {
+        assert!(table.blocks.is_empty(), "cached blocks come first, not after {:?}", table.blocks);
+        for hash in hashes {
+            let block = self.cache.find(*hash).expect("the prefix is cached");
+            self.add_owner(block);
+            table.blocks.push(block);
+        }
+    }
+
+    /// Record that block `index` of `table` is full, verified and never written again, and holds the prefix `hash`.
+    /// Where another block holds the same, the table names that one from now on.
+    ///
+    /// # Panics
+    /// If the table has no such block, or the block before it holds no cached prefix.
+    pub fn cache_block(&mut self, table: &mut BlockTable, index: usize, hash: BlockHash) {
+        let block = table.blocks[index];
+        if self.cache.is_cached(block) {
+            return;
+        }
+        assert!(index == 0 || self.cache.is_cached(table.blocks[index - 1]), "prefixes are cached in order");
+        match self.cache.find(hash) {
+            None => self.cache.insert(block, hash),
+            Some(same) => {
+                self.add_owner(same);
+                table.blocks[index] = same;
+                self.give_back(block);
+            }
+        }
+    }
+
+    /// Forget every prefix. Tables keep their blocks.
+    pub fn clear_cache(&mut self) {
+        self.cache.clear(&mut self.free);
+    }
+
+    /// Count one more table entry of the cached `block`.
+    fn add_owner(&mut self, block: u32) {
+        let count = &mut self.ref_counts[block as usize];
+        *count += 1;
+        if *count == 1 {
+            self.cache.set_busy(block);
+            self.peak_used = self.peak_used.max(self.num_used());
         }
     }
 
     fn take(&mut self) -> Result<u32, OutOfBlocks> {
-        let block = self.free.pop().ok_or(OutOfBlocks)?;
+        let block = self.free.pop().or_else(|| self.cache.evict()).ok_or(OutOfBlocks)?;
         assert_eq!(self.ref_counts[block as usize], 0, "free block {block} is named by a table");
         self.ref_counts[block as usize] = 1;
         self.peak_used = self.peak_used.max(self.num_used());
         Ok(block)
+    }
+
+    /// True where `block` holds a cached prefix.
+    #[cfg(test)]
+    pub(crate) fn is_cached(&self, block: u32) -> bool {
+        self.cache.is_cached(block)
     }
 
     /// Check the invariants of this module against every live table.
@@ -199,7 +281,7 @@ impl BlockManager {
         }
         assert_eq!(occurrences, self.ref_counts, "reference counts equal table occurrences");
         let mut is_free = vec![false; self.num_blocks()];
-        for &block in &self.free {
+        for block in self.free.iter().copied().chain(self.cache.check_invariants(&self.ref_counts)) {
             assert!(!std::mem::replace(&mut is_free[block as usize], true), "block {block} is free twice");
         }
         for (block, &count) in self.ref_counts.iter().enumerate() {

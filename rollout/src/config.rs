@@ -26,6 +26,8 @@ pub struct EngineConfig {
     pub reserve_tokens: usize,
     /// Most samples queued and running; a submit beyond it is refused.
     pub max_queued_samples: usize,
+    /// Keep full blocks for later prompts and turns that begin the same, as long as the pool has room.
+    pub prefix_cache: bool,
     /// Which drafters guess tokens ahead; every guess is verified, so no choice changes a response.
     pub speculative: Speculative,
     /// Longest draft of one sequence in one step.
@@ -48,6 +50,7 @@ impl Default for EngineConfig {
             watermark: 0.01,
             reserve_tokens: 256,
             max_queued_samples: 1 << 20,
+            prefix_cache: true,
             speculative: Speculative::Auto,
             max_draft_tokens: 24,
             history_epochs: 2,
@@ -139,7 +142,8 @@ fn check(ok: bool, key: &'static str, value: impl ToString, expected: &str) -> R
 mod tests {
     use super::*;
 
-    const LIMITS: ModelLimits = ModelLimits { vocab_size: 10, num_drawable_ids: 10, max_positions: 100 };
+    const LIMITS: ModelLimits =
+        ModelLimits { vocab_size: 10, num_drawable_ids: 10, max_positions: 100, kv_dtype: temper_types::DType::F32 };
 
     /// The keys are public: adding one is a decision, not an accident.
     #[test]
@@ -156,6 +160,7 @@ mod tests {
             "watermark",
             "reserve_tokens",
             "max_queued_samples",
+            "prefix_cache",
             "speculative",
             "max_draft_tokens",
             "history_epochs",

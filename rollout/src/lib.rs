@@ -4,7 +4,8 @@
 //! LocalRolloutService   one mutex, one step at a time; the contract of temper_proto::RolloutService
 //!   Engine              tokens of every sample: schedule -> copy -> forward -> draw -> append or finish
 //!     Scheduler         order, budget, admission, sharing, preemption: pure, over lengths
-//!       BlockManager    which block belongs to whom
+//!       BlockManager    which block belongs to whom, and which prefix a full one holds
+//!     Speculation       drafts, and how many of them a step verifies
 //!     Model             rows in, drawn tokens out: PolicyModel over a packed policy, or a fake in tests
 //! ```
 //! Owns: when a row is computed and where its K/V lie. Knows token ids, not text (stop strings are matched over bytes
@@ -12,13 +13,9 @@
 //!
 //! # Invariants
 //! - A response is a function of (weights, prompt, parameters, seed). No limit in [`EngineConfig`], no batch mate, no
-//!   arrival order and no preemption changes a bit of it.
+//!   arrival order, no preemption, no cached prefix and no drafter changes a bit of it.
 //! - `log_probs` are the bits that the training forward computes for the same tokens under the same weights.
 //! - Every accepted group ends with exactly one result, and every block of the pool has a known owner.
-//!
-//! # Room left for later
-//! A plan names rows and draws apart: a draft is verified by a work item of more rows and one draw for each, with the
-//! same noise by slot. A prefix cache is one more source of a starting sequence's first blocks.
 
 mod bench;
 mod block_manager;
@@ -34,7 +31,7 @@ pub mod speculation;
 mod stop;
 
 pub use bench::{BenchReport, BenchSpec, measure_generation};
-pub use block_manager::{BlockCopy, BlockManager, BlockTable, OutOfBlocks};
+pub use block_manager::{BlockCopy, BlockHash, BlockManager, BlockTable, OutOfBlocks};
 pub use clock::{Clock, SystemClock};
 pub use config::{EngineConfig, SchedulerLimits};
 pub use engine::{Engine, EngineOptions};

@@ -2,7 +2,7 @@
 
 use crate::{BlockCopy, Error};
 use temper_tensor::{SampleRow, Sampled, SeqSpan};
-use temper_types::PolicyVersion;
+use temper_types::{DType, PolicyVersion};
 
 /// What a model can take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,6 +13,8 @@ pub struct ModelLimits {
     pub num_drawable_ids: usize,
     /// Positions that a sequence may have, prompt and response together.
     pub max_positions: usize,
+    /// Number format of stored K/V.
+    pub kv_dtype: DType,
 }
 
 /// The rows of one engine step, and which of them a token is drawn from.

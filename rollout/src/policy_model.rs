@@ -40,6 +40,7 @@ impl PolicyModel {
                 vocab_size,
                 num_drawable_ids: vocab_size - policy.masked_ids().len(),
                 max_positions: policy.config().max_position_embeddings,
+                kv_dtype: policy.kv_spec(1, config.block_size).dtype,
             };
             let scheduler = config.resolve(limits, policy.kv_spec(1, config.block_size).block_bytes())?;
             (limits, policy.kv_spec(scheduler.num_blocks, scheduler.block_size), scheduler)

@@ -46,6 +46,7 @@ impl LocalRolloutService {
             clock: Arc::new(SystemClock::default()),
             worker: WORKER.to_owned(),
             speculation: config.speculation(),
+            prefix_cache: config.prefix_cache,
         };
         Ok(Self::with_engine(model, options))
     }
@@ -58,6 +59,7 @@ impl LocalRolloutService {
         let mut engine = self.lock("release_kv")?;
         let is_idle = engine.is_idle();
         if is_idle {
+            engine.clear_prefix_cache();
             engine.model_mut().release_kv();
         }
         Ok(is_idle)

@@ -1,4 +1,5 @@
-//! Speculation over random policies: the same tokens and log-prob bits with drafts and without, in f32 and in bf16.
+//! Speculation and the prefix cache over random policies: the same tokens and log-prob bits with and without them, in
+//! f32 and in bf16.
 
 use std::path::Path;
 use std::sync::{Arc, RwLock};
@@ -40,6 +41,7 @@ fn engine(family: Family, dtype: DType, config: &EngineConfig) -> Engine<PolicyM
         clock: Arc::new(NoTime),
         worker: "test".to_owned(),
         speculation: config.speculation(),
+        prefix_cache: config.prefix_cache,
     };
     let mut engine = Engine::new(model, options);
     engine.set_speculation(None);
@@ -89,7 +91,7 @@ fn fingerprint(results: &[GroupResult]) -> Vec<(Vec<u32>, [Vec<u32>; 3], String)
 }
 
 fn check(family: Family, dtype: DType, config: &EngineConfig) {
-    let mut plain = engine(family, dtype, &EngineConfig::default());
+    let mut plain = engine(family, dtype, &EngineConfig { prefix_cache: false, ..EngineConfig::default() });
     let mut drafting = engine(family, dtype, config);
     let drafters: Vec<Box<dyn Drafter>> = vec![Box::new(ReplayDrafter::new(12)), Box::new(SuffixDrafter::new(12))];
     let speculation = Speculation::with_drafters(config.speculation(), drafters, Budget::all());
@@ -102,6 +104,8 @@ fn check(family: Family, dtype: DType, config: &EngineConfig) {
     assert!(total.num_accepted_tokens > 50, "the second pass repeats the first: {total:?}");
     assert!(total.num_accepted_tokens < total.num_draft_tokens, "the third does not: {total:?}");
     assert_eq!(drafting.stats().kv_blocks_in_use, 0);
+    assert_eq!(plain.stats().prefix_cache_hits, 0);
+    assert!(config.num_blocks > 0 || drafting.stats().prefix_cache_hits == 2 * 2 * 32, "later passes find the prompts");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! `temper eval`: how good a model is on prompts with known answers.
 
 use super::common::compute::ComputeArgs;
-use super::common::engine::{Generator, Naming, Request, as_chat, write_dataset};
+use super::common::engine::{Generator, Naming, Request, SpeculativeArg, as_chat, write_dataset};
 use super::common::output::print;
 use super::common::sampling::SamplingArgs;
 use crate::usage;
@@ -106,7 +106,7 @@ impl Eval {
             as_chat(&mut rows);
         }
         let naming = if self.output.is_some() { Naming::Hash } else { Naming::None };
-        let generator = Generator::load(&self.model, &self.compute, naming)?;
+        let generator = Generator::load(&self.model, &self.compute, naming, SpeculativeArg::Auto)?;
         if generator.text.is_none() {
             return Err(anyhow!("{} has no tokenizer.json: responses have no text to score", self.model.display()));
         }

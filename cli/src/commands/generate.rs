@@ -1,7 +1,7 @@
 //! `temper generate`: answers to prompts, with their token ids and log-probs.
 
 use super::common::compute::ComputeArgs;
-use super::common::engine::{Generator, Naming, Request, as_chat, write_dataset};
+use super::common::engine::{Generator, Naming, Request, SpeculativeArg, as_chat, write_dataset};
 use super::common::output::{Output, print};
 use super::common::sampling::SamplingArgs;
 use crate::usage;
@@ -28,7 +28,7 @@ enum Format {
 /// prompt, in the prompts' order: prompt_token_ids, response_token_ids (the stop token included), response (without
 /// it), rollout_log_probs, finish_reason. rollout_log_probs is log_softmax(logits / temperature), never truncated;
 /// where --top-p, --top-k, --min-p or a penalty acts, sampled_log_probs and surviving_mass stand beside it. Tokens and
-/// log-probs do not depend on batch mates, threads or the order of prompts.
+/// log-probs do not depend on batch mates, threads, the order of prompts or speculation.
 #[derive(clap::Args)]
 #[command(
     after_help = "Examples:\n  temper generate --model models/smollm2-135m --prompt 'What is 2+2?' --chat --max-new-tokens 64\n  temper generate --model models/smollm2-135m --prompts prompts.jsonl --n 4 --seed 7 --max-new-tokens 128 --output out.jsonl\n  temper generate --model models/smollm2-135m --prompts prompts.jsonl --max-new-tokens 128 --format arrow --output out/"
@@ -52,9 +52,9 @@ pub struct Generate {
     sampling: SamplingArgs,
     #[command(flatten)]
     compute: ComputeArgs,
-    /// Drafter of speculative decoding; this version has none.
-    #[arg(long, value_name = "off", default_value = "off")]
-    speculative: String,
+    /// Drafter of speculative decoding; changes how long it takes, and no token or log-prob.
+    #[arg(long, value_enum, default_value_t = SpeculativeArg::Auto)]
+    speculative: SpeculativeArg,
     /// Longest wait for the next finished prompt, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 3600)]
     timeout: u64,
@@ -122,12 +122,6 @@ impl Generate {
     /// # Errors
     /// A flag out of range (exit code 2); a model or prompt that cannot be read, by file and line.
     pub fn run(self) -> Result<()> {
-        if self.speculative != "off" {
-            return Err(usage(format!(
-                "--speculative {}: this version has no drafter: expected off",
-                self.speculative
-            )));
-        }
         if self.n == 0 {
             return Err(usage("--n 0: expected 1 or more"));
         }
@@ -139,7 +133,7 @@ impl Generate {
             as_chat(&mut rows);
         }
         let naming = if self.format == Format::Arrow { Naming::Hash } else { Naming::None };
-        let generator = Generator::load(&self.model, &self.compute, naming)?;
+        let generator = Generator::load(&self.model, &self.compute, naming, self.speculative)?;
         let request = Request {
             num_samples: self.n,
             seed: self.sampling.seed,

@@ -198,7 +198,7 @@ fn bad_usage_exits_with_2() {
     let case = |more: &[&str], parts: &[&str]| fail(&[&base[..], more].concat(), 2, parts);
     case(&[], &["--prompt"]);
     case(&["--prompt", "a", "--prompts", "f"], &["--prompts"]);
-    case(&["--prompt", "a", "--speculative", "suffix"], &["--speculative suffix", "expected off"]);
+    case(&["--prompt", "a", "--speculative", "guess"], &["--speculative", "replay"]);
     case(&["--prompt", "a", "--n", "0"], &["--n 0"]);
     case(&["--prompt", "a", "--format", "arrow"], &["--output"]);
     case(&["--prompt", "a", "--top-p", "1.5"], &["top_p", "at most 1"]);

@@ -7,7 +7,7 @@ use crate::model::{Model, ModelLimits, StepBatch, StepOutput};
 use crate::{BlockCopy, Error};
 use temper_proto::GroupRequest;
 use temper_tensor::{SampleRow, Sampled};
-use temper_types::{PolicyVersion, uniform53};
+use temper_types::{DType, PolicyVersion, uniform53};
 
 pub(crate) const VOCAB: u32 = 40;
 
@@ -47,7 +47,12 @@ fn sample(hash: u64, draw: &SampleRow<'_>) -> Sampled {
 
 impl Model for FakeModel {
     fn limits(&self) -> ModelLimits {
-        ModelLimits { vocab_size: VOCAB as usize, num_drawable_ids: VOCAB as usize, max_positions: 512 }
+        ModelLimits {
+            vocab_size: VOCAB as usize,
+            num_drawable_ids: VOCAB as usize,
+            max_positions: 512,
+            kv_dtype: DType::F32,
+        }
     }
 
     fn version(&self) -> Result<PolicyVersion, Error> {

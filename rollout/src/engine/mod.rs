@@ -17,7 +17,9 @@
 //! # When weights change between steps
 //! Every token is tagged with the version that drew it. K/V of running sequences are kept: a token drawn after a
 //! change attends to K/V that older weights stored. A sequence that is preempted after a change is recomputed under
-//! the weights of the day. Callers who want neither change weights only while the engine is idle.
+//! the weights of the day. Callers who want neither change weights only while the engine is idle. Cached prefixes are
+//! forgotten at every change, their names begin with the version, and what a sequence stored across a change is never
+//! cached: no later prompt attends to K/V of older weights.
 //!
 //! # Invariants
 //! Every group that was accepted ends with exactly one [`GroupResult`], from [`Engine::pop_finished`] or
@@ -26,6 +28,7 @@
 
 mod admission;
 mod batch;
+mod prefix;
 mod sample;
 
 use crate::clock::Clock;
@@ -35,6 +38,7 @@ use crate::speculation::{Speculation, SpeculationConfig};
 use crate::stop::{StopMatcher, TokenBytes};
 use crate::{Error, SchedulerLimits};
 use batch::StepBuffers;
+use prefix::{BlockNamer, Chain};
 use sample::{GroupContext, OpenSample};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, OnceLock};
@@ -58,6 +62,8 @@ pub struct EngineOptions {
     pub worker: String,
     /// Drafters, and how much they may guess.
     pub speculation: SpeculationConfig,
+    /// Whether full blocks are kept for later prompts and turns that begin the same.
+    pub prefix_cache: bool,
 }
 
 /// A group of which at least one sample is open.
@@ -80,9 +86,16 @@ pub struct Engine<M> {
     finished: VecDeque<GroupResult>,
     buffers: StepBuffers,
     speculation: Option<Speculation>,
+    /// Names blocks for the prefix cache; `None` where there is none.
+    namer: Option<BlockNamer>,
     num_queued: usize,
     num_steps: u64,
     num_rows: u64,
+    num_prompt_tokens: u64,
+    step_micros: u64,
+    tail_micros: u64,
+    /// Most draws of one step so far.
+    widest: usize,
     num_generated_tokens: u64,
 }
 
@@ -93,6 +106,7 @@ impl<M: Model> Engine<M> {
             model,
             scheduler: Scheduler::new(options.limits),
             speculation: Speculation::new(options.speculation),
+            namer: options.prefix_cache.then(|| BlockNamer::new(options.limits.block_size)),
             options,
             samples: Vec::new(),
             groups: BTreeMap::new(),
@@ -101,6 +115,10 @@ impl<M: Model> Engine<M> {
             num_queued: 0,
             num_steps: 0,
             num_rows: 0,
+            num_prompt_tokens: 0,
+            step_micros: 0,
+            tail_micros: 0,
+            widest: 0,
             num_generated_tokens: 0,
         }
     }
@@ -129,10 +147,12 @@ impl<M: Model> Engine<M> {
             return Ok(());
         }
         let begin = self.options.clock.now();
+        self.follow_version(self.model.version()?);
         self.propose_drafts();
         self.scheduler.schedule();
         self.model.copy_blocks(&self.scheduler.plan().copies);
         let output = self.buffers.run(&mut self.model, &self.scheduler, &self.samples)?;
+        self.follow_version(output.version);
         self.note_starts();
         self.scheduler.commit();
         self.record(&output);
@@ -183,6 +203,14 @@ impl<M: Model> Engine<M> {
             peak_kv_blocks: blocks.peak_used() as u64,
             kv_blocks_in_use: blocks.num_used() as u64,
             num_rows: self.num_rows,
+            kv_blocks: blocks.num_blocks() as u64,
+            num_requests_running: self.scheduler.num_running() as u64,
+            num_requests_waiting: self.scheduler.num_waiting() as u64,
+            prompt_tokens: self.num_prompt_tokens,
+            prefix_cache_queries: scheduler.prefix_cache_queries,
+            prefix_cache_hits: scheduler.prefix_cache_hits,
+            step_micros: self.step_micros,
+            tail_micros: self.tail_micros,
             speculation: self.speculation.as_ref().map(Speculation::stats).unwrap_or_default(),
         }
     }
@@ -190,6 +218,11 @@ impl<M: Model> Engine<M> {
     /// The model.
     pub fn model(&self) -> &M {
         &self.model
+    }
+
+    /// Forget cached prefixes, because the pool loses its contents or to measure without them.
+    pub fn clear_prefix_cache(&mut self) {
+        self.scheduler.invalidate_cache();
     }
 
     /// The model, to change between steps.
@@ -243,9 +276,11 @@ impl<M: Model> Engine<M> {
                 self.samples.resize_with(key.index() + 1, || None);
             }
             self.samples[key.index()] = Some(OpenSample::new(&context, sample_index));
+            self.name_blocks(*key);
         }
         let finished = keys.iter().map(|_| None).collect();
         self.num_queued += keys.len();
+        self.num_prompt_tokens += shape.prompt_len as u64;
         self.groups.insert(group_id, OpenGroup { context, num_open: keys.len(), keys, finished });
     }
 
@@ -271,6 +306,36 @@ impl<M: Model> Engine<M> {
             if let Some(cell) = started_at.filter(|cell| cell.get().is_none()) {
                 cell.get_or_init(|| *now.get_or_insert_with(|| self.options.clock.now()));
             }
+        }
+    }
+
+    /// Name blocks after `version` from now on; where it is a new one, nothing stored before is a prefix any more.
+    fn follow_version(&mut self, version: PolicyVersion) {
+        let limits = self.model.limits();
+        let Some(namer) = self.namer.as_mut() else { return };
+        if !namer.follow(version, limits) {
+            return;
+        }
+        self.scheduler.invalidate_cache();
+        let is_open = |group: &OpenGroup, at: usize| group.finished[at].is_none();
+        let of = |group: &OpenGroup| {
+            let keys = group.keys.iter().enumerate();
+            keys.filter(|(at, _)| is_open(group, *at)).map(|(_, key)| *key).collect::<Vec<_>>()
+        };
+        let keys: Vec<SeqKey> = self.groups.values().flat_map(of).collect();
+        for key in keys {
+            if let Some(sample) = &mut self.samples[key.index()] {
+                sample.chain = Chain::default();
+            }
+            self.scheduler.clear_hashes(key);
+            self.name_blocks(key);
+        }
+    }
+
+    /// Tell the scheduler the names of the blocks that became full.
+    fn name_blocks(&mut self, key: SeqKey) {
+        if let (Some(namer), Some(sample)) = (&mut self.namer, &mut self.samples[key.index()]) {
+            namer.extend(sample, |hash| self.scheduler.push_hash(key, hash));
         }
     }
 
@@ -318,6 +383,7 @@ impl<M: Model> Engine<M> {
             speculation.settle(&sample.proposal, drawn.len() - 1, verified.num_accepted);
             speculation.observe(&sample.draft_context(vocab_size, 0), verified.num_kept);
         }
+        self.name_blocks(key);
         self.scheduler.append(key, verified.num_kept);
         if let Some(reason) = verified.finish_reason {
             self.finish(key, reason);
@@ -330,6 +396,12 @@ impl<M: Model> Engine<M> {
         let plan = self.scheduler.plan();
         let num_rows = plan.num_rows();
         self.num_rows += num_rows as u64;
+        self.step_micros += elapsed.as_micros() as u64;
+        let num_drawing = plan.draws_by_sequence().count();
+        self.widest = self.widest.max(num_drawing);
+        if self.scheduler.num_waiting() == 0 && 4 * num_drawing <= self.widest {
+            self.tail_micros += elapsed.as_micros() as u64;
+        }
         if let Some(speculation) = self.speculation.as_mut().filter(|_| plan.draws.len() == num_rows) {
             speculation.note_step(num_rows, elapsed);
         }

@@ -1,5 +1,6 @@
 //! One response while it grows.
 
+use super::prefix::Chain;
 use crate::speculation::{DraftContext, Proposal};
 use crate::stop::{StopMatcher, StopState, TokenBytes};
 use std::sync::{Arc, OnceLock};
@@ -32,6 +33,8 @@ pub(super) struct OpenSample {
     stop_state: StopState,
     /// Ids of prompt and response with their occurrences in the response, ascending; only kept for penalties.
     seen: Vec<(u32, u32)>,
+    /// Names of the full blocks of known tokens, as far as they were given.
+    pub chain: Chain,
     /// Tokens to verify in the next step.
     pub proposal: Proposal,
     num_drafted: u32,
@@ -67,10 +70,16 @@ impl OpenSample {
             policy_versions: Vec::new(),
             stop_state: StopState::default(),
             seen,
+            chain: Chain::default(),
             proposal: Proposal::default(),
             num_drafted: 0,
             num_accepted: 0,
         }
+    }
+
+    /// Number of known tokens, prompt and response.
+    pub fn num_tokens(&self) -> usize {
+        self.context.request.prompt_token_ids.len() + self.token_ids.len()
     }
 
     /// What a drafter may know, for a draft of at most `max_tokens`.

@@ -171,6 +171,7 @@ proptest! {
     #[test]
     fn the_real_drafters_change_nothing(requests in requests(), is_measured in any::<bool>()) {
         let mut plain = engine(roomy());
+        plain.namer = None;
         let mut drafting = engine(SchedulerLimits { num_blocks: 12, ..roomy() });
         let drafters: Vec<Box<dyn Drafter>> = vec![Box::new(ReplayDrafter::new(9)), Box::new(SuffixDrafter::new(9))];
         let budget = if is_measured { Budget::measured() } else { Budget::all() };

@@ -41,6 +41,7 @@ pub(super) fn engine(limits: SchedulerLimits) -> Engine<FakeModel> {
         clock: Arc::new(CountingClock::default()),
         worker: "test".to_owned(),
         speculation: SpeculationConfig::OFF,
+        prefix_cache: true,
     };
     Engine::new(FakeModel::new(limits.num_blocks, limits.block_size), options)
 }
@@ -148,6 +149,62 @@ fn a_group_costs_one_prefill() {
     assert_eq!((stats.num_prefill_tokens, stats.num_generated_tokens), (100, 80));
     assert_eq!(engine.model().rows.iter().sum::<usize>(), 100 + 16 * 4, "the last token is never computed");
     assert_eq!(stats.num_steps, 4 + 4);
+}
+
+/// A prompt that begins as an earlier one pays only for the rest, whatever drew from the blocks before.
+#[test]
+fn a_cached_prefix_is_not_computed_again() {
+    let mut engine = engine(roomy());
+    let shared = |group: u64, tail: u32| {
+        let mut request = request(group, 0, 2, 20);
+        request.prompt_token_ids = (0..40).map(|i| i % VOCAB).chain([tail, tail + 1]).collect();
+        request
+    };
+    let first = [shared(0, 1)];
+    engine.submit(first.to_vec()).unwrap();
+    check_responses(&mut engine, &first);
+    assert_eq!((engine.stats().prefix_cache_queries, engine.stats().prefix_cache_hits), (42, 0));
+    let later = [shared(1, 1), shared(2, 7)];
+    engine.submit(later.to_vec()).unwrap();
+    check_responses(&mut engine, &later);
+    let stats = engine.stats();
+    assert_eq!((stats.prefix_cache_queries, stats.prefix_cache_hits), (3 * 42, 2 * 32), "two blocks of 16 are full");
+    assert_eq!(stats.num_prefill_tokens, 42 + 2 * 10);
+
+    engine.model_mut().version = PolicyVersion { number: 1, hash: ContentHash([1; 16]) };
+    engine.submit(vec![shared(3, 1)]).unwrap();
+    check_responses(&mut engine, &[shared(3, 1)]);
+    assert_eq!(engine.stats().prefix_cache_hits, 64, "new weights have no prefix of the old ones");
+}
+
+/// A second turn continues a response: what the first turn stored is found, the drawn tokens included.
+#[test]
+fn a_second_turn_finds_the_first() {
+    let mut engine = engine(roomy());
+    engine.submit(vec![request(0, 20, 1, 30)]).unwrap();
+    let mut turn = request(1, 20, 2, 10);
+    turn.prompt_token_ids = request(0, 20, 1, 30).prompt_token_ids;
+    turn.prompt_token_ids.extend(run(&mut engine).remove(0).samples.remove(0).token_ids);
+    engine.submit(vec![turn.clone()]).unwrap();
+    check_responses(&mut engine, &[turn]);
+    assert_eq!(engine.stats().prefix_cache_hits, 48, "50 tokens fill 3 blocks of 16");
+}
+
+/// Weights that change while sequences run leave no prefix behind that mixes both.
+#[test]
+fn what_is_stored_across_a_change_of_weights_is_never_cached() {
+    let mut engine = engine(SchedulerLimits { prefill_chunk: 16, ..roomy() });
+    engine.submit(vec![request(0, 50, 3, 20)]).unwrap();
+    engine.step().unwrap();
+    engine.model_mut().version = PolicyVersion { number: 1, hash: ContentHash([1; 16]) };
+    run(&mut engine);
+    let again = GroupRequest { group_id: GroupId(5), ..request(0, 50, 3, 20) };
+    engine.submit(vec![again.clone()]).unwrap();
+    run(&mut engine);
+    assert_eq!(engine.stats().prefix_cache_hits, 0);
+    engine.submit(vec![again]).unwrap();
+    run(&mut engine);
+    assert_eq!(engine.stats().prefix_cache_hits, 48);
 }
 
 #[test]

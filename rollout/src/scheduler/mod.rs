@@ -9,7 +9,7 @@
 //! - One budget of rows a step: decode rows first, oldest first, then prefill chunks, oldest first.
 //! - Sequences start in order of arrival, and only where the pool covers the expected length of everything that runs
 //!   (`reserve_tokens` ahead) and a watermark stays free. Alone, a sequence always starts.
-//! - The first sequence of a group computes the prompt; its siblings wait, draw their first token from the same row,
+//! - The first sequence of a group computes the prompt, but for the full blocks that the prefix cache has; its siblings wait, draw their first token from the same row,
 //!   and then share its blocks. A sibling that comes later shares the prompt's full blocks.
 //! - A decoding sequence may take a row for each token drafted for it, from what budget and free blocks are left after
 //!   everything else. The rows behind the last token that counts are forgotten, and their blocks freed, in `append`.
@@ -18,14 +18,16 @@
 //!
 //! # Invariants
 //! `waiting` and `running` are sorted by rank (arrival, then sample index) and disjoint · a waiting sequence has no
-//! block · blocks are written only while they have one owner · nothing planned is preempted in the same step.
+//! block · blocks are written only while they have one owner · nothing planned is preempted in the same step · a block
+//! enters the prefix cache when all its slots are stored, hold verified tokens, and were computed under the weights of
+//! the day with everything before them.
 
 mod plan;
 mod start;
 
 pub use plan::{Draw, Plan, Work};
 
-use crate::block_manager::{BlockManager, BlockTable, OutOfBlocks};
+use crate::block_manager::{BlockHash, BlockManager, BlockTable, OutOfBlocks};
 use crate::config::SchedulerLimits;
 use std::collections::VecDeque;
 
@@ -65,6 +67,10 @@ pub struct SchedulerStats {
     pub num_prefill_tokens: u64,
     /// Sequences that lost their blocks.
     pub num_preemptions: u64,
+    /// Tokens looked up in the prefix cache, by sequences that start without a sibling's blocks.
+    pub prefix_cache_queries: u64,
+    /// Those whose K/V it had.
+    pub prefix_cache_hits: u64,
 }
 
 /// Order of service: the lower, the older.
@@ -89,6 +95,12 @@ struct Sequence {
     /// Tokens proposed to follow the known ones in the next step.
     num_drafted: usize,
     table: BlockTable,
+    /// Names of the full blocks of known tokens; fewer where the caller names none.
+    hashes: Vec<BlockHash>,
+    /// Leading blocks known to be cached.
+    num_cached: usize,
+    /// True where some block was computed under other weights than the names say.
+    is_stale: bool,
 }
 
 /// The scheduler. See the module for its policy.
@@ -150,10 +162,30 @@ impl Scheduler {
         let sequence = &mut self.sequences[key.index()];
         sequence.rank = rank;
         sequence.prompt_len = shape.prompt_len;
+        sequence.hashes.clear();
         sequence.max_slots = shape.max_slots();
         sequence.len = shape.prompt_len;
         self.waiting.push_back(key);
         key
+    }
+
+    /// Forget the names of the blocks of `key`. A sequence without names uses no cache.
+    pub fn clear_hashes(&mut self, key: SeqKey) {
+        self.sequences[key.index()].hashes.clear();
+    }
+
+    /// Name the next full block of tokens known of `key`. A name says all that the K/V of a block depend on.
+    pub fn push_hash(&mut self, key: SeqKey, hash: BlockHash) {
+        self.sequences[key.index()].hashes.push(hash);
+    }
+
+    /// The weights changed, or the pool lost its contents: no cached prefix is valid any more, and what running
+    /// sequences have stored is never cached.
+    pub fn invalidate_cache(&mut self) {
+        self.blocks.clear_cache();
+        for key in &self.running {
+            self.sequences[key.index()].is_stale = true;
+        }
     }
 
     /// Ask for rows that verify `num_drafted` proposed tokens of `key` in the next step. The plan may grant fewer, and
@@ -209,6 +241,7 @@ impl Scheduler {
             sequence.num_drafted = 0;
             let prompt_end = sequence.num_computed.min(sequence.prompt_len);
             self.stats.num_prefill_tokens += prompt_end.saturating_sub(first_slot) as u64;
+            self.cache_full_blocks(key);
         }
         for index in 0..self.followers.len() {
             let follower = self.followers[index];
@@ -227,6 +260,7 @@ impl Scheduler {
         sequence.is_decoding = true;
         sequence.num_computed = sequence.num_computed.min(sequence.len - 1);
         self.blocks.truncate(&mut sequence.table, sequence.num_computed);
+        self.cache_full_blocks(key);
     }
 
     /// Forget `key`, running or waiting, and free exactly its blocks. Not between `schedule` and `commit`.
@@ -271,6 +305,19 @@ impl Scheduler {
     /// Counters.
     pub fn stats(&self) -> SchedulerStats {
         self.stats
+    }
+
+    /// Enter the full blocks of `key` that hold known tokens into the prefix cache.
+    fn cache_full_blocks(&mut self, key: SeqKey) {
+        let Sequence { table, hashes, num_cached, num_computed, len, is_stale, .. } = &mut self.sequences[key.index()];
+        if *is_stale {
+            return;
+        }
+        let num_full = (*num_computed).min(*len) / self.limits.block_size;
+        for hash in hashes.iter().take(num_full).skip(*num_cached) {
+            self.blocks.cache_block(table, *num_cached, *hash);
+            *num_cached += 1;
+        }
     }
 
     fn plan_decode_rows(&mut self) {
@@ -374,6 +421,8 @@ impl Scheduler {
         self.blocks.release(&mut sequence.table);
         sequence.num_computed = 0;
         sequence.num_drafted = 0;
+        sequence.num_cached = 0;
+        sequence.is_stale = false;
         sequence.is_decoding = false;
     }
 

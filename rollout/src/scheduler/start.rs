@@ -62,8 +62,10 @@ impl Scheduler {
     fn start(&mut self, at: usize, source: PromptSource) -> bool {
         let key = self.waiting[at];
         let num_shared = self.num_shareable_blocks(&self.sequences[key.index()]);
-        if let PromptSource::Sibling(sibling) = source {
-            self.share(sibling, num_shared, key);
+        let mut num_looked_up = 0;
+        match source {
+            PromptSource::Sibling(sibling) => self.share(sibling, num_shared, key),
+            _ => num_looked_up = self.share_cached(key),
         }
         let sequence = &mut self.sequences[key.index()];
         sequence.num_computed = sequence.table.blocks().len() * self.limits.block_size;
@@ -72,6 +74,9 @@ impl Scheduler {
             self.release(key);
             return false;
         }
+        let num_found = if num_looked_up > 0 { self.sequences[key.index()].num_computed } else { 0 };
+        self.stats.prefix_cache_queries += num_looked_up as u64;
+        self.stats.prefix_cache_hits += num_found as u64;
         self.waiting.remove(at);
         self.insert_running(key);
         true
@@ -81,7 +86,18 @@ impl Scheduler {
         let mut table = std::mem::take(&mut self.sequences[to.index()].table);
         table.reserve(self.blocks.blocks_for(self.sequences[to.index()].max_slots));
         self.blocks.fork(&self.sequences[from.index()].table, num_blocks, &mut table);
+        self.sequences[to.index()].is_stale = self.sequences[from.index()].is_stale;
         self.sequences[to.index()].table = table;
+    }
+
+    /// Take the cached blocks that the known tokens of `key` begin with, so that a row is left to compute. Returns the
+    /// number of tokens looked up, 0 where the caller names no blocks.
+    fn share_cached(&mut self, key: SeqKey) -> usize {
+        let Sequence { table, hashes, num_cached, len, .. } = &mut self.sequences[key.index()];
+        let named = &hashes[..hashes.len().min((*len - 1) / self.limits.block_size)];
+        *num_cached = self.blocks.num_cached(named);
+        self.blocks.share_cached(&named[..*num_cached], table);
+        if hashes.is_empty() { 0 } else { *len }
     }
 
     fn prompt_source(&self, key: SeqKey) -> PromptSource {

@@ -1,7 +1,7 @@
 //! The scheduler's laws under random submits, steps, ends and aborts.
 
 use super::{GroupShape, Scheduler, SeqKey};
-use crate::SchedulerLimits;
+use crate::{BlockHash, SchedulerLimits};
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -21,6 +21,9 @@ fn check_invariants(scheduler: &Scheduler) {
         let sequence = &scheduler.sequences[key.index()];
         assert!(sequence.num_computed < sequence.len, "a running sequence has a row to compute");
         assert!(sequence.table.blocks().len() * scheduler.limits.block_size >= sequence.num_computed);
+        let num_verified = sequence.num_computed.min(sequence.len) / scheduler.limits.block_size;
+        let mut unverified = sequence.table.blocks().iter().skip(num_verified);
+        assert!(unverified.all(|block| !scheduler.blocks.is_cached(*block)), "cached blocks are full and verified");
     }
 }
 
@@ -66,6 +69,8 @@ enum Op {
     },
     /// Drop the open sequence at this position.
     Abort(usize),
+    /// New weights: every block gets another name.
+    Refit,
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -80,6 +85,7 @@ fn op() -> impl Strategy<Value = Op> {
             Op::Step { stop_every, num_drafted, num_accepted }
         }),
         1 => (0usize..64).prop_map(Op::Abort),
+        1 => Just(Op::Refit),
     ]
 }
 
@@ -101,6 +107,7 @@ fn limits() -> impl Strategy<Value = SchedulerLimits> {
 struct World {
     scheduler: Scheduler,
     left: BTreeMap<SeqKey, usize>,
+    version: u128,
 }
 
 impl World {
@@ -124,10 +131,18 @@ impl World {
         }
     }
 
+    /// Name the prompt's full blocks: all prompts begin the same.
+    fn name_blocks(&mut self, key: SeqKey) {
+        let num_full = self.scheduler.sequences[key.index()].prompt_len / self.scheduler.limits.block_size;
+        self.scheduler.clear_hashes(key);
+        (0..num_full as u128).for_each(|at| self.scheduler.push_hash(key, BlockHash(self.version << 64 | at)));
+    }
+
     fn apply(&mut self, op: &Op) {
         match *op {
             Op::Submit(shape) if self.scheduler.excess_blocks(shape).is_none() => {
                 let keys = self.scheduler.submit(shape);
+                keys.iter().for_each(|key| self.name_blocks(*key));
                 self.left.extend(keys.into_iter().map(|key| (key, shape.max_new_tokens)));
             }
             Op::Submit(_) => {}
@@ -142,6 +157,12 @@ impl World {
                     self.scheduler.remove(key);
                 }
             }
+            Op::Refit => {
+                self.version += 1;
+                self.scheduler.invalidate_cache();
+                let open: Vec<SeqKey> = self.left.keys().copied().collect();
+                open.into_iter().for_each(|key| self.name_blocks(key));
+            }
         }
         check_invariants(&self.scheduler);
     }
@@ -153,7 +174,7 @@ proptest! {
     /// The invariants hold after every call, everything submitted ends, and the pool is whole afterwards.
     #[test]
     fn random_lives_keep_every_invariant(limits in limits(), ops in prop::collection::vec(op(), 1..80)) {
-        let mut world = World { scheduler: Scheduler::new(limits), left: BTreeMap::new() };
+        let mut world = World { scheduler: Scheduler::new(limits), left: BTreeMap::new(), version: 0 };
         ops.iter().for_each(|op| world.apply(op));
         let mut steps = 0;
         while !world.left.is_empty() {

@@ -36,6 +36,7 @@ fn service() -> LocalRolloutService<FakeModel> {
         clock: Arc::new(CountingClock::default()),
         worker: "rollout-7".to_owned(),
         speculation: SpeculationConfig::OFF,
+        prefix_cache: true,
     };
     LocalRolloutService::with_engine(FakeModel::new(limits.num_blocks, limits.block_size), options)
 }

@@ -2,10 +2,11 @@
 
 use super::samples::{at_least_one, median, peak_rss_mb, random_ids, round, spread};
 use crate::commands::common::compute::ComputeArgs;
-use crate::commands::common::engine::{Generator, Naming};
+use crate::commands::common::engine::{Generator, Naming, SpeculativeArg};
 use crate::commands::common::output::print;
 use anyhow::{Context, Result};
 use serde_json::json;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use temper_actor::ModelConfig;
@@ -34,6 +35,9 @@ pub struct Rollout {
     /// Timed runs, after one that is not.
     #[arg(long, value_name = "R", default_value_t = 3)]
     runs: usize,
+    /// Drafter of speculative decoding. Prompts and noise differ from run to run, so that little can be guessed.
+    #[arg(long, value_enum, default_value_t = SpeculativeArg::Auto)]
+    speculative: SpeculativeArg,
     #[command(flatten)]
     compute: ComputeArgs,
     /// Print as JSON, every sample included.
@@ -47,7 +51,7 @@ impl Rollout {
         at_least_one(&[("--batch", self.batch), ("--prompt-len", self.prompt_len), ("--new-tokens", new_tokens)])?;
         at_least_one(&[("--runs", self.runs)])?;
         let vocab_size = ModelConfig::load(&self.model)?.vocab_size;
-        let generator = Generator::load(&self.model, &self.compute, Naming::None)?;
+        let generator = Generator::load(&self.model, &self.compute, Naming::None, self.speculative)?;
         self.time(&generator, vocab_size, 0, self.new_tokens)?;
         let timed = |new_tokens, first: u64| {
             (0..self.runs as u64)
@@ -89,6 +93,7 @@ impl Rollout {
         let rate = batch * new_tokens / total_s;
         let prefill = batch * self.prompt_len as f64 / prefill_s;
         let rss = peak_rss_mb();
+        let stats = generator.service.stats();
         if self.json {
             let rates: Vec<f64> = whole.iter().map(|s| round(batch * new_tokens / s)).collect();
             let object = json!({
@@ -97,6 +102,7 @@ impl Rollout {
                 "decode_tok_s": decode.map(round), "prefill_tok_s": round(prefill), "total_s": round(total_s),
                 "spread": round(spread(whole)), "samples_s": whole, "samples_tok_s": rates,
                 "prefill_samples_s": short, "rss_mb": rss,
+                "metrics": stats.metrics().into_iter().collect::<BTreeMap<_, _>>(), "speculation": stats.speculation,
             });
             return print(&format!("{object}\n"));
         }
