@@ -51,7 +51,7 @@ impl Default for EngineConfig {
             reserve_tokens: 256,
             max_queued_samples: 1 << 20,
             prefix_cache: true,
-            speculative: Speculative::Auto,
+            speculative: Speculative::Off,
             max_draft_tokens: 24,
             history_epochs: 2,
             history_tokens: 1 << 23,

@@ -106,7 +106,7 @@ impl Eval {
             as_chat(&mut rows);
         }
         let naming = if self.output.is_some() { Naming::Hash } else { Naming::None };
-        let generator = Generator::load(&self.model, &self.compute, naming, SpeculativeArg::Auto)?;
+        let generator = Generator::load(&self.model, &self.compute, naming, SpeculativeArg::Off)?;
         if generator.text.is_none() {
             return Err(anyhow!("{} has no tokenizer.json: responses have no text to score", self.model.display()));
         }

@@ -53,7 +53,7 @@ pub struct Generate {
     #[command(flatten)]
     compute: ComputeArgs,
     /// Drafter of speculative decoding; changes how long it takes, and no token or log-prob.
-    #[arg(long, value_enum, default_value_t = SpeculativeArg::Auto)]
+    #[arg(long, value_enum, default_value_t = SpeculativeArg::Off)]
     speculative: SpeculativeArg,
     /// Longest wait for the next finished prompt, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 3600)]

@@ -34,13 +34,13 @@ use temper_types::GroupId;
 #[serde(rename_all = "snake_case")]
 pub enum Speculative {
     /// None: one row per sequence and step.
+    #[default]
     Off,
     /// Continuations of the same words in the prompt, in siblings and in earlier responses to the prompt.
     Suffix,
     /// The same sample's response of the previous pass.
     Replay,
     /// Suffix and replay, whichever expects more; nothing where nothing pays.
-    #[default]
     Auto,
 }
 

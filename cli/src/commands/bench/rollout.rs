@@ -36,7 +36,7 @@ pub struct Rollout {
     #[arg(long, value_name = "R", default_value_t = 3)]
     runs: usize,
     /// Drafter of speculative decoding. Prompts and noise differ from run to run, so that little can be guessed.
-    #[arg(long, value_enum, default_value_t = SpeculativeArg::Auto)]
+    #[arg(long, value_enum, default_value_t = SpeculativeArg::Off)]
     speculative: SpeculativeArg,
     #[command(flatten)]
     compute: ComputeArgs,
