@@ -181,8 +181,9 @@ fn whatever_a_step_remembers_is_resumed() {
     let output = train(&recipe, &run_dir, &["--resume"], None);
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(outcome(&run_dir), expected);
-    let is_exact =
-        |line: &String| line.contains("\"rollout_corr/kl\":0.0") && line.contains("\"rollout_corr/ppl_ratio\":1.0");
+    let is_exact = |line: &String| {
+        line.contains("\"rollout_corr/chi2_seq\":0.0") && line.contains("\"rollout_corr/ppl_ratio\":1.0")
+    };
     assert_eq!(expected.metrics.iter().filter(|line| is_exact(line)).count(), 6, "{:?}", expected.metrics.last());
     assert!(expected.metrics.iter().any(|line| line.contains("curriculum/pass_rate_mean")));
 }
