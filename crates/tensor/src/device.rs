@@ -104,7 +104,8 @@ pub trait Device: Send + Sync + std::fmt::Debug {
 
     /// Log-probs and entropies of targets, over row chunks; `[T, V]` is never in memory at once.
     fn lm_head_stats(&self, args: LmHead<'_>) -> TokenStats;
-    /// Backward: `dhidden[T, D]` is written, `dweight[V, D]` is added to. Logits are recomputed by row chunks.
+    /// Backward: `dhidden[T, D]` is written, `dweight[V, D]` is added to. Logits are recomputed by row chunks. Rows
+    /// whose gradients are all zero are left out: they get zeros, and the others the bits they have without them.
     fn lm_head_grad(&self, args: LmHeadGrad<'_>, dhidden: ViewMut<'_>, dweight: ViewMut<'_>);
     /// Draw one token per row of `hidden[T, D]`; `rows.len()` is T. The log-prob bits equal
     /// [`Device::lm_head_stats`]' for the same hidden row, id and temperature.

@@ -211,14 +211,17 @@ fn sums_longer_than_a_segment_keep_their_order() {
             assert_bits(&host(&dev, &dw), &case.reference_weight_grad(dtype), "weight_grad over many rows");
         }
     }
-    let case = Case::new(4, 1500, 70);
-    let dev = CpuDevice::new(CpuConfig::default());
-    for dtype in DTYPES {
-        let packed = pack(&dev, &case.w, case.shape, (dtype, Reduction::Chain));
-        let (w, dy) = (dev.upload(&case.w), dev.upload(&case.dy));
-        let mut dx = dev.zeros(case.x.len());
-        dev.linear_input_grad(dy.all(), w.all(), &packed, dx.all_mut(), Store::Write);
-        assert_bits(&host(&dev, &dx), &case.reference_input_grad(dtype), "input_grad over many outputs");
+    // Outputs whose gradients are read in place, and more, which are laid out.
+    for (m, n, k) in [(4, 1500, 70), (50, 8300, 70)] {
+        let case = Case::new(m, n, k);
+        for (dtype, num_threads) in DTYPES.into_iter().flat_map(|dtype| [1, 2, 3].map(|threads| (dtype, threads))) {
+            let dev = CpuDevice::new(CpuConfig { num_threads, isa: None });
+            let packed = pack(&dev, &case.w, case.shape, (dtype, Reduction::Chain));
+            let (w, dy) = (dev.upload(&case.w), dev.upload(&case.dy));
+            let mut dx = dev.zeros(case.x.len());
+            dev.linear_input_grad(dy.all(), w.all(), &packed, dx.all_mut(), Store::Write);
+            assert_bits(&host(&dev, &dx), &case.reference_input_grad(dtype), "input_grad over many outputs");
+        }
     }
 }
 

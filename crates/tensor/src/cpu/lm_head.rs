@@ -9,16 +9,18 @@ use super::math::{exp, ln, load_lanes, store_lanes};
 use super::parallel::SharedMut;
 use super::simd::{Kernel, Simd};
 use super::{AlignedVec, CpuDevice};
-use crate::{LmHead, LmHeadGrad, PackedLinear, Store, TokenStats};
+use crate::{LmHead, LmHeadGrad, PackedLinear, Store, TokenStats, View};
 use law::{PARTS, part_ids};
 use std::sync::{Mutex, PoisonError};
 
 /// Logits of a forward chunk: 16 MiB, which stays in the last-level cache.
 const FORWARD_LOGITS: usize = 4 << 20;
-/// Logits of a backward chunk: 64 MiB, because every chunk reads and writes the whole gradient of the weight.
-const BACKWARD_LOGITS: usize = 16 << 20;
+/// Logits of a backward chunk: 96 MiB, because every chunk reads and writes the whole gradient of the weight.
+const BACKWARD_LOGITS: usize = 24 << 20;
 /// Rows of a chunk at least, so that the matrix products stay efficient.
 const MIN_CHUNK_ROWS: usize = 16;
+/// Rows of a backward chunk that go from logits to gradients at once: they stay in the caches from pass to pass.
+const LAW_ROWS: usize = 16;
 /// Chunks are multiples of this where they are larger, so that row tiles come out even.
 const ROW_TILE: usize = 12;
 
@@ -38,9 +40,12 @@ impl LogitsMemory {
     }
 }
 
-/// Rows whose logits, `floats` at most, are in memory at once; a function of the vocabulary alone.
-fn chunk_rows(floats: usize, vocab: usize) -> usize {
-    (floats / vocab.max(1) / ROW_TILE * ROW_TILE).max(MIN_CHUNK_ROWS)
+/// Rows of a chunk, of which the last may have fewer: as few chunks as `floats` logits in memory allow, and those even.
+/// A function of the vocabulary and the number of rows alone.
+fn chunk_rows(floats: usize, vocab: usize, rows: usize) -> usize {
+    let most = (floats / vocab.max(1) / ROW_TILE * ROW_TILE).max(MIN_CHUNK_ROWS);
+    let even = rows.div_ceil(rows.div_ceil(most).max(1));
+    even.next_multiple_of(ROW_TILE).min(most)
 }
 
 /// Raw logits of `hidden[rows, D]`, masked ids at minus infinity.
@@ -79,7 +84,7 @@ fn for_chunks_of(
     let (vocab, dim) = (head.shape().n, head.shape().k);
     let rows = hidden.len() / dim;
     assert_eq!(hidden.len(), rows * dim, "hidden rows of {dim}");
-    let chunk = chunk_rows(floats, vocab).min(rows);
+    let chunk = chunk_rows(floats, vocab, rows).min(rows);
     dev.logits.with(chunk * vocab, |memory| {
         for first in (0..rows).step_by(chunk.max(1)) {
             let count = chunk.min(rows - first);
@@ -148,20 +153,43 @@ impl Kernel for LogitGrads<'_> {
     }
 }
 
-/// `dhidden[T, D]` is written, `dweight[V, D]` added to; logits are recomputed by row chunks.
+/// `dhidden[T, D]` is written, `dweight[V, D]` added to; logits are recomputed by row chunks. Rows without a gradient
+/// take no part: they get zeros and add nothing.
 pub(crate) fn grad(dev: &CpuDevice, args: LmHeadGrad<'_>, dhidden: &mut [f32], dweight: &mut [f32]) {
     let forward = args.forward;
     check(&forward);
+    let (dim, num_rows) = (forward.head.shape().k, forward.targets.len());
+    assert_eq!(dhidden.len(), forward.hidden.len(), "gradient of hidden rows");
+    assert_eq!(args.d_log_probs.len(), num_rows, "one log-prob gradient per row");
+    assert!(args.d_entropies.is_empty() || args.d_entropies.len() == num_rows, "one entropy gradient per row, or none");
+    let counts = |row: &usize| args.d_log_probs[*row] != 0.0 || args.d_entropies.get(*row).is_some_and(|d| *d != 0.0);
+    let rows: Vec<usize> = (0..num_rows).filter(counts).collect();
+    if rows.len() == num_rows {
+        return grad_of_rows(dev, args, dhidden, dweight);
+    }
+    dhidden.fill(0.0);
+    let pick = |from: &[f32]| rows.iter().filter_map(|row| from.get(*row).copied()).collect::<Vec<f32>>();
+    let hidden =
+        rows.iter().flat_map(|row| &forward.hidden.data[row * dim..(row + 1) * dim]).copied().collect::<Vec<_>>();
+    let targets: Vec<u32> = rows.iter().map(|row| forward.targets[*row]).collect();
+    let (d_log_probs, d_entropies) = (pick(args.d_log_probs), pick(args.d_entropies));
+    let forward = LmHead { hidden: View { data: &hidden }, targets: &targets, ..forward };
+    let args = LmHeadGrad { forward, d_log_probs: &d_log_probs, d_entropies: &d_entropies, ..args };
+    let mut picked = vec![0.0; hidden.len()];
+    grad_of_rows(dev, args, &mut picked, dweight);
+    for (row, picked) in rows.iter().zip(picked.chunks_exact(dim)) {
+        dhidden[row * dim..(row + 1) * dim].copy_from_slice(picked);
+    }
+}
+
+/// [`grad`] where every row has a gradient.
+fn grad_of_rows(dev: &CpuDevice, args: LmHeadGrad<'_>, dhidden: &mut [f32], dweight: &mut [f32]) {
+    let forward = args.forward;
     let (shape, hidden) = (forward.head.shape(), forward.hidden.data);
-    assert_eq!(dhidden.len(), hidden.len(), "gradient of hidden rows");
-    assert_eq!(args.d_log_probs.len(), forward.targets.len(), "one log-prob gradient per row");
-    assert!(
-        args.d_entropies.is_empty() || args.d_entropies.len() == forward.targets.len(),
-        "one entropy gradient per row, or none"
-    );
-    let head = (forward.head, forward.masked_ids);
-    for_chunks_of(dev, BACKWARD_LOGITS, hidden, head, |first, logits| {
-        logit_grads(dev, &args, first, logits);
+    for_chunks_of(dev, BACKWARD_LOGITS, hidden, (forward.head, forward.masked_ids), |first, logits| {
+        for (index, logits) in logits.chunks_mut(LAW_ROWS * shape.n).enumerate() {
+            logit_grads(dev, &args, first + index * LAW_ROWS, logits);
+        }
         let rows = logits.len() / shape.n;
         let span = first * shape.k..(first + rows) * shape.k;
         gemm::input_grad(dev, logits, args.weight.data, forward.head, (&mut dhidden[span.clone()], Store::Write));
@@ -169,7 +197,7 @@ pub(crate) fn grad(dev: &CpuDevice, args: LmHeadGrad<'_>, dhidden: &mut [f32], d
     });
 }
 
-/// Turn a chunk's logits into gradients with respect to them.
+/// Turn the logits of some rows into gradients with respect to them.
 fn logit_grads(dev: &CpuDevice, args: &LmHeadGrad<'_>, first: usize, logits: &mut [f32]) {
     let forward = &args.forward;
     let (vocab, inv_temperature) = (forward.head.shape().n, 1.0 / forward.temperature);

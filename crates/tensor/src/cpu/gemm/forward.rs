@@ -19,9 +19,9 @@ const MAX_WIDENED_ROWS: usize = 12;
 const MAX_AHEAD_ROWS: usize = 96;
 const LARGE_WEIGHT_WORDS: usize = 8 << 20;
 /// Words of laid-out inputs in scratch at once (32 MiB, or a few rows); more rows run in turns.
-pub(super) const LEFT_WORDS: usize = 8 << 20;
+const LEFT_WORDS: usize = 8 << 20;
 /// Rows of a turn at least, so that a panel is read for more than a few rows.
-pub(super) const MIN_TURN_ROWS: usize = 96;
+const MIN_TURN_ROWS: usize = 96;
 
 /// `out[T, n] (=|+=) x[T, k] W^T + bias`.
 pub(crate) fn linear(

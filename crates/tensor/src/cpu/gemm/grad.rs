@@ -1,14 +1,14 @@
 //! Gradients of the linear layer.
 //!
 //! Both are products whose right operand lies row-major with the summed dimension as its rows. The summed dimension is
-//! cut into segments, so that a gathered panel, and for the weight gradient the laid-out left operand too, stays in the
-//! second cache level. Sums that are not complete at a segment's end rest in memory of the thread, as f32.
+//! cut into segments, so that a gathered panel and the laid-out left operand stay in the second cache level while a
+//! task's panels pass over them. Sums that are not complete at a segment's end rest in memory of the thread, as f32.
 
 use super::block::{Block, Layout, Left, Output, PanelSource};
-use super::forward::{LEFT_WORDS, MIN_TURN_ROWS, SharedX};
+use super::forward::SharedX;
 use super::tile::{Ahead, GROUP_ROWS, PANEL};
-use super::words::{Format, Gather, LeftGroups};
-use super::{Body, operand_format, rows_to_words, run_block, scratch};
+use super::words::{Format, Gather, LeftGroups, RowWords};
+use super::{Body, operand_format, run_block, scratch};
 use crate::cpu::CpuDevice;
 use crate::cpu::parallel::SharedMut;
 use crate::{LinearShape, PackedLinear, Reduction, Store};
@@ -17,12 +17,18 @@ use temper_types::DType;
 
 /// Rows of dx that share a gathered panel of the weight.
 const INPUT_ROWS: usize = 480;
-/// Numbers of n in a segment of an input gradient. Even, like every segment, so that no pair is cut.
+/// The same where rows of dy are laid out.
+const LAID_OUT_ROWS: usize = 348;
+/// f32 rows of dy of up to this many numbers are read where they are, panel after panel. Longer ones are laid out a
+/// segment at a time for all panels: by the next panel the caches would have lost them, and where their distance is a
+/// power of two they crowd into few sets.
+const IN_PLACE_SUM: usize = 8192;
+/// Numbers of n in a segment of an input gradient at most. Even, like every segment, so that no pair is cut.
 const INPUT_SEGMENT: usize = 640;
 /// Rows of x and dy in a segment of a weight gradient, where one segment of twice as many does not hold them all.
 const WEIGHT_SEGMENT: usize = 256;
 /// Numbers of dy that are laid out at once: they stay in the second cache level.
-const WEIGHT_NUMBERS: usize = 144 << 10;
+const LEFT_NUMBERS: usize = 144 << 10;
 /// Rows of dw in a task at least, where there are so many, so that a gathered panel is used often enough.
 const MIN_TASK_ROWS: usize = 96;
 /// Fewest rows of dx in a block that is cut only to keep all threads busy.
@@ -42,7 +48,7 @@ struct Cut {
 }
 
 impl Cut {
-    /// Tasks of one panel and at most [`INPUT_ROWS`] rows: in whole rounds of the threads, or so many that an uneven
+    /// Tasks of one panel and at most [`INPUT_ROWS`] rows, in whole rounds of the threads, or so many that an uneven
     /// last round does not matter.
     fn by_panels((rows, sum, width): (usize, usize, usize), num_threads: usize) -> Cut {
         let (num_panels, least) = (width.div_ceil(PANEL), rows.div_ceil(INPUT_ROWS).max(1));
@@ -54,11 +60,22 @@ impl Cut {
         Cut::new((rows, sum, width), num_blocks.unwrap_or(least), 1, INPUT_SEGMENT)
     }
 
+    /// Tasks of all panels and at most [`LAID_OUT_ROWS`] rows, in whole rounds of the threads; where rows are few, as
+    /// [`Cut::by_panels`].
+    fn by_laid_out_rows((rows, sum, width): (usize, usize, usize), num_threads: usize) -> Cut {
+        let num_blocks = rows.div_ceil(LAID_OUT_ROWS).max(1).next_multiple_of(num_threads);
+        if rows / num_blocks < MIN_EVEN_ROWS {
+            return Cut::by_panels((rows, sum, width), num_threads);
+        }
+        let segment = (LEFT_NUMBERS / rows.div_ceil(num_blocks)).min(INPUT_SEGMENT) / 2 * 2;
+        Cut::new((rows, sum, width), num_blocks, width.div_ceil(PANEL), segment)
+    }
+
     /// Tasks of all panels and as many rows as can be laid out, in whole rounds of the threads; where rows are few, the
     /// threads share the panels.
     fn by_rows((rows, sum, width): (usize, usize, usize), num_threads: usize) -> Cut {
         let segment = if sum <= 2 * WEIGHT_SEGMENT { sum.max(1) } else { WEIGHT_SEGMENT };
-        let (num_panels, least) = (width.div_ceil(PANEL), rows.div_ceil(WEIGHT_NUMBERS / segment).max(1));
+        let (num_panels, least) = (width.div_ceil(PANEL), rows.div_ceil(LEFT_NUMBERS / segment).max(1));
         let even = least.next_multiple_of(num_threads);
         let (num_blocks, num_groups) =
             if rows / even >= MIN_TASK_ROWS { (even, 1) } else { (least, num_threads.min(num_panels)) };
@@ -133,6 +150,29 @@ impl Product<'_> {
             scratch: std::ptr::null_mut(),
         }
     }
+
+    /// Compute a task. `lay_out(segment, run)` lays the left operand of a segment out and calls `run` with it.
+    fn run_task(
+        &self,
+        dev: &CpuDevice,
+        (rows, panels): (Range<usize>, Range<usize>),
+        lay_out: impl Fn(Range<usize>, &dyn Fn(Left)),
+    ) {
+        scratch::with_carry(self.cut.carry_len(rows.len(), panels.len()), |carry| {
+            let carry = carry.as_mut_ptr();
+            for sum in self.cut.segments() {
+                lay_out(sum.clone(), &|left| {
+                    for panel in panels.clone() {
+                        let carry = carry.wrapping_add((panel - panels.start) * rows.len() * PANEL);
+                        let block = self.block(left, (rows.clone(), panel), sum.clone(), carry);
+                        // SAFETY: lengths were checked by the product's function; every task writes rows or columns of
+                        // its own.
+                        unsafe { run_block(dev, Body::of(self.format), block) }
+                    }
+                });
+            }
+        });
+    }
 }
 
 /// `dx[T, k] (=|+=) dy[T, n] W`: one chain over ascending n.
@@ -151,41 +191,22 @@ pub(crate) fn input_grad(
     assert!(dy.len() == rows * n && dx.len() == rows * k, "input_grad: dy {} and dx {}", dy.len(), dx.len());
     assert_eq!(weight.len(), packed.shape.len(), "input_grad: the weight of {packed:?}");
     let format = operand_format(dev, packed.dtype);
-    if format == Format::Exact || n == 0 {
-        input_grad_words(dev, dy, (weight, packed.shape, format), (dx, store));
-        return;
-    }
-    let words = format.num_words(n);
-    let turn = (LEFT_WORDS / words).max(MIN_TURN_ROWS);
-    for (dy, dx) in dy.chunks(turn * n).zip(dx.chunks_mut(turn * k)) {
-        scratch::with_left(dy.len() / n * words, |left| {
-            rows_to_words(dev, dy, n, format, left);
-            input_grad_words(dev, left, (weight, packed.shape, format), (dx, store));
-        });
-    }
-}
-
-fn input_grad_words(
-    dev: &CpuDevice,
-    dy: &[f32],
-    (weight, shape, format): (&[f32], LinearShape, Format),
-    (dx, store): (&mut [f32], Store),
-) {
-    let (n, k) = (shape.n, shape.k);
-    let cut = Cut::by_panels((dx.len() / k, n, k), dev.pool.num_threads());
-    let (dy, right) = (SharedX(dy.as_ptr()), SharedX(weight.as_ptr()));
-    let product = Product { cut, right, format, out: SharedMut::new(dx), store };
-    let row_words = format.num_words(n);
+    let in_place = format == Format::Exact && n <= IN_PLACE_SUM;
+    let cut = if in_place { Cut::by_panels } else { Cut::by_laid_out_rows };
+    let cut = cut((rows, n, k), dev.pool.num_threads());
+    let product = Product { cut, right: SharedX(weight.as_ptr()), format, out: SharedMut::new(dx), store };
     dev.pool.run(cut.num_tasks(), &|task| {
         let (rows, panels) = cut.task(task);
-        scratch::with_carry(cut.carry_len(rows.len(), 1), |carry| {
-            for sum in cut.segments() {
-                let ptr = dy.at(rows.start * row_words + format.num_words(sum.start));
-                let left = Left { ptr, layout: Layout::Rows, ld: row_words };
-                let block = product.block(left, (rows.clone(), panels.start), sum, carry.as_mut_ptr());
-                // SAFETY: lengths were checked by `input_grad`; every task writes rows and columns of its own.
-                unsafe { run_block(dev, Body::of(format), block) }
+        let (count, dy) = (rows.len(), &dy[rows.start * n..rows.end * n]);
+        product.run_task(dev, (rows, panels), |sum, run| {
+            if in_place {
+                return run(Left { ptr: dy[sum.start..].as_ptr(), layout: Layout::Rows, ld: n });
             }
+            let ld = RowWords::spread(format.num_words(sum.len()));
+            scratch::with_left(count * ld, |left| {
+                dev.isa.run(RowWords { rows: dy, ld: n, numbers: sum, format, out: left, out_ld: ld });
+                run(Left { ptr: left.as_ptr(), layout: Layout::Rows, ld });
+            });
         });
     });
 }
@@ -209,32 +230,17 @@ pub(crate) fn weight_grad(
     let format = operand_format(dev, dtype);
     let product = Product { cut, right: SharedX(x.as_ptr()), format, out: SharedMut::new(dw), store: Store::Add };
     let dy = SharedX(dy.as_ptr());
-    dev.pool.run(cut.num_tasks(), &|task| weight_grad_task(dev, &product, dy, cut.task(task)));
-}
-
-fn weight_grad_task(
-    dev: &CpuDevice,
-    product: &Product<'_>,
-    dy: SharedX,
-    (outputs, panels): (Range<usize>, Range<usize>),
-) {
-    let (cut, format, ld) = (product.cut, product.format, product.cut.rows);
-    scratch::with_carry(cut.carry_len(outputs.len(), panels.len()), |carry| {
-        for sum in cut.segments() {
+    dev.pool.run(cut.num_tasks(), &|task| {
+        let (outputs, panels) = cut.task(task);
+        let (first, count) = (outputs.start, outputs.len());
+        product.run_task(dev, (outputs, panels), |sum, run| {
             let group_len = LeftGroups::group_len(format.num_words(sum.len()));
-            scratch::with_left(outputs.len().div_ceil(GROUP_ROWS) * group_len, |left| {
-                let ptr = dy.at(sum.start * ld + outputs.start);
-                let gather = Gather { ptr, ld, num_rows: sum.len(), columns: outputs.len(), format };
-                dev.isa.run(LeftGroups { gather, readable: ld - outputs.start, out: left });
-                for panel in panels.clone() {
-                    let index = panel - panels.start;
-                    let carry = carry.as_mut_ptr().wrapping_add(index * outputs.len() * PANEL);
-                    let left = Left { ptr: left.as_ptr(), layout: Layout::Groups, ld: group_len };
-                    let block = product.block(left, (outputs.clone(), panel), sum.clone(), carry);
-                    // SAFETY: lengths were checked by `weight_grad`; every task writes rows or columns of its own.
-                    unsafe { run_block(dev, Body::of(format), block) }
-                }
+            scratch::with_left(count.div_ceil(GROUP_ROWS) * group_len, |left| {
+                let ptr = dy.at(sum.start * n + first);
+                let gather = Gather { ptr, ld: n, num_rows: sum.len(), columns: count, format };
+                dev.isa.run(LeftGroups { gather, readable: n - first, out: left });
+                run(Left { ptr: left.as_ptr(), layout: Layout::Groups, ld: group_len });
             });
-        }
+        });
     });
 }

@@ -142,7 +142,8 @@ fn rows_to_words(dev: &CpuDevice, rows: &[f32], k: usize, format: Format, out: &
     super::parallel::for_ranges(dev, rows.len() / k, super::parallel::rows_per_task(k), |range| {
         // SAFETY: every task has rows of its own.
         let out = unsafe { out.range(range.start * words..range.end * words) };
-        dev.isa.run(RowWords { rows: &rows[range.start * k..range.end * k], k, format, out });
+        let rows = &rows[range.start * k..range.end * k];
+        dev.isa.run(RowWords { rows, ld: k, numbers: 0..k, format, out, out_ld: words });
     });
 }
 

@@ -6,6 +6,7 @@
 
 use super::tile::{GROUP_ROWS, PANEL};
 use crate::cpu::simd::{Kernel, Simd, round_bf16, to_bf16};
+use std::ops::Range;
 
 /// What the words of an operand are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,6 +64,9 @@ pub(super) unsafe fn widen_pairs<S: Simd>(pairs: *const f32, num_pairs: usize, o
 
 /// Rows of a gathered matrix that are asked for ahead: they are too far apart for the hardware to guess.
 const PREFETCH_ROWS: usize = 12;
+/// The same where more columns than a panel's are taken: so few that rows whose lines share a set do not drive each
+/// other out of the first cache level.
+const PREFETCH_WIDE_ROWS: usize = 4;
 
 /// Columns of a row-major f32 matrix whose rows are the summed dimension.
 #[derive(Clone, Copy)]
@@ -134,7 +138,8 @@ impl Gather {
         // SAFETY: the caller's contract; prefetched addresses need not be valid.
         unsafe {
             for line in (0..(count - 1) * step + 16).step_by(16) {
-                for next in PREFETCH_ROWS * rows..(PREFETCH_ROWS + 1) * rows {
+                let ahead = if count * step > PANEL { PREFETCH_WIDE_ROWS } else { PREFETCH_ROWS };
+                for next in ahead * rows..(ahead + 1) * rows {
                     S::prefetch(row.wrapping_add(next * self.ld + line));
                 }
             }
@@ -236,24 +241,37 @@ impl Kernel for LeftGroups<'_> {
     }
 }
 
-/// Words of rows whose summed dimension is contiguous (inputs of a forward, gradients of outputs).
+/// Words of a stretch of rows whose summed dimension is contiguous (inputs of a forward, gradients of outputs).
 pub(super) struct RowWords<'a> {
-    /// Rows of `k` numbers.
+    /// The rows.
     pub(super) rows: &'a [f32],
-    /// Numbers of a row.
-    pub(super) k: usize,
+    /// Distance of rows.
+    pub(super) ld: usize,
+    /// The numbers of each row that are laid out.
+    pub(super) numbers: Range<usize>,
     /// Format of the words.
     pub(super) format: Format,
-    /// Rows of `format.num_words(k)` words.
+    /// The words of each row.
     pub(super) out: &'a mut [f32],
+    /// Distance of the words of rows; at least the words of one.
+    pub(super) out_ld: usize,
+}
+
+impl RowWords<'_> {
+    /// A distance of rows of `num_words` at which neighbouring rows fall into different sets of every cache: an odd
+    /// number of lines.
+    pub(super) const fn spread(num_words: usize) -> usize {
+        (num_words.div_ceil(16) | 1) * 16
+    }
 }
 
 impl Kernel for RowWords<'_> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let words = self.format.num_words(self.k);
-        for (row, out) in self.rows.chunks_exact(self.k).zip(self.out.chunks_exact_mut(words)) {
+        let words = self.format.num_words(self.numbers.len());
+        for (row, out) in self.rows.chunks(self.ld.max(1)).zip(self.out.chunks_mut(self.out_ld.max(1))) {
+            let (row, out) = (&row[self.numbers.clone()], &mut out[..words]);
             match self.format {
                 Format::Exact => out.copy_from_slice(row),
                 Format::Swapped => {
