@@ -195,8 +195,8 @@ const PREFERENCES: &[Entry] = &[
     entry(Kind::Supervised, "dft", "2508.05629", "loss_type = \"dft\""),
     entry(Kind::Supervised, "value loss", "1707.06347", "kind = \"ppo\", critic.value_loss.cliprange_value"),
     entry(Kind::Supervised, "reward model", "2307.09288", "kind = \"reward_model\", center_rewards_coefficient"),
-    entry(Kind::Supervised, "generalised JSD (gkd)", "2306.13649", "distill::generalized_jsd"),
-    entry(Kind::Supervised, "top-k forward KL", "verl", "distill::forward_kl_top_k"),
+    entry(Kind::Supervised, "generalised JSD (gkd)", "2306.13649", "kind = \"distill\": loss.beta, loss.temperature"),
+    entry(Kind::Supervised, "top-k forward KL", "verl", "kind = \"distill\": loss.top_k"),
 ];
 
 #[cfg(test)]

@@ -8,6 +8,50 @@
 use crate::Error;
 use crate::batch::expect_len;
 use crate::math::log_softmax;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Settings of a distillation stage's loss: the mean of a divergence over the tokens that take part.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct DistillConfig {
+    /// 0: KL(teacher || student); 1: KL(student || teacher); between: generalised Jensen-Shannon divergence.
+    pub beta: f64,
+    /// Divides the logits of both.
+    pub temperature: f64,
+    /// Forward KL over so many of the teacher's most likely tokens, which needs `beta = 0`; 0: the whole vocabulary.
+    pub top_k: usize,
+}
+
+impl Default for DistillConfig {
+    fn default() -> Self {
+        DistillConfig { beta: 0.5, temperature: 1.0, top_k: 0 }
+    }
+}
+
+impl DistillConfig {
+    /// Check every range.
+    ///
+    /// # Errors
+    /// The first setting out of range, by name.
+    pub fn validate(&self) -> Result<(), Error> {
+        check_divergence(self.beta, self.temperature)?;
+        if self.top_k > 0 && self.beta != 0.0 {
+            return Err(Error::setting("beta", self.beta, "0 with top_k, which is a forward KL"));
+        }
+        Ok(())
+    }
+}
+
+fn check_divergence(beta: f64, temperature: f64) -> Result<(), Error> {
+    if !(0.0..=1.0).contains(&beta) {
+        return Err(Error::setting("beta", beta, "a number from 0 to 1"));
+    }
+    if !(temperature > 0.0 && temperature.is_finite()) {
+        return Err(Error::setting("temperature", temperature, "a number above 0"));
+    }
+    Ok(())
+}
 
 /// Divergence at one position and its gradient with respect to the student's logits.
 #[derive(Debug, Clone, PartialEq)]
@@ -67,12 +111,7 @@ pub fn generalized_jsd(
     temperature: f64,
 ) -> Result<Divergence, Error> {
     expect_len("teacher_logits", student_logits.len(), teacher_logits.len())?;
-    if !(0.0..=1.0).contains(&beta) {
-        return Err(Error::setting("beta", beta, "a number from 0 to 1"));
-    }
-    if !(temperature > 0.0 && temperature.is_finite()) {
-        return Err(Error::setting("temperature", temperature, "a number above 0"));
-    }
+    check_divergence(beta, temperature)?;
     let scaled = |z: &[f64]| log_softmax(&z.iter().map(|v| v / temperature).collect::<Vec<_>>());
     let (student, teacher) = (scaled(student_logits), scaled(teacher_logits));
     let mut value = 0.0;

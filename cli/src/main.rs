@@ -8,6 +8,7 @@ mod kill;
 mod recipe;
 mod reward_models;
 mod runtime;
+mod teachers;
 
 use clap::{Parser, Subcommand};
 use std::fmt::Display;

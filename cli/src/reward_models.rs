@@ -1,11 +1,11 @@
 //! Assembly of the reward service: verifiers, and reward models from directories or from the trainer.
 
 use crate::recipe::Recipe;
-use anyhow::{Context, Result, ensure};
+use crate::teachers::same_tokenizer;
+use anyhow::{Context, Result};
 use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
-use temper_actor::tokenizer::TOKENIZER_FILE;
 use temper_proto::{ScalarModelService, TokenSequence};
 use temper_reward::{LocalRewardService, ModelScorer, RewardModelConfig, RewardModelSource, Scorer, SequenceScorer};
 use temper_tensor::Device;
@@ -38,26 +38,10 @@ impl RewardModels<'_> {
         match &config.model {
             RewardModelSource::Trained => Ok(Arc::new(Trained(Arc::clone(self.trainer)))),
             RewardModelSource::Path(dir) => {
-                self.check_tokenizer(dir)?;
+                same_tokenizer(dir, self.policy_dir).context("reward model")?;
                 Ok(Arc::new(ModelScorer::load(self.device, dir, self.dtype)?))
             }
         }
-    }
-
-    /// A reward model reads the policy's ids, so its tokenizer has to be the policy's.
-    fn check_tokenizer(&self, dir: &Path) -> Result<()> {
-        let read = |dir: &Path| {
-            let path = dir.join(TOKENIZER_FILE);
-            std::fs::read(&path).with_context(|| format!("reading {}", path.display()))
-        };
-        let same = read(dir)? == read(self.policy_dir)?;
-        ensure!(
-            same,
-            "reward model {}: its {TOKENIZER_FILE} is not that of the policy ({}): expected the same tokenizer",
-            dir.display(),
-            self.policy_dir.display()
-        );
-        Ok(())
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::recipe::{CheckReport, Recipe};
 use crate::reward_models::RewardModels;
+use crate::teachers;
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -133,7 +134,7 @@ pub fn embedded(recipe: &Recipe, report: &CheckReport, (model_dir, run_dir): (&P
     let spec = RunSpec {
         name: recipe.name.clone(),
         seed: recipe.seed,
-        identity: format!("{}-{dtype}-{initial}", report.identity),
+        identity: format!("{}-{dtype}-{initial}{}", report.identity, teachers::identity(recipe, model_dir)?),
         data: recipe.data.clone(),
         stages: recipe.stages.clone(),
         validation: recipe.validation.clone(),

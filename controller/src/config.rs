@@ -1,6 +1,8 @@
 //! What a run does, resolved: the controller's own part of a recipe.
 
-use crate::{CriticConfig, Error, OnlinePreferenceStage, PreferenceStage, ReferenceConfig, RewardModelStage};
+use crate::{
+    CriticConfig, DistillStage, Error, OnlinePreferenceStage, PreferenceStage, ReferenceConfig, RewardModelStage,
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -149,6 +151,8 @@ pub enum Stage {
     Preference(Box<PreferenceStage>),
     /// Preferences between samples.
     OnlinePreference(Box<OnlinePreferenceStage>),
+    /// Distillation from a teacher.
+    Distill(Box<DistillStage>),
 }
 
 impl Stage {
@@ -160,6 +164,7 @@ impl Stage {
             Stage::RewardModel(stage) => &stage.name,
             Stage::Preference(stage) => &stage.name,
             Stage::OnlinePreference(stage) => &stage.policy.name,
+            Stage::Distill(stage) => &stage.name,
         }
     }
 
@@ -171,6 +176,7 @@ impl Stage {
             Stage::RewardModel(stage) => stage.steps,
             Stage::Preference(stage) => stage.steps,
             Stage::OnlinePreference(stage) => stage.policy.steps,
+            Stage::Distill(stage) => stage.steps,
         }
     }
 
@@ -182,6 +188,7 @@ impl Stage {
             Stage::RewardModel(stage) => &stage.data,
             Stage::Preference(stage) => &stage.data,
             Stage::OnlinePreference(stage) => &stage.policy.data,
+            Stage::Distill(stage) => &stage.data,
         }
     }
 
@@ -202,6 +209,7 @@ impl Stage {
             }
             Stage::Preference(stage) => stage.validate(key),
             Stage::OnlinePreference(stage) => stage.validate(key),
+            Stage::Distill(stage) => stage.validate(key),
         }
     }
 }

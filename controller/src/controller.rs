@@ -168,7 +168,7 @@ impl Controller {
         checkpoint::remove_temporaries(&self.dir.checkpoints())?;
         verify_checkpoint(&checkpoint.path)?;
         if checkpoint.state.identity != self.spec.identity {
-            let problem = "it is of another recipe, seed, dtype or data; resume with the run's own recipe.toml, or start in a new directory";
+            let problem = "it is of another recipe, seed, dtype, data or teacher; resume with the run's own recipe.toml, or start in a new directory";
             return Err(Error::Checkpoint { path: checkpoint.path.clone(), problem: problem.to_owned() });
         }
         self.state = checkpoint.state.clone();
@@ -200,6 +200,7 @@ impl Controller {
             Stage::RewardModel(stage) => self.reward_model_step(stage)?,
             Stage::Preference(stage) => self.preference_step(stage)?,
             Stage::OnlinePreference(stage) => self.online_preference_step(stage)?,
+            Stage::Distill(stage) => self.distill_step(stage)?,
         };
         (self.sink)(&row);
         Ok(row)
@@ -230,6 +231,9 @@ impl Controller {
         let begun = self.services.trainer.begin_stage(spec);
         self.attribute(begun)?;
         self.begin_scalar_model(&stage)?;
+        if let Stage::Distill(distill) = &stage {
+            self.attribute(self.services.trainer.begin_distillation(distill.spec()))?;
+        }
         if let (Stage::Policy(policy), None) = (&stage, self.state.kl_coef) {
             self.state.kl_coef = Some(policy.algorithm.kl_in_reward.kl_ctrl.kl_coef);
         }
@@ -242,7 +246,7 @@ impl Controller {
         let spec = match stage {
             Stage::Policy(policy) => policy.critic.as_ref().map(|critic| critic.spec(seed)),
             Stage::RewardModel(stage) => Some(stage.spec(seed)),
-            Stage::Sft(_) | Stage::Preference(_) | Stage::OnlinePreference(_) => None,
+            Stage::Sft(_) | Stage::Preference(_) | Stage::OnlinePreference(_) | Stage::Distill(_) => None,
         };
         match spec {
             Some(spec) => self.attribute(self.services.trainer.begin_scalar_model(spec)),
@@ -313,6 +317,8 @@ fn stage_spec(stage: &Stage) -> StageSpec {
         }
         // The policy stays as it is; the loss of the reward model goes with its own message.
         Stage::RewardModel(s) => (Objective::Sft(SftLossType::Nll), &s.optimizer, false, &s.memory),
+        // The loss goes with the teacher's message.
+        Stage::Distill(s) => (Objective::Sft(SftLossType::Nll), &s.optimizer, false, &s.memory),
         Stage::Preference(s) => (s.objective.clone(), &s.optimizer, s.objective.needs_reference(), &s.memory),
         Stage::OnlinePreference(s) => {
             (s.objective.clone(), &s.policy.optimizer, s.objective.needs_reference(), &s.policy.memory)

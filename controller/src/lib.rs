@@ -17,6 +17,8 @@ mod correction;
 mod critic_step;
 mod curriculum;
 mod dataset;
+mod distill_config;
+mod distill_step;
 mod error;
 mod online_preference_step;
 mod packed;
@@ -43,6 +45,7 @@ pub use config::{
 };
 pub use controller::{Controller, RunOutcome, Services};
 pub use dataset::load_dataset;
+pub use distill_config::{DistillStage, TeacherConfig};
 pub use error::Error;
 pub use phase::{Phase, PhaseObserver};
 pub use preference_config::{OnlinePreferenceStage, PreferenceStage};

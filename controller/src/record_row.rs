@@ -40,6 +40,13 @@ impl StepNumbers {
         }
     }
 
+    /// Times of a step, and its rate over `num_tokens` generated ones.
+    pub(crate) fn times(&self, num_tokens: usize, row: &mut MetricsRow) {
+        row.set("tokens_per_second", num_tokens as f64 / self.step_seconds.max(1e-9));
+        row.set("rollout_seconds", self.rollout_seconds).set("reward_seconds", self.reward_seconds);
+        row.set("train_seconds", self.train_seconds).set("step_seconds", self.step_seconds);
+    }
+
     pub(crate) fn finish(&mut self, now: Duration) {
         self.step_seconds = now.saturating_sub(self.begin).as_secs_f64();
     }
@@ -153,14 +160,12 @@ fn time_columns(samples: &[Sample], numbers: &StepNumbers, row: &mut MetricsRow)
     row.set_count("num_gen_batches", numbers.num_gen_batches);
     row.set_count("num_filtered_groups", numbers.num_filtered_groups);
     row.set_count("num_missing_groups", numbers.num_missing_groups);
-    row.set("tokens_per_second", generated as f64 / numbers.step_seconds.max(1e-9));
-    row.set("rollout_seconds", numbers.rollout_seconds).set("reward_seconds", numbers.reward_seconds);
-    row.set("train_seconds", numbers.train_seconds).set("step_seconds", numbers.step_seconds);
+    numbers.times(generated, row);
 }
 
 /// Largest difference between what the engine and the trainer say of the same token under the same weights. Both
 /// sides are computed; a kernel that is off by one unit in the last place shows here.
-fn log_prob_gap(samples: &[Sample], trained: &[usize]) -> f64 {
+pub(crate) fn log_prob_gap(samples: &[Sample], trained: &[usize]) -> f64 {
     let gap = |sample: &Sample| {
         let pairs = sample.rollout_log_probs.iter().zip(&sample.old_log_probs);
         pairs.map(|(rollout, old)| (f64::from(*rollout) - f64::from(*old)).abs()).fold(0.0, f64::max)

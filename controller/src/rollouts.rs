@@ -67,7 +67,7 @@ impl Controller {
         Ok(groups)
     }
 
-    fn requests(
+    pub(crate) fn requests(
         &self,
         rows: &[(PromptRow, u64)],
         (first_group, seed): (u64, u64),
@@ -109,7 +109,7 @@ impl Controller {
         order.iter().map(|id| self.attribute(finished.remove(id).ok_or_else(|| lost(id)))).collect()
     }
 
-    fn to_samples(&self, row: &PromptRow, request: &GroupRequest, result: GroupResult) -> Vec<Sample> {
+    pub(crate) fn to_samples(&self, row: &PromptRow, request: &GroupRequest, result: GroupResult) -> Vec<Sample> {
         let step = Step(self.state.step + 1);
         let worker = result.worker;
         let sample = |s: GeneratedSample| Sample {

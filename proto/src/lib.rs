@@ -1,13 +1,14 @@
 //! The service contracts between the controller and its workers.
 //!
 //! Owns: the traits [`RolloutService`], [`RewardService`], [`TrainerService`] (with
-//! [`ScalarModelService`]) and [`TextService`], their messages, and
+//! [`ScalarModelService`] and [`DistillService`]) and [`TextService`], their messages, and
 //! the one error type that crosses them. Knows nothing of how a service is reached: in embedded mode the traits are
 //! implemented by objects in the same process, and a transport implements them on the caller's side.
 //!
 //! Invariants: token ids in, token ids out (only [`TextService`] sees text) · every wait has a deadline · batches are
 //! named by ids, never by arrival · no message holds a tensor, only per-token numbers.
 
+mod distill;
 mod error;
 mod reward;
 mod rollout;
@@ -15,6 +16,7 @@ mod scalar;
 mod text;
 mod trainer;
 
+pub use distill::{DistillService, DistillSpec};
 pub use error::{ServiceError, ServiceResult};
 pub use reward::{RewardService, ScoreRequest};
 pub use rollout::{

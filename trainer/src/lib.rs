@@ -1,13 +1,15 @@
 //! Training: mini-batches in, updated weights out.
 //!
 //! Owns: the f32 masters, gradients and optimizer moments of the policy and of the models with a scalar head (critic,
-//! reward model), the split of a mini-batch into micro-batches, the reference weights, and their part of a checkpoint.
-//! Takes losses from `temper-algos` only; knows nothing of prompts, rewards or the loop.
+//! reward model), the split of a mini-batch into micro-batches, the reference weights, the teacher of a distillation,
+//! and their part of a checkpoint. Takes losses from `temper-algos` only; knows nothing of prompts, rewards or the
+//! loop.
 //!
 //! Invariants: only this crate changes weights · an update happens whole or not at all: a loss or gradient that is not
 //! finite stops before the first parameter moves, with the mini-batch saved · the packed weights that engines read are
 //! swapped at the end of an update, under a write lock.
 
+mod distill;
 mod error;
 mod micro_batch;
 mod non_finite;

@@ -1,5 +1,6 @@
 //! The trainer itself: masters, gradients, moments, and one update.
 
+use crate::distill::Distiller;
 use crate::micro_batch::{Columns, check, split, train_batch};
 use crate::non_finite::{Place, keep_batch};
 use crate::optimizer::{self, Moments, StepSize};
@@ -22,11 +23,11 @@ pub type SharedPolicy = Arc<RwLock<PackedPolicy>>;
 
 /// What the current stage asks for.
 #[derive(Debug)]
-struct Stage {
+pub(crate) struct Stage {
     objective: Objective,
     optimizer: OptimizerConfig,
-    max_micro_batch_tokens: usize,
-    recompute: Recompute,
+    pub(crate) max_micro_batch_tokens: usize,
+    pub(crate) recompute: Recompute,
 }
 
 /// Trains one model on one device.
@@ -49,6 +50,7 @@ pub struct Trainer {
     pub(crate) scalar: Option<ScalarStage>,
     pub(crate) critic: Option<ScalarModel>,
     pub(crate) reward_model: Option<ScalarModel>,
+    pub(crate) distiller: Option<Distiller>,
 }
 
 /// Gradient of one micro-batch's outputs.
@@ -87,6 +89,7 @@ impl Trainer {
             scalar: None,
             critic: None,
             reward_model: None,
+            distiller: None,
         })
     }
 
@@ -116,6 +119,7 @@ impl Trainer {
         objective.validate()?;
         self.moments = None;
         self.reference = None;
+        self.distiller = None;
         self.end_scalar_stage();
         if spec.needs_reference {
             self.set_reference(self.params.duplicate(&*self.device));
@@ -166,8 +170,17 @@ impl Trainer {
     /// # Errors
     /// No stage, a bad row, or a loss or gradient that is not finite; see [`Trainer::save_non_finite_to`].
     pub fn update(&mut self, batch: &MiniBatch) -> Result<UpdateReport, Error> {
+        self.update_with(batch, |trainer, stage, grads| trainer.accumulate(stage, batch, grads))
+    }
+
+    /// One optimizer step on the gradients that `accumulate` adds up.
+    pub(crate) fn update_with(
+        &mut self,
+        batch: &MiniBatch,
+        accumulate: impl FnOnce(&mut Self, &Stage, &mut ParamStore) -> Result<UpdateReport, Error>,
+    ) -> Result<UpdateReport, Error> {
         let stage = self.stage.take().ok_or_else(|| Error::invalid("update", "no stage has begun"))?;
-        let result = self.update_in(&stage, batch);
+        let result = self.update_in(&stage, batch, accumulate);
         self.stage = Some(stage);
         result.map_err(|error| keep_batch(error, batch, self.non_finite_place()))
     }
@@ -177,11 +190,16 @@ impl Trainer {
         self.non_finite_dir.as_deref().map(|dir| Place { dir, step: self.version().number + 1 })
     }
 
-    fn update_in(&mut self, stage: &Stage, batch: &MiniBatch) -> Result<UpdateReport, Error> {
+    fn update_in(
+        &mut self,
+        stage: &Stage,
+        batch: &MiniBatch,
+        accumulate: impl FnOnce(&mut Self, &Stage, &mut ParamStore) -> Result<UpdateReport, Error>,
+    ) -> Result<UpdateReport, Error> {
         self.check_sequences(batch.rows.iter().map(|row| &row.sequence))?;
         let mut grads = self.grads.take().unwrap_or_else(|| self.params.zeros_like(&*self.device));
         grads.clear(&*self.device);
-        let accumulated = self.accumulate(stage, batch, &mut grads);
+        let accumulated = accumulate(self, stage, &mut grads);
         let result = accumulated.and_then(|mut report| {
             report.grad_norm = optimizer::finite_norm(&*self.device, &grads)?;
             self.apply(stage, batch.learning_rate, report.grad_norm, &grads);

@@ -7,6 +7,7 @@ use super::layout::HeadRanges;
 use super::packed::PackedPolicy;
 use super::params::ParamStore;
 use super::train::Tape;
+use std::ops::Range;
 use temper_tensor::{LmHeadGrad, NormGrad};
 
 /// d loss / d output, one number per target row of the batch.
@@ -36,12 +37,25 @@ impl PackedPolicy {
     /// If `masters` or `grads` belong to another model, the gradients differ in number from the target rows, or they
     /// are of another kind than the model's head.
     pub fn backward(&self, masters: &ParamStore, tape: Tape<'_>, outputs: OutputGrads<'_>, grads: &mut ParamStore) {
+        self.backward_through(masters, tape, grads, |batch, arena, grads| {
+            self.head_backward(masters, (batch, arena), outputs, grads);
+        });
+    }
+
+    /// Everything below a head; `head` writes the gradient of the target rows' hidden state and adds its weight's.
+    pub(super) fn backward_through(
+        &self,
+        masters: &ParamStore,
+        tape: Tape<'_>,
+        grads: &mut ParamStore,
+        head: impl FnOnce(&TrainBatch, &mut TrainArena, &mut ParamStore),
+    ) {
         assert_eq!(masters.layout.units, self.layout.units, "masters of another model");
         assert_eq!(grads.layout.units, self.layout.units, "gradients of another model");
         let Tape { arena, batch, sequences, recompute } = tape;
         let (dev, t, d) = (&*self.dev, batch.num_rows(), batch.num_rows() * self.dims.model);
         arena.reserve_grads(self, t, batch.num_targets());
-        self.head_backward(masters, (batch, arena), outputs, grads);
+        head(batch, arena, grads);
         self.final_norm_backward(batch, arena, grads);
         let lists = sequences.lists(batch);
         let rows = lists.rows(batch);
@@ -62,6 +76,14 @@ impl PackedPolicy {
         dev.embed_grad(&batch.token_ids, parts.grads.x.view(d), table);
     }
 
+    /// Unit and range of the LM head's weight.
+    pub(super) fn lm_head_place(&self) -> (usize, &Range<usize>) {
+        match &self.layout.head {
+            HeadRanges::Untied(range) => (self.layout.final_unit(), range),
+            _ => (0, &self.layout.embed),
+        }
+    }
+
     /// The head: its weight's gradient, and that of the target rows' hidden state.
     fn head_backward(
         &self,
@@ -75,10 +97,7 @@ impl PackedPolicy {
         match outputs {
             OutputGrads::LogProbs { d_log_probs, d_entropies, temperature } => {
                 assert_eq!(d_log_probs.len(), batch.num_targets(), "one gradient per target row");
-                let (unit, range) = match &self.layout.head {
-                    HeadRanges::Untied(range) => (last, range),
-                    _ => (0, &self.layout.embed),
-                };
+                let (unit, range) = self.lm_head_place();
                 let forward = self.target_head(batch, arena, temperature);
                 let weight = masters.units[unit].view(range);
                 let args = LmHeadGrad { forward, weight, d_log_probs, d_entropies };

@@ -21,6 +21,7 @@
 mod arena;
 mod backward;
 mod batch;
+mod distill;
 mod generate;
 mod hash;
 mod layer;
@@ -35,6 +36,7 @@ mod train;
 pub use arena::{Recompute, TrainArena};
 pub use backward::OutputGrads;
 pub use batch::TrainBatch;
+pub use distill::{Distillation, TeacherRows};
 pub use generate::{Batch, Workspace};
 pub use layout::TensorSlot;
 pub use packed::PackedPolicy;

@@ -114,7 +114,7 @@ impl PackedPolicy {
     }
 
     /// All layers through one layer's worth of cache.
-    fn forward_only(&self, batch: &TrainBatch, arena: &mut TrainArena) {
+    pub(super) fn forward_only(&self, batch: &TrainBatch, arena: &mut TrainArena) {
         let sequences = self.start(batch, KvUse::OneLayer, arena);
         let lists = sequences.lists(batch);
         let rows = lists.rows(batch);

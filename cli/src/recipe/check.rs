@@ -1,9 +1,9 @@
 //! Whether a typed recipe can run: against itself, its data and its model. Nothing is computed and nothing written.
 
 use super::check_reward_model::{self, check_directories, check_earlier, check_pairs};
-use super::preference_stage;
 use super::render::to_table;
 use super::{ModelSource, Recipe, RecipeError, Source};
+use super::{check_distill, preference_stage};
 use std::collections::BTreeMap;
 use std::path::Path;
 use temper_actor::{ModelConfig, Tokenizer};
@@ -61,7 +61,7 @@ fn check_model(model: &ModelSource, source: &Source) -> Result<(), RecipeError> 
     }
 }
 
-fn check_model_dir(path: &Path) -> Result<(), String> {
+pub(super) fn check_model_dir(path: &Path) -> Result<(), String> {
     if !path.is_dir() {
         return Err(format!("{} is no directory: expected a Hugging Face model directory", path.display()));
     }
@@ -107,6 +107,7 @@ fn check_stage(
     let rows = dataset(data, source, &format!("{key}.data"), stage.data())?;
     match stage {
         Stage::Sft(stage) => check_sft(source, &key, stage, rows),
+        Stage::Distill(stage) => check_distill::check(recipe, source, &key, (stage, rows)),
         Stage::Policy(stage) => {
             check_policy(recipe, source, &key, (stage, rows))?;
             check_earlier(recipe, source, (index, stage))
@@ -171,7 +172,12 @@ fn check_ground_truth(recipe: &Recipe, source: &Source, key: &str, rows: &[Promp
     }
 }
 
-fn check_lengths(recipe: &Recipe, source: &Source, key: &str, stage: &PolicyStage) -> Result<(), RecipeError> {
+pub(super) fn check_lengths(
+    recipe: &Recipe,
+    source: &Source,
+    key: &str,
+    stage: &PolicyStage,
+) -> Result<(), RecipeError> {
     let max_len = match (&recipe.model.init, &recipe.model.path) {
         (Some(init), _) => init.max_position_embeddings,
         (None, Some(path)) => ModelConfig::load(path).map_or(usize::MAX, |config| config.max_position_embeddings),
@@ -234,6 +240,7 @@ fn stage_summary(stage: &Stage, rows: usize) -> String {
     match stage {
         Stage::RewardModel(s) => check_reward_model::summary(s, rows),
         Stage::Preference(s) => preference_stage::summary(s, rows),
+        Stage::Distill(s) => check_distill::summary(s, rows),
         Stage::OnlinePreference(s) => {
             let inner = stage_summary(&Stage::Policy(Box::new(s.policy.clone())), rows);
             format!("{inner}; the best and the worst sample of a prompt form a pair")

@@ -7,6 +7,7 @@
 //! ```
 
 mod check;
+mod check_distill;
 mod check_reward_model;
 mod error;
 mod preference_stage;

@@ -49,6 +49,7 @@ fn stage_table(stage: &Stage) -> Value {
         Stage::OnlinePreference(stage) => ("online_dpo", Value::try_from(&stage.policy)),
         Stage::Sft(stage) => ("sft", Value::try_from(stage)),
         Stage::Policy(stage) => ("grpo", Value::try_from(stage)),
+        Stage::Distill(stage) => ("distill", Value::try_from(stage)),
         Stage::RewardModel(stage) => ("reward_model", Value::try_from(stage)),
     };
     let mut value = value.expect("a stage is plain data");

@@ -5,13 +5,14 @@ use super::source::merge;
 use super::typed::{typed, unknown_key};
 use super::{RecipeError, Source};
 use temper_algos::{AdvEstimator, AlgorithmConfig, LossAggMode, LossMode, PolicyLossConfig};
-use temper_controller::{CriticConfig, PolicyStage, RewardModelStage, SftStage, Stage};
+use temper_controller::{CriticConfig, DistillStage, PolicyStage, RewardModelStage, SftStage, Stage};
 use temper_types::did_you_mean;
 use toml::{Table, Value};
 
 /// Kinds of stages that are not over preferences.
-const OTHER_KINDS: [&str; 16] = [
+const OTHER_KINDS: [&str; 17] = [
     "sft",
+    "distill",
     "reward_model",
     "ppo",
     "grpo",
@@ -65,6 +66,9 @@ fn stage(source: &Source, key: &str, value: &Value) -> Result<Stage, RecipeError
     }
     if kind == "sft" {
         return Ok(Stage::Sft(typed::<SftStage>(source, key, Value::Table(table))?));
+    }
+    if kind == "distill" {
+        return Ok(Stage::Distill(Box::new(typed::<DistillStage>(source, key, Value::Table(table))?)));
     }
     if kind == "reward_model" {
         return Ok(Stage::RewardModel(typed::<RewardModelStage>(source, key, Value::Table(table))?));

@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use temper_controller::{Controller, PolicyStage, RunDir, RunSpec, Services, Stage, SystemClock, latest_checkpoint};
 use temper_proto::{
-    GeneratedSample, GroupRequest, GroupResult, LogProbs, MiniBatch, PolicyRole, PreferencePair, RewardService,
-    RolloutService, RolloutStats, ScalarModelService, ScalarModelSpec, ScalarReport, ScoreRequest, ServiceResult,
-    StageSpec, TextService, TokenSequence, TrainerService, UpdateReport,
+    DistillService, DistillSpec, GeneratedSample, GroupRequest, GroupResult, LogProbs, MiniBatch, PolicyRole,
+    PreferencePair, RewardService, RolloutService, RolloutStats, ScalarModelService, ScalarModelSpec, ScalarReport,
+    ScoreRequest, ServiceResult, StageSpec, TextService, TokenSequence, TrainerService, UpdateReport,
 };
 use temper_types::{
     FinishReason, PolicyVersion, PromptContent, RewardComponent, RewardFailure, RewardOutcome, SampleIndex,
@@ -180,6 +180,15 @@ impl ScalarModelService for Trainer {
     }
     fn restore_reward_model(&self, _dir: &Path) -> ServiceResult<()> {
         Ok(())
+    }
+}
+
+impl DistillService for Trainer {
+    fn begin_distillation(&self, _spec: DistillSpec) -> ServiceResult<()> {
+        Ok(())
+    }
+    fn update_distilled(&self, batch: MiniBatch) -> ServiceResult<UpdateReport> {
+        self.update(batch)
     }
 }
 

@@ -176,6 +176,54 @@ pub struct LmHeadGrad<'a> {
     pub d_entropies: &'a [f32],
 }
 
+/// Between the laws of a student and a teacher at one position.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Divergence {
+    /// `beta` 0: KL(teacher || student); 1: KL(student || teacher); between: `beta KL(t || m) + (1 - beta) KL(s || m)`
+    /// with `m = (1 - beta) s + beta t`.
+    GeneralizedJsd {
+        /// From 0 to 1.
+        beta: f32,
+    },
+    /// `sum t (ln t - ln s)` over the teacher's most likely ids (the lower id on ties), nothing renormalised.
+    ForwardKlTopK {
+        /// How many; more than 0.
+        k: usize,
+    },
+}
+
+/// The LM heads of a student and a frozen teacher over the same rows.
+#[derive(Debug, Clone, Copy)]
+pub struct DistillHead<'a> {
+    /// The student's final hidden rows, `[T, D]`.
+    pub hidden: View<'a>,
+    /// The student's packed head, `[V, D]`.
+    pub head: &'a PackedLinear,
+    /// f32 master weight of the student's head, `[V, D]`.
+    pub weight: View<'a>,
+    /// The teacher's final hidden rows, `[T, E]`.
+    pub teacher_hidden: View<'a>,
+    /// The teacher's packed head, `[V, E]`.
+    pub teacher_head: &'a PackedLinear,
+    /// Ids that get no mass from either (ascending).
+    pub masked_ids: &'a [u32],
+    /// Divides the logits of both; more than 0.
+    pub temperature: f32,
+    /// What is measured.
+    pub divergence: Divergence,
+    /// Factor of each row's divergence in the loss; at 0 the row has no gradient.
+    pub weights: &'a [f32],
+}
+
+/// What [`DistillHead`] says of each row.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct DistillStats {
+    /// The divergence, before its weight.
+    pub divergences: Vec<f64>,
+    /// KL(student || teacher) over the whole vocabulary.
+    pub reverse_kls: Vec<f64>,
+}
+
 /// How the token of one row is drawn.
 #[derive(Debug, Clone, Copy)]
 pub struct SampleRow<'a> {

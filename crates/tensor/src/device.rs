@@ -1,9 +1,9 @@
 //! The kernel trait: every operation that runs on a device.
 
 use crate::{
-    AdamWStep, AttentionGrad, AttnShape, Buffer, DeviceInfo, HeadNorm, HeadNormGrad, KvCache, KvCacheSpec, LinearShape,
-    LmHead, LmHeadGrad, NormGrad, NormShape, PackedLinear, Reduction, RopeTable, SampleRow, Sampled, SeqSpan, Store,
-    TokenStats, View, ViewMut,
+    AdamWStep, AttentionGrad, AttnShape, Buffer, DeviceInfo, DistillHead, DistillStats, HeadNorm, HeadNormGrad,
+    KvCache, KvCacheSpec, LinearShape, LmHead, LmHeadGrad, NormGrad, NormShape, PackedLinear, Reduction, RopeTable,
+    SampleRow, Sampled, SeqSpan, Store, TokenStats, View, ViewMut,
 };
 use temper_types::DType;
 
@@ -107,6 +107,9 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     /// Backward: `dhidden[T, D]` is written, `dweight[V, D]` is added to. Logits are recomputed by row chunks. Rows
     /// whose gradients are all zero are left out: they get zeros, and the others the bits they have without them.
     fn lm_head_grad(&self, args: LmHeadGrad<'_>, dhidden: ViewMut<'_>, dweight: ViewMut<'_>);
+    /// Divergences between the laws of student and teacher, and their weighted sum's gradient: `dhidden[T, D]` is
+    /// written, `dweight[V, D]` is added to. Logits of both are computed by row chunks.
+    fn lm_head_distill(&self, args: DistillHead<'_>, dhidden: ViewMut<'_>, dweight: ViewMut<'_>) -> DistillStats;
     /// Draw one token per row of `hidden[T, D]`; `rows.len()` is T. The log-prob bits equal
     /// [`Device::lm_head_stats`]' for the same hidden row, id and temperature.
     fn lm_head_sample(

@@ -23,8 +23,8 @@ mod kv;
 mod linear;
 
 pub use args::{
-    AdamWStep, AttentionGrad, AttnShape, DeviceInfo, HeadNorm, HeadNormGrad, LmHead, LmHeadGrad, NormGrad, NormShape,
-    SampleRow, Sampled, SeqSpan, TokenStats,
+    AdamWStep, AttentionGrad, AttnShape, DeviceInfo, DistillHead, DistillStats, Divergence, HeadNorm, HeadNormGrad,
+    LmHead, LmHeadGrad, NormGrad, NormShape, SampleRow, Sampled, SeqSpan, TokenStats,
 };
 pub use buffer::{Buffer, View, ViewMut};
 pub use cpu::{CpuConfig, CpuDevice, Isa};

@@ -1,12 +1,14 @@
 //! The CPU device: its pool, its instruction family, and the table of its kernels.
 
 use super::simd::Isa;
-use super::{activation, adamw, attention, attention_grad, elementwise, embed, gemm, kv, lm_head, norm, rope, sample};
+use super::{
+    activation, adamw, attention, attention_grad, distill, elementwise, embed, gemm, kv, lm_head, norm, rope, sample,
+};
 use super::{aligned::AlignedVec, pool::Pool};
 use crate::{
-    AdamWStep, AttentionGrad, AttnShape, Buffer, Device, DeviceInfo, HeadNorm, HeadNormGrad, KvCache, KvCacheSpec,
-    LinearShape, LmHead, LmHeadGrad, NormGrad, NormShape, PackedLinear, Reduction, RopeTable, SampleRow, Sampled,
-    SeqSpan, Store, TokenStats, View, ViewMut,
+    AdamWStep, AttentionGrad, AttnShape, Buffer, Device, DeviceInfo, DistillHead, DistillStats, HeadNorm, HeadNormGrad,
+    KvCache, KvCacheSpec, LinearShape, LmHead, LmHeadGrad, NormGrad, NormShape, PackedLinear, Reduction, RopeTable,
+    SampleRow, Sampled, SeqSpan, Store, TokenStats, View, ViewMut,
 };
 use temper_types::DType;
 
@@ -213,6 +215,10 @@ impl Device for CpuDevice {
 
     fn lm_head_grad(&self, args: LmHeadGrad<'_>, dhidden: ViewMut<'_>, dweight: ViewMut<'_>) {
         lm_head::grad(self, args, dhidden.data, dweight.data);
+    }
+
+    fn lm_head_distill(&self, args: DistillHead<'_>, dhidden: ViewMut<'_>, dweight: ViewMut<'_>) -> DistillStats {
+        distill::distill(self, args, dhidden.data, dweight.data)
     }
 
     fn lm_head_sample(

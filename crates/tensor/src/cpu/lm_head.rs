@@ -2,7 +2,7 @@
 
 mod law;
 
-pub(crate) use law::{BLOCK, Laws, MaxOf, Moments, Weights, shifted};
+pub(crate) use law::{BLOCK, Laws, MaxOf, Moments, PARTS, Weights, part_ids, shifted};
 
 use super::gemm;
 use super::math::{exp, ln, load_lanes, store_lanes};
@@ -10,13 +10,12 @@ use super::parallel::SharedMut;
 use super::simd::{Kernel, Simd};
 use super::{AlignedVec, CpuDevice};
 use crate::{LmHead, LmHeadGrad, PackedLinear, Store, TokenStats, View};
-use law::{PARTS, part_ids};
 use std::sync::{Mutex, PoisonError};
 
 /// Logits of a forward chunk: 16 MiB, which stays in the last-level cache.
 const FORWARD_LOGITS: usize = 4 << 20;
 /// Logits of a backward chunk: 96 MiB, because every chunk reads and writes the whole gradient of the weight.
-const BACKWARD_LOGITS: usize = 24 << 20;
+pub(super) const BACKWARD_LOGITS: usize = 24 << 20;
 /// Rows of a chunk at least, so that the matrix products stay efficient.
 const MIN_CHUNK_ROWS: usize = 16;
 /// Rows of a backward chunk that go from logits to gradients at once: they stay in the caches from pass to pass.
@@ -49,7 +48,13 @@ fn chunk_rows(floats: usize, vocab: usize, rows: usize) -> usize {
 }
 
 /// Raw logits of `hidden[rows, D]`, masked ids at minus infinity.
-fn masked_logits(dev: &CpuDevice, hidden: &[f32], head: &PackedLinear, masked_ids: &[u32], logits: &mut [f32]) {
+pub(super) fn masked_logits(
+    dev: &CpuDevice,
+    hidden: &[f32],
+    head: &PackedLinear,
+    masked_ids: &[u32],
+    logits: &mut [f32],
+) {
     let vocab = head.shape().n;
     gemm::linear(dev, hidden, head, None, (logits, Store::Write));
     if masked_ids.is_empty() {
@@ -74,7 +79,7 @@ pub(crate) fn for_chunks(
 }
 
 /// [`for_chunks`] with at most `floats` logits in a chunk, or [`MIN_CHUNK_ROWS`] rows.
-fn for_chunks_of(
+pub(super) fn for_chunks_of(
     dev: &CpuDevice,
     floats: usize,
     hidden: &[f32],

@@ -12,6 +12,7 @@ mod aligned;
 mod attention;
 mod attention_grad;
 mod device;
+mod distill;
 mod elementwise;
 mod embed;
 mod gemm;
