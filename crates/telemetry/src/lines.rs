@@ -35,14 +35,25 @@ impl LineFile {
         self.file.sync_all().map_err(Error::io("sync", &self.path))
     }
 
-    /// Replace the content in one step: after a crash the file holds the old lines or the new ones.
-    pub fn replace(&mut self, objects: &[Map<String, Value>]) -> Result<(), Error> {
+    /// Keep the lines whose objects `keep` accepts, byte for byte, in one step: after a crash the file holds the old
+    /// lines or the new ones. (Written anew from their objects, numbers could lose their last bit.)
+    pub fn retain(&mut self, keep: impl Fn(usize, Map<String, Value>) -> Result<bool, Error>) -> Result<(), Error> {
+        let bytes = read(&self.path)?;
+        let mut text = Vec::with_capacity(bytes.len());
+        for (index, line) in whole_lines(&bytes).enumerate() {
+            if keep(index, object_of(&self.path, index, line)?)? {
+                text.extend_from_slice(line);
+            }
+        }
+        self.replace(&text)
+    }
+
+    fn replace(&mut self, text: &[u8]) -> Result<(), Error> {
         let mut name = self.path.as_os_str().to_owned();
         name.push(".tmp");
         let unfinished = PathBuf::from(name);
-        let text: String = objects.iter().map(line_of).collect();
         let mut file = File::create(&unfinished).map_err(Error::io("create", &unfinished))?;
-        file.write_all(text.as_bytes()).map_err(Error::io("write", &unfinished))?;
+        file.write_all(text).map_err(Error::io("write", &unfinished))?;
         file.sync_all().map_err(Error::io("sync", &unfinished))?;
         std::fs::rename(&unfinished, &self.path).map_err(Error::io("rename into place", &self.path))?;
         let dir = self.path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -74,17 +85,22 @@ fn cut_torn_line(path: &Path) -> Result<(), Error> {
 
 /// The objects of a file, in order; a last line without its end is not one of them.
 pub(crate) fn read_objects(path: &Path) -> Result<Vec<Map<String, Value>>, Error> {
-    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
-    let whole = bytes.split_inclusive(|byte| *byte == b'\n').filter(|line| line.ends_with(b"\n"));
-    whole
-        .enumerate()
-        .map(|(index, line)| {
-            let problem = |e| format!("{e}; expected one JSON object a line");
-            serde_json::from_slice(line).map_err(|e| Error::Line {
-                path: path.to_owned(),
-                line: index + 1,
-                problem: problem(e),
-            })
-        })
-        .collect()
+    let bytes = read(path)?;
+    whole_lines(&bytes).enumerate().map(|(index, line)| object_of(path, index, line)).collect()
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, Error> {
+    std::fs::read(path).map_err(Error::io("read", path))
+}
+
+fn whole_lines(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
+    bytes.split_inclusive(|byte| *byte == b'\n').filter(|line| line.ends_with(b"\n"))
+}
+
+fn object_of(path: &Path, index: usize, line: &[u8]) -> Result<Map<String, Value>, Error> {
+    serde_json::from_slice(line).map_err(|e| Error::Line {
+        path: path.to_owned(),
+        line: index + 1,
+        problem: format!("{e}; expected one JSON object a line"),
+    })
 }

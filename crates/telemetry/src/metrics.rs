@@ -118,14 +118,16 @@ impl MetricsLog {
         self.lines.append(&row.to_json())
     }
 
-    /// Keep the rows up to `step`, for resume: later ones go. The file is replaced in one step.
+    /// Keep the rows up to `step`, for resume, byte for byte: later ones go. The file is replaced in one step.
     ///
     /// # Errors
     /// Names the file, and the line that is no row.
     pub fn truncate_after(&mut self, step: u64) -> Result<(), Error> {
-        let rows = read_metrics(self.lines.path())?;
-        let kept: Vec<_> = rows.iter().filter(|row| row.step <= step).map(MetricsRow::to_json).collect();
-        self.lines.replace(&kept)
+        let path = self.lines.path().to_owned();
+        self.lines.retain(|index, object| {
+            let row = MetricsRow::from_json(object).ok_or_else(|| no_row(&path, index))?;
+            Ok(row.step <= step)
+        })
     }
 
     /// Make everything appended so far durable.
@@ -142,13 +144,16 @@ impl MetricsLog {
 /// # Errors
 /// Names the file, and the line that is no row.
 pub fn read_metrics(path: &Path) -> Result<Vec<MetricsRow>, Error> {
-    let wrong = |index| Error::Line {
+    let objects = read_objects(path)?.into_iter().enumerate();
+    objects.map(|(index, object)| MetricsRow::from_json(object).ok_or_else(|| no_row(path, index))).collect()
+}
+
+fn no_row(path: &Path, index: usize) -> Error {
+    Error::Line {
         path: path.to_owned(),
         line: index + 1,
         problem: "no metrics row: expected a number `step` and a text `stage`".to_owned(),
-    };
-    let objects = read_objects(path)?.into_iter().enumerate();
-    objects.map(|(index, object)| MetricsRow::from_json(object).ok_or_else(|| wrong(index))).collect()
+    }
 }
 
 #[cfg(test)]
@@ -211,6 +216,24 @@ mod tests {
             expected.push(("next".to_owned(), 7));
             assert_eq!(places(&path), expected, "after {step}");
         }
+    }
+
+    /// 0.10000000000000002 and the like: decimals that a fast reader may take for a neighbour.
+    #[test]
+    fn kept_rows_keep_every_byte() {
+        let dir = tempfile::tempdir().expect("the system gives a temporary directory");
+        let path = dir.path().join("metrics.jsonl");
+        let mut log = MetricsLog::open(&path).expect("writable");
+        for step in 1..=200 {
+            let mut row = MetricsRow::new(step, "grpo");
+            row.set("grad_norm", (step as f64 * 0.737_123).exp().sqrt() * 1e-7);
+            row.set("lr", 3e-4 / step as f64);
+            log.append(&row).expect("writable");
+        }
+        let before = std::fs::read_to_string(&path).expect("readable");
+        log.truncate_after(150).expect("writable");
+        let kept: String = before.split_inclusive('\n').take(150).collect();
+        assert_eq!(std::fs::read_to_string(&path).expect("readable"), kept);
     }
 
     #[test]

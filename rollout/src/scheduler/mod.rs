@@ -9,8 +9,9 @@
 //! - One budget of rows a step: decode rows first, oldest first, then prefill chunks, oldest first.
 //! - Sequences start in order of arrival, and only where the pool covers the expected length of everything that runs
 //!   (`reserve_tokens` ahead) and a watermark stays free. Alone, a sequence always starts.
-//! - The first sequence of a group computes the prompt, but for the full blocks that the prefix cache has; its siblings wait, draw their first token from the same row,
-//!   and then share its blocks. A sibling that comes later shares the prompt's full blocks.
+//! - The first sequence of a group computes the prompt, but for the full blocks that the prefix cache has; its siblings
+//!   wait, draw their first token from the same row, and then share its blocks. A sibling that comes later shares the
+//!   prompt's full blocks.
 //! - A decoding sequence may take a row for each token drafted for it, from what budget and free blocks are left after
 //!   everything else. The rows behind the last token that counts are forgotten, and their blocks freed, in `append`.
 //! - A decode row that finds no block takes those of the youngest sequence, which is recomputed later. The oldest
