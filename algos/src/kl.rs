@@ -7,7 +7,7 @@
 //! # Source
 //! Schulman, "Approximating KL divergence"; clamps and names are verl's.
 
-use crate::math::Cut;
+use crate::math::{Cut, cut_passes};
 use crate::{Error, TokenBatch};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -72,7 +72,7 @@ impl KlType {
 fn k3_clamped(d: f64) -> Dual {
     let x = (-d).cut(-20.0, 20.0);
     let raw = x.exp() - x - 1.0;
-    let passes = (-20.0..=20.0).contains(&-d) && (-10.0..=10.0).contains(&raw);
+    let passes = cut_passes(-d, -20.0, 20.0) && cut_passes(raw, -10.0, 10.0);
     Dual { value: raw.cut(-10.0, 10.0), d: if passes { 1.0 - x.exp() } else { 0.0 } }
 }
 

@@ -10,7 +10,7 @@
 //! value).
 
 use crate::kl::Dual;
-use crate::math::Cut;
+use crate::math::{Cut, cut_passes};
 use serde::{Deserialize, Serialize};
 
 /// Estimator.
@@ -50,7 +50,7 @@ impl BoundedKl {
                 Dual { value: power - 1.0 + d.max(-self.exponent_max), d: slope }
             }
         };
-        let inside = raw.value.abs() <= self.bound;
+        let inside = cut_passes(raw.value, -self.bound, self.bound);
         Dual { value: raw.value.cut(-self.bound, self.bound), d: if inside { raw.d } else { 0.0 } }
     }
 

@@ -6,6 +6,12 @@ pub(crate) trait Cut {
     fn cut(self, low: f64, high: f64) -> f64;
 }
 
+/// Whether `cut(x, low, high)` has the derivative 1, as in torch 2.15: between two bounds not on the bounds themselves,
+/// at a single bound (the other infinite) on it too.
+pub(crate) fn cut_passes(x: f64, low: f64, high: f64) -> bool {
+    if low.is_finite() && high.is_finite() { low < x && x < high } else { low <= x && x <= high }
+}
+
 impl Cut for f64 {
     fn cut(self, low: f64, high: f64) -> f64 {
         self.max(low).min(high)

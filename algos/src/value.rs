@@ -1,15 +1,13 @@
 //! The critic's loss: squared error against returns, clipped around the old values.
 //!
 //! `L = 1/2 agg(max((v - R)^2, (clamp(v, V - c, V + c) - R)^2))`; the gradient is 0 where the clamp holds and its
-//! branch
-//! is the larger, and split in halves on a tie.
+//! branch is the larger, and split in halves on every tie (a value on a bound, two equal branches).
 //!
 //! # Source
 //! verl's `compute_value_loss`.
 
 use crate::kl::Dual;
-use crate::loss::{GlobalCounts, LossAggMode, agg_loss, larger};
-use crate::math::Cut;
+use crate::loss::{GlobalCounts, LossAggMode, agg_loss, larger, smaller};
 use crate::{Error, TokenBatch};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -84,9 +82,10 @@ pub fn value_loss(
     let mut num_clipped = 0;
     for t in (0..batch.num_slots()).filter(|t| batch.is_active(*t)) {
         let (v, target, old) = (input.predictions[t], input.returns[t], input.old_values[t]);
-        let plain = half_square(v, target, 1.0);
-        let (low, high) = (old - config.cliprange_value, old + config.cliprange_value);
-        let clipped = half_square(v.cut(low, high), target, f64::from(u8::from((low..=high).contains(&v))));
+        let plain = half_square(Dual { value: v, d: 1.0 }, target);
+        let bound = |value| Dual { value, d: 0.0 };
+        let under = smaller(Dual { value: v, d: 1.0 }, bound(old + config.cliprange_value));
+        let clipped = half_square(larger(under, bound(old - config.cliprange_value)), target);
         let loss = if config.cliprange_value > 0.0 { larger(plain, clipped) } else { plain };
         num_clipped += usize::from(config.cliprange_value > 0.0 && clipped.value > plain.value);
         losses[t] = loss.value;
@@ -97,7 +96,7 @@ pub fn value_loss(
     Ok(ValueLossOutput { loss, d_predictions, num_clipped })
 }
 
-fn half_square(v: f64, target: f64, d_v: f64) -> Dual {
-    let error = v - target;
-    Dual { value: 0.5 * error * error, d: error * d_v }
+fn half_square(v: Dual, target: f64) -> Dual {
+    let error = v.value - target;
+    Dual { value: 0.5 * error * error, d: error * v.d }
 }

@@ -53,6 +53,9 @@ pub struct AdvantageConfig {
     pub norm_adv_by_std_in_grpo: bool,
     /// Added to that standard deviation.
     pub epsilon: f64,
+    /// Added to the denominator of the token baselines; a constant, not a key of a recipe.
+    #[serde(skip)]
+    pub token_baseline_epsilon: f64,
     /// Divisor of gpg.
     pub f_norm: f64,
     /// No baseline where only the longest row of a group is left (the token baselines).
@@ -71,6 +74,7 @@ impl Default for AdvantageConfig {
             lam: 1.0,
             norm_adv_by_std_in_grpo: true,
             epsilon: 1e-6,
+            token_baseline_epsilon: 1e-8,
             f_norm: 1.0,
             handle_zero_tail: true,
             gdpo_reward_keys: Vec::new(),

@@ -207,7 +207,7 @@ fn token_baseline(
         rollout_is_weights: input.rollout_is_weights,
         axis,
         tail: if config.handle_zero_tail { ZeroTail::Zero } else { ZeroTail::Keep },
-        epsilon: 1e-8,
+        epsilon: config.token_baseline_epsilon,
     };
     Ok(token_baseline::advantages(batch, input.group_ids, baseline))
 }

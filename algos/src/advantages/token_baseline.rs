@@ -3,7 +3,7 @@
 //! `w_t = 1 - 2 exp(old) + sum pi^2` (times the squared importance weight), `W_t` its running sum over unmasked tokens,
 //! `G_t` the undiscounted reward-to-go, `b_t = sum_g(G W) / (sum_g W + epsilon)` over the rows of the group that have a
 //! token at `t`; `A_t = G_t - b_t`. A group of one has baseline 0. Positions are those of the row, or with the `tir`
-//! form (multi-turn) the number of the token among the row's unmasked ones.
+//! form (multi-turn) the number of the token among the row's unmasked ones, where rows without tokens are no members.
 
 use super::AdvantageOutput;
 use super::groups::group_rows;
@@ -43,8 +43,13 @@ pub(crate) enum ZeroTail {
 pub(crate) fn advantages(batch: &TokenBatch, group_ids: &[u64], input: TokenBaseline<'_>) -> AdvantageOutput {
     let (returns, energy) = returns_and_energy(batch, &input);
     let mut advantages = returns.clone();
-    for rows in group_rows(group_ids).iter().filter(|rows| rows.len() > 1) {
-        subtract_baseline(batch, &input, rows, (&returns, &energy), &mut advantages);
+    for mut rows in group_rows(group_ids) {
+        if input.axis == TimeAxis::Compacted {
+            rows.retain(|row| batch.row_len(*row) > 0);
+        }
+        if rows.len() > 1 {
+            subtract_baseline(batch, &input, &rows, (&returns, &energy), &mut advantages);
+        }
     }
     AdvantageOutput { advantages, returns }
 }

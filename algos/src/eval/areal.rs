@@ -164,7 +164,11 @@ fn critic(case: &Case<'_>) -> Result<Results, Error> {
     let (mut loss, mut gradient) = (0.0, vec![0.0; batch.num_slots()]);
     for t in (0..batch.num_slots()).filter(|t| batch.is_active(*t)) {
         let (low, high) = (old[t] - eps, old[t] + eps);
-        let inside = f64::from(u8::from((low..=high).contains(&value[t])));
+        // On a bound torch's clamp by tensors splits the derivative in halves.
+        let inside = match value[t] {
+            v if v == low || v == high => 0.5,
+            v => f64::from(u8::from(low < v && v < high)),
+        };
         let clipped = error(value[t].cut(low, high) - target[t], inside);
         let term = crate::loss::larger(error(value[t] - target[t], 1.0), clipped);
         loss += scale * term.value;

@@ -2,6 +2,8 @@
 
 use crate::{Error, TokenBatch};
 use serde_json::{Map, Number, Value};
+use std::cell::RefCell;
+use std::collections::BTreeSet;
 
 /// Inputs and settings of one case.
 #[derive(Debug, Clone, Copy)]
@@ -9,6 +11,8 @@ pub(super) struct Case<'a> {
     pub(super) name: &'a str,
     pub(super) inputs: &'a Map<String, Value>,
     pub(super) params: &'a Map<String, Value>,
+    /// Names of the settings that were asked for.
+    pub(super) asked: &'a RefCell<BTreeSet<String>>,
 }
 
 /// A rectangular array of two axes, row by row.
@@ -163,7 +167,25 @@ impl<'a> Case<'a> {
         Ok(items.iter().map(place).collect())
     }
 
+    /// Settings that the function knows but does not read in every branch.
+    pub(super) fn accept(&self, keys: &[&str]) {
+        self.asked.borrow_mut().extend(keys.iter().map(|key| (*key).to_owned()));
+    }
+
+    /// Refuse a setting that was never asked for: a misspelt one would be ignored in silence.
+    pub(super) fn expect_all_asked(&self) -> Result<(), Error> {
+        let asked = self.asked.borrow();
+        match self.params.keys().find(|key| !asked.contains(*key)) {
+            None => Ok(()),
+            Some(key) => {
+                let known: Vec<&str> = asked.iter().map(String::as_str).collect();
+                Err(self.bad(key, format!("not a parameter of this function; known are {}", known.join(", "))))
+            }
+        }
+    }
+
     pub(super) fn param(&self, key: &str) -> Option<&'a Value> {
+        self.accept(&[key]);
         self.params.get(key).filter(|v| !v.is_null())
     }
 
@@ -220,7 +242,7 @@ impl<'a> Case<'a> {
     /// Settings of a nested table, as a case of their own.
     pub(super) fn nested(&self, key: &str) -> Option<Case<'a>> {
         let params = self.param(key)?.as_object()?;
-        Some(Case { name: self.name, inputs: self.inputs, params })
+        Some(Case { params, ..*self })
     }
 }
 

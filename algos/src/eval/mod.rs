@@ -26,6 +26,7 @@ mod verl_misc;
 use crate::Error;
 use case::{Case, Results};
 use serde_json::{Map, Value, json};
+use std::cell::RefCell;
 use suite::Suite;
 
 /// Every algorithm, with its paper and the recipe keys that choose it.
@@ -49,8 +50,10 @@ pub fn eval_file(document: &Value) -> Result<Value, Error> {
     for case in cases {
         let name = case.get("name").and_then(Value::as_str).ok_or_else(|| bad("name", "every case needs a name"))?;
         let table = |key| case.get(key).and_then(Value::as_object).unwrap_or(&empty);
-        let case = Case { name, inputs: table("inputs"), params: table("params") };
-        results.push(report(name, suite.run(&case)));
+        let asked = RefCell::default();
+        let case = Case { name, inputs: table("inputs"), params: table("params"), asked: &asked };
+        let result = suite.run(&case).and_then(|results| case.expect_all_asked().map(|()| results));
+        results.push(report(name, result));
     }
     Ok(json!({ "cases": results }))
 }

@@ -90,7 +90,7 @@ pub(super) fn sft(case: &Case<'_>) -> Result<Results, Error> {
 
 /// `GKDTrainer.generalized_jsd_loss`.
 pub(super) fn jsd(case: &Case<'_>) -> Result<Results, Error> {
-    let (_, middle, student) = case.cube("student_logits")?;
+    let (rows, middle, student) = case.cube("student_logits")?;
     let (_, _, teacher) = case.cube("teacher_logits")?;
     let labels = case.opt_sized("labels", student.rows)?;
     if teacher.rows != student.rows {
@@ -100,10 +100,14 @@ pub(super) fn jsd(case: &Case<'_>) -> Result<Results, Error> {
     let active: Vec<bool> =
         (0..student.rows).map(|t| labels.as_ref().is_none_or(|labels| labels[t] != -100.0)).collect();
     let count = active.iter().filter(|a| **a).count().max(1) as f64;
-    let scale = match case.text("reduction", "batchmean")? {
-        "sum" => 1.0,
-        "mean" => 1.0 / count / student.cols as f64,
-        _ => 1.0 / count,
+    // Without labels the peer divides by the number of rows, not of positions.
+    let denominator = if labels.is_some() { count } else { rows.max(1) as f64 };
+    let scale = match (case.opt_num("num_items_in_batch")?, case.text("reduction", "batchmean")?) {
+        (Some(items), _) => 1.0 / items,
+        (None, "sum") => 1.0,
+        (None, "mean") => 1.0 / count / student.cols as f64,
+        (None, "batchmean") => 1.0 / denominator,
+        (None, other) => return Err(case.bad("reduction", format!("`{other}` is not batchmean, mean or sum"))),
     };
     let (mut loss, mut gradient) = (0.0, vec![0.0; student.data.len()]);
     for t in (0..student.rows).filter(|t| active[*t]) {

@@ -6,8 +6,8 @@ use crate::kl::Dual;
 use crate::loss::{clipped_surrogate, high_entropy};
 use crate::masked::masked_mean;
 use crate::{
-    Error, GlobalCounts, KlType, LossAggMode, LossMode, PolicyLossConfig, PolicyLossInput, TokenBatch, TrlConfig,
-    TrlLossType, TrlReport, policy_loss, trl_loss,
+    Error, GlobalCounts, LossAggMode, LossMode, PolicyLossConfig, PolicyLossInput, TokenBatch, TrlConfig, TrlLossType,
+    TrlReport, policy_loss, trl_loss,
 };
 
 /// Longest completion where a case does not say it: that of the trainer which the reference vectors were made with.
@@ -42,12 +42,16 @@ fn config(case: &Case<'_>) -> Result<PolicyLossConfig, Error> {
     })
 }
 
+/// The types that divide by the items of the global batch.
+fn divides_by_items(kind: TrlLossType) -> bool {
+    matches!(kind, TrlLossType::Dapo | TrlLossType::Cispo | TrlLossType::Vespo)
+}
+
 /// Counts of TRL's normalisers: dapo's family divides by the items of the global batch, the rest by the batch's own.
 fn counts(case: &Case<'_>, config: &PolicyLossConfig, mask: &Mask) -> Result<GlobalCounts, Error> {
     let batch = mask.batch()?;
     let own = GlobalCounts::of(&batch, case.num("max_completion_length", MAX_COMPLETION_LENGTH)?);
-    let global = matches!(config.trl.loss_type, TrlLossType::Dapo | TrlLossType::Cispo | TrlLossType::Vespo);
-    let items = case.opt_num("num_items_in_batch")?.filter(|_| global);
+    let items = case.opt_num("num_items_in_batch")?.filter(|_| divides_by_items(config.trl.loss_type));
     Ok(GlobalCounts { num_tokens: items.map_or(own.num_tokens, |n| n as u64), ..own })
 }
 
@@ -95,7 +99,9 @@ pub(super) fn grpo(case: &Case<'_>) -> Result<Results, Error> {
     let mut metrics = report_metrics(&config, &batch, &report);
     metrics.push(("entropy", mean_entropy));
     if config.entropy_coeff > 0.0 {
-        metrics.push(("policy_loss", out.loss * scale));
+        // TRL reports the loss of dapo's family after the accumulation factor, that of the others before it.
+        let reported = if divides_by_items(config.trl.loss_type) { scale } else { 1.0 };
+        metrics.push(("policy_loss", out.loss * reported));
         metrics.push(("entropy_coef", config.entropy_coeff));
     }
     Ok(Results::default()
@@ -147,27 +153,28 @@ fn report_metrics(config: &PolicyLossConfig, batch: &TokenBatch, report: &TrlRep
     let mask = batch.response_mask();
     let widen = |bits: &[u8]| -> Vec<f64> { bits.iter().map(|b| f64::from(*b)).collect() };
     let (low, high) = (widen(&report.low_clipped), widen(&report.high_clipped));
+    let sequence = config.trl.importance_sampling_level == crate::ImportanceLevel::Sequence;
+    // With one ratio per row TRL counts rows without tokens too, as not clipped.
+    let per_row = |values: &[f64]| -> Vec<f64> {
+        let rows = (0..batch.num_rows()).filter(|row| sequence || batch.row_len(*row) > 0);
+        rows.map(|row| masked_mean(&values[batch.row(row)], &mask[batch.row(row)])).collect()
+    };
+    let (low_rows, high_rows) = (per_row(&low), per_row(&high));
+    let mean = |values: &[f64], rows: &[f64]| {
+        if sequence { rows.iter().sum::<f64>() / batch.num_rows() as f64 } else { masked_mean(values, mask) }
+    };
     let mut metrics = Vec::new();
     if config.use_kl_loss {
         metrics.push(("kl", report.kl));
     }
     match config.trl.loss_type {
-        TrlLossType::Cispo => metrics.push(("cispo_clip_ratio", masked_mean(&high, mask))),
+        TrlLossType::Cispo => metrics.push(("cispo_clip_ratio", mean(&high, &high_rows))),
         TrlLossType::Vespo => {
             let mean = report.phi.iter().sum::<f64>() / report.phi.len().max(1) as f64;
             metrics.push(("vespo/phi_seq_mean", mean));
         }
         TrlLossType::Sapo => {}
         TrlLossType::Grpo | TrlLossType::Bnpo | TrlLossType::DrGrpo | TrlLossType::Dapo | TrlLossType::Luspo => {
-            let per_row = |values: &[f64]| -> Vec<f64> {
-                let rows = (0..batch.num_rows()).filter(|row| batch.row_len(*row) > 0);
-                rows.map(|row| masked_mean(&values[batch.row(row)], &mask[batch.row(row)])).collect()
-            };
-            let (low_rows, high_rows) = (per_row(&low), per_row(&high));
-            let sequence = config.trl.importance_sampling_level == crate::ImportanceLevel::Sequence;
-            let mean = |values: &[f64], rows: &[f64]| {
-                if sequence { rows.iter().sum::<f64>() / batch.num_rows() as f64 } else { masked_mean(values, mask) }
-            };
             let (low_mean, high_mean) = (mean(&low, &low_rows), mean(&high, &high_rows));
             metrics.push(("clip_ratio/low_mean", low_mean));
             metrics.push(("clip_ratio/high_mean", high_mean));
@@ -213,19 +220,22 @@ pub(super) fn gmpo(case: &Case<'_>) -> Result<Results, Error> {
         out.loss -= advantages[row * mask.cols] / counts.num_rows as f64;
     }
     let beta = case.num("beta", 0.0)?;
-    if beta > 0.0 {
+    if beta != 0.0 {
         let reference = case.sized("ref_per_token_logps", mask.bits.len())?;
         let per_row = GlobalCounts { num_sequences: counts.num_rows, ..counts };
         let weights = LossAggMode::SeqMeanTokenMean.row_weights(&batch, &per_row)?;
         for (row, weight) in weights.iter().enumerate() {
             for t in batch.active(row) {
-                let kl = KlType::K3.estimate(log_probs[t], reference[t]);
-                out.loss += beta * weight * kl.value;
-                out.d_log_probs[t] += beta * weight * kl.d;
+                // TRL's k3 has no clamps.
+                let gap = reference[t] - log_probs[t];
+                out.loss += beta * weight * (gap.exp() - gap - 1.0);
+                out.d_log_probs[t] += beta * weight * (1.0 - gap.exp());
             }
         }
     }
-    Ok(Results::default().num("loss", out.loss).grad_grid("per_token_logps", mask.cols, &out.d_log_probs))
+    let accumulation = case.num("gradient_accumulation_steps", 1.0)?;
+    let gradient: Vec<f64> = out.d_log_probs.iter().map(|d| d / accumulation).collect();
+    Ok(Results::default().num("loss", out.loss / accumulation).grad_grid("per_token_logps", mask.cols, &gradient))
 }
 
 /// `RLOOTrainer._compute_loss`: the old log-probs are sums over rows.

@@ -31,12 +31,15 @@ impl Function {
 
 fn config(estimator: AdvEstimator, case: &Case<'_>) -> Result<AdvantageConfig, Error> {
     let default = AdvantageConfig::default();
+    let baseline = [AdvEstimator::OptimalTokenBaseline, AdvEstimator::TirOptimalTokenBaseline].contains(&estimator);
+    let epsilon = case.num("epsilon", if baseline { default.token_baseline_epsilon } else { default.epsilon })?;
     Ok(AdvantageConfig {
         adv_estimator: estimator,
         gamma: case.num("gamma", default.gamma)?,
         lam: case.num("lam", default.lam)?,
         norm_adv_by_std_in_grpo: case.flag("norm_adv_by_std_in_grpo", default.norm_adv_by_std_in_grpo)?,
-        epsilon: case.num("epsilon", default.epsilon)?,
+        epsilon: if baseline { default.epsilon } else { epsilon },
+        token_baseline_epsilon: if baseline { epsilon } else { default.token_baseline_epsilon },
         f_norm: case.num("f_norm", default.f_norm)?,
         handle_zero_tail: case.flag("handle_zero_tail", default.handle_zero_tail)?,
         gdpo_reward_weights: case.numbers("gdpo_reward_weights")?.unwrap_or_default(),

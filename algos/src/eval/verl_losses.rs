@@ -41,16 +41,39 @@ pub(super) struct Counted {
     pub(super) dp_size: f64,
 }
 
-/// verl's global batch information: absent counts are those of the batch itself.
-pub(super) fn counted(case: &Case<'_>, mask: &Mask) -> Result<Counted, Error> {
+/// The setting `loss_agg_mode`.
+pub(super) fn agg_mode(case: &Case<'_>) -> Result<LossAggMode, Error> {
+    case.parse("loss_agg_mode", "token-mean")
+}
+
+/// The mode by which verl's function of a loss aggregates, where it looks at the counts at all.
+fn mode_of(loss: LossMode, case: &Case<'_>) -> Result<LossAggMode, Error> {
+    let given = agg_mode(case)?;
+    Ok(match loss {
+        LossMode::Sapo => LossAggMode::SeqMeanTokenMean,
+        LossMode::GeoMean => LossAggMode::TokenSum,
+        _ => given,
+    })
+}
+
+/// verl's global batch information: absent counts are those of the batch itself; with several ranks the one that the
+/// mode divides by must be given.
+pub(super) fn counted(case: &Case<'_>, mask: &Mask, mode: LossAggMode) -> Result<Counted, Error> {
     let batch = mask.batch()?;
     let info = case.nested("global_batch_info").unwrap_or(*case);
     let own = GlobalCounts::of(&batch, mask.cols as f64);
     let dp_size = info.num("dp_size", 1.0)?;
     let tokens = info.opt_num("batch_num_tokens")?;
     let sequences = info.opt_num("global_batch_size")?;
-    if dp_size > 1.0 && tokens.is_none() {
-        return Err(Error::batch("agg_loss", "dp_size > 1 needs the global batch_num_tokens"));
+    let needed = match mode {
+        LossAggMode::TokenSum => None,
+        LossAggMode::TokenMean => Some((tokens, "batch_num_tokens")),
+        LossAggMode::SeqMeanTokenSum | LossAggMode::SeqMeanTokenSumNorm | LossAggMode::SeqMeanTokenMean => {
+            Some((sequences, "global_batch_size"))
+        }
+    };
+    if let (true, Some((None, key))) = (dp_size > 1.0, needed) {
+        return Err(case.bad(key, format!("missing: with dp_size {dp_size} the global count is needed")));
     }
     let counts = GlobalCounts {
         num_tokens: tokens.map_or(own.num_tokens, |n| n as u64),
@@ -67,7 +90,7 @@ fn config(mode: LossMode, case: &Case<'_>) -> Result<PolicyLossConfig, Error> {
     let ceiling = if matches!(mode, LossMode::DppoTv | LossMode::DppoKl) { 20.0 } else { default.clip_ratio_c };
     Ok(PolicyLossConfig {
         loss_mode: mode,
-        loss_agg_mode: case.parse("loss_agg_mode", "token-mean")?,
+        loss_agg_mode: agg_mode(case)?,
         clip_ratio: case.num("clip_ratio", default.clip_ratio)?,
         clip_ratio_low: case.opt_num("clip_ratio_low")?,
         clip_ratio_high: case.opt_num("clip_ratio_high")?,
@@ -112,7 +135,7 @@ fn loss(config: &PolicyLossConfig, case: &Case<'_>, mask: &Mask, counted: &Count
 /// Run one case of a policy loss.
 pub(in crate::eval) fn run(function: Function, case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("response_mask")?;
-    let counted = counted(case, &mask)?;
+    let counted = counted(case, &mask, mode_of(function.0, case)?)?;
     let config = config(function.0, case)?;
     let out = loss(&config, case, &mask, &counted)?;
     Ok(with_gradient(&out, counted.dp_size, mask.cols).metrics(&metrics(function.0, &out)))
@@ -148,8 +171,8 @@ fn metrics(mode: LossMode, out: &LossOutput) -> Vec<(&'static str, f64)> {
 /// `ppo_loss`: policy loss, entropy bonus and KL in the loss.
 pub(in crate::eval) fn total(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("response_mask")?;
-    let counted = counted(case, &mask)?;
     let mode = case.parse("loss_mode", "vanilla")?;
+    let counted = counted(case, &mask, agg_mode(case)?)?;
     let out = loss(&config(mode, case)?, case, &mask, &counted)?;
     let scale = counted.dp_size;
     let entropies: Vec<f64> = out.d_entropies.iter().map(|d| d * scale).collect();
@@ -159,7 +182,7 @@ pub(in crate::eval) fn total(case: &Case<'_>) -> Result<Results, Error> {
 /// `compute_policy_loss_bypass_mode`, and the metrics of the loss inside.
 pub(super) fn bypass(case: &Case<'_>) -> Result<(Results, Metrics), Error> {
     let mask = case.mask("response_mask")?;
-    let counted = counted(case, &mask)?;
+    let counted = counted(case, &mask, agg_mode(case)?)?;
     let config = config(LossMode::BypassMode, case)?;
     let out = loss(&config, case, &mask, &counted)?;
     let inner = match config.rollout_correction.loss_type {
@@ -173,8 +196,8 @@ pub(super) fn bypass(case: &Case<'_>) -> Result<(Results, Metrics), Error> {
 pub(in crate::eval) fn agg(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("loss_mask")?;
     let losses = case.sized("loss_mat", mask.bits.len())?;
-    let counted = counted(case, &mask)?;
-    let mode = case.parse("loss_agg_mode", "token-mean")?;
+    let mode = agg_mode(case)?;
+    let counted = counted(case, &mask, mode)?;
     let num_sequences = counted.counts.num_sequences;
     let empty = match mode {
         LossAggMode::TokenSum => false,

@@ -2,12 +2,14 @@
 //! distillation.
 
 use super::case::{Case, Mask, Results, json, list};
-use super::verl_losses::counted;
+use super::verl_losses::{agg_mode, counted};
 use crate::distill::forward_kl_top_k;
 use crate::distribution::{TokenStatistics, token_gradient, token_statistics};
 use crate::filters::{OverlongConfig, pf_ppo_weights, response_mask};
 use crate::masked::{masked_mean, masked_sum, masked_var, masked_var_biased};
-use crate::{Error, LrScheduleConfig, SftLossType, ValueLossConfig, ValueLossInput, agg_loss, sft_loss, value_loss};
+use crate::{
+    Error, LossAggMode, LrScheduleConfig, SftLossType, ValueLossConfig, ValueLossInput, agg_loss, sft_loss, value_loss,
+};
 use serde_json::{Value, json as object};
 
 /// `compute_value_loss`.
@@ -15,11 +17,12 @@ pub(super) fn value(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("response_mask")?;
     let (predictions, old_values) = (case.sized("vpreds", mask.bits.len())?, case.sized("values", mask.bits.len())?);
     let returns = case.sized("returns", mask.bits.len())?;
-    let counted = counted(case, &mask)?;
-    let config = ValueLossConfig {
-        cliprange_value: case.num("cliprange_value", 0.5)?,
-        loss_agg_mode: case.parse("loss_agg_mode", "token-mean")?,
-    };
+    let loss_agg_mode = agg_mode(case)?;
+    let counted = counted(case, &mask, loss_agg_mode)?;
+    // A range of 0 is no clipping in the library; the peer clips to the old values.
+    let cliprange_value = case.num("cliprange_value", 0.5)?;
+    let cliprange_value = if cliprange_value == 0.0 { f64::MIN_POSITIVE } else { cliprange_value };
+    let config = ValueLossConfig { cliprange_value, loss_agg_mode };
     let batch = mask.batch()?;
     let input = ValueLossInput { batch, predictions: &predictions, old_values: &old_values, returns: &returns };
     let out = value_loss(&config, &input, &counted.counts)?;
@@ -34,7 +37,7 @@ pub(super) fn value(case: &Case<'_>) -> Result<Results, Error> {
 pub(super) fn sft(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("response_mask")?;
     let log_probs = case.sized("log_probs", mask.bits.len())?;
-    let counted = counted(case, &mask)?;
+    let counted = counted(case, &mask, LossAggMode::TokenMean)?;
     let out = sft_loss(SftLossType::Nll, &mask.batch()?, &log_probs, counted.counts.num_tokens)?;
     let gradient: Vec<f64> = out.d_log_probs.iter().map(|d| d * counted.dp_size).collect();
     Ok(Results::default().num("loss", out.loss * counted.dp_size).grad_grid("log_probs", mask.cols, &gradient))
@@ -51,9 +54,9 @@ pub(super) fn entropy(case: &Case<'_>) -> Result<Results, Error> {
     let statistics: Vec<TokenStatistics> =
         (0..logits.rows).map(|t| token_statistics(logits.row(t), labels[t] as usize, 1.0)).collect::<Result<_, _>>()?;
     let column = |f: fn(&TokenStatistics) -> f64| -> Vec<f64> { statistics.iter().map(f).collect() };
-    let counted = counted(case, &mask)?;
+    let mode = agg_mode(case)?;
+    let counted = counted(case, &mask, mode)?;
     let entropies = column(|s| s.entropy);
-    let mode = case.parse("loss_agg_mode", "token-mean")?;
     let (loss, weights) = agg_loss(mode, &mask.batch()?, &entropies, &counted.counts)?;
     let mut gradient = Vec::with_capacity(logits.data.len());
     for (t, weight) in weights.iter().enumerate() {

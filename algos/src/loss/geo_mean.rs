@@ -8,9 +8,11 @@
 //! # Source
 //! arXiv 2507.20673, as in verl.
 
+use super::PolicyLossInput;
 use super::config::ClipRange;
-use super::{PolicyLossInput, terms::Terms};
-use crate::math::Cut;
+use super::terms::{Terms, smaller};
+use crate::kl::Dual;
+use crate::math::{Cut, cut_passes};
 
 /// Row losses, spread evenly over each row's tokens; the weight of every row is `1 / num_rows`.
 pub(crate) fn terms(input: &PolicyLossInput<'_>, range: ClipRange) -> Terms {
@@ -52,9 +54,8 @@ fn clipped(input: &PolicyLossInput<'_>, t: usize, range: ClipRange) -> Clipped {
         return Clipped { value: 0.0, d: 0.0, outside };
     }
     let sign = advantage.signum();
-    if sign * x <= sign * bounded {
-        Clipped { value: x, d: 1.0, outside }
-    } else {
-        Clipped { value: bounded, d: 0.0, outside }
-    }
+    let plain = Dual { value: sign * x, d: sign };
+    let passes = cut_passes(x, -range.low, range.high);
+    let least = smaller(plain, Dual { value: sign * bounded, d: if passes { sign } else { 0.0 } });
+    Clipped { value: sign * least.value, d: sign * least.d, outside }
 }

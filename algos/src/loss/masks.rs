@@ -41,11 +41,13 @@ pub(crate) fn off_policy_rows(
     (0..batch.num_rows()).map(keep).collect()
 }
 
-/// vespo's weight `exp(lambda + k W - lambda e^W)` of a sequence with log-ratio `W`, cut to `[ln 1e-8, 20]`.
+/// vespo's weight `exp(lambda + k W - lambda e^W)` of a sequence with log-ratio `W`, cut to `[ln 1e-8, 20]`,
+/// `lambda` at least 1e-4.
 ///
 /// # Source
 /// arXiv 2602.10693.
 pub(crate) fn gamma_weight(log_ratio: f64, k: f64, lambda: f64) -> f64 {
     let w = log_ratio.cut((1e-8_f64).ln(), 20.0);
+    let lambda = lambda.max(1e-4);
     (lambda + k * w - lambda * w.exp()).exp()
 }

@@ -42,7 +42,7 @@ pub(crate) use config::ClipRange;
 pub(crate) use masks::{gamma_weight, high_entropy, off_policy_rows};
 pub(crate) use sapo::gate;
 use terms::Terms;
-pub(crate) use terms::{TokenTerm, larger};
+pub(crate) use terms::{TokenTerm, larger, smaller};
 pub(crate) use vanilla::clipped_surrogate;
 
 /// Everything a policy loss may read; `..Default::default()` leaves out what the plan does not ask for.

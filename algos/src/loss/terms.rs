@@ -2,7 +2,7 @@
 
 use crate::TokenBatch;
 use crate::kl::Dual;
-use crate::math::Cut;
+use crate::math::{Cut, cut_passes};
 
 /// Loss of one token and its derivative with respect to that token's log-prob.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -55,10 +55,10 @@ impl Terms {
     }
 }
 
-/// `exp(clamp(x, low, high))`; the derivative is 0 outside.
+/// `exp(clamp(x, low, high))`; the derivative is 0 where a bound holds.
 pub(crate) fn clamped_exp(x: f64, low: f64, high: f64) -> Dual {
     let value = x.cut(low, high).exp();
-    Dual { value, d: if (low..=high).contains(&x) { value } else { 0.0 } }
+    Dual { value, d: if cut_passes(x, low, high) { value } else { 0.0 } }
 }
 
 /// The larger of two; on a tie the derivatives are averaged.

@@ -15,12 +15,12 @@
 //! (luspo); 2602.10693 (vespo).
 
 use super::config::{ClipRange, PolicyLossConfig};
-use super::terms::{clamped_exp, larger};
+use super::terms::larger;
 use super::trl_config::{ImportanceLevel, TrlLossType};
 use super::{GlobalCounts, LossMetrics, LossOutput, PolicyLossInput, masks, sapo};
 use crate::batch::require_tokens;
 use crate::kl::Dual;
-use crate::math::Cut;
+use crate::math::{Cut, cut_passes};
 use crate::{Error, TokenBatch};
 
 /// What TRL reports about clipping, beside the common metrics.
@@ -250,11 +250,11 @@ struct KlTerm {
 /// `-min(min(c1, delta) A, clamp(c1) A)` and its derivative with respect to `ln c1`.
 fn two_sided(ratio: f64, advantage: f64, range: ClipRange, delta: f64) -> Dual {
     let bound = |r: f64, low: f64, high: f64| {
-        let bounded = clamped_exp(r.ln(), low.max(0.0).ln(), high.ln());
-        Dual { value: -advantage * r.cut(low, high), d: -advantage * bounded.d }
+        let slope = if cut_passes(r, low, high) { -advantage * r } else { 0.0 };
+        Dual { value: -advantage * r.cut(low, high), d: slope }
     };
     let ceiling = if delta > 0.0 { delta } else { f64::INFINITY };
-    larger(bound(ratio, 0.0, ceiling), bound(ratio, 1.0 - range.low, 1.0 + range.high))
+    larger(bound(ratio, f64::NEG_INFINITY, ceiling), bound(ratio, 1.0 - range.low, 1.0 + range.high))
 }
 
 fn add_entropy(

@@ -9,7 +9,7 @@
 use super::config::ClipRange;
 use super::terms::{TokenTerm, clamped_exp, larger, smaller};
 use crate::kl::Dual;
-use crate::math::Cut;
+use crate::math::{Cut, cut_passes};
 
 /// Loss of one token; `dual_clip` is `c`, or 0 for none.
 pub(crate) fn term(log_ratio: f64, advantage: f64, range: ClipRange, dual_clip: f64) -> TokenTerm {
@@ -20,7 +20,7 @@ pub(crate) fn term(log_ratio: f64, advantage: f64, range: ClipRange, dual_clip: 
 /// The surrogate at a given ratio and its derivative.
 pub(crate) fn clipped_surrogate(ratio: Dual, advantage: f64, range: ClipRange, dual_clip: f64) -> TokenTerm {
     let (low, high) = (1.0 - range.low, 1.0 + range.high);
-    let inside = ratio.value >= low && ratio.value <= high;
+    let inside = cut_passes(ratio.value, low, high);
     let plain = Dual { value: -advantage * ratio.value, d: -advantage * ratio.d };
     let bounded =
         Dual { value: -advantage * ratio.value.cut(low, high), d: if inside { -advantage * ratio.d } else { 0.0 } };

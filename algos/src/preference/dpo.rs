@@ -161,7 +161,8 @@ fn terms(kind: DpoLossType, config: &DpoConfig, scored: &[Scored]) -> Vec<PairTe
 
 fn pair_term(kind: DpoLossType, config: &DpoConfig, one: &Scored) -> PairTerm {
     let f = |x: f64, len: f64| {
-        let score = config.f_divergence_type.score(x, config.f_alpha_divergence_coef);
+        let divergence = if kind.reads_log_ratios() { FDivergence::ReverseKl } else { config.f_divergence_type };
+        let score = divergence.score(x, config.f_alpha_divergence_coef);
         let len = if kind.is_length_averaged() { len.max(1.0) } else { 1.0 };
         Dual { value: score.value / len, d: score.d / len }
     };

@@ -1,0 +1,47 @@
+//! Differences from the peers' code that the reference vectors do not show: one case each, numbers from the peers'.
+
+use serde_json::{Value, json};
+
+fn compare(at: &str, expected: &Value, got: &Value) {
+    match (expected, got) {
+        (Value::Array(a), Value::Array(b)) => {
+            assert_eq!(a.len(), b.len(), "{at}");
+            a.iter().zip(b).enumerate().for_each(|(i, (x, y))| compare(&format!("{at}[{i}]"), x, y));
+        }
+        (Value::Object(a), Value::Object(_)) => {
+            a.iter().for_each(|(key, x)| compare(&format!("{at}.{key}"), x, &got[key]));
+        }
+        _ => {
+            let numbers = expected.as_f64().zip(got.as_f64());
+            let close = numbers.is_some_and(|(x, y)| (x - y).abs() <= 1e-6 * (x.abs() + 1.0));
+            assert!(close, "{at}: expected {expected}, got {got}");
+        }
+    }
+}
+
+#[test]
+fn cases_beyond_the_vectors_agree_with_the_peers() {
+    let documents: Vec<Value> = serde_json::from_str(include_str!("beyond_vectors.json")).expect("JSON");
+    for document in &documents {
+        let results = temper_algos::eval::eval_file(document).expect("a known function");
+        for (i, case) in document["cases"].as_array().expect("cases").iter().enumerate() {
+            let (at, got) = (case["name"].as_str().expect("a name"), &results["cases"][i]);
+            if case["outputs"].get("error").is_some() {
+                assert!(got["outputs"].get("error").is_some(), "{at}: {got}");
+                continue;
+            }
+            compare(at, &case["outputs"], &got["outputs"]);
+            compare(at, &case["grads"], &got["grads"]);
+        }
+    }
+}
+
+#[test]
+fn a_parameter_that_the_function_does_not_know_is_refused() {
+    let inputs = json!({"loss_mat": [[1.0]], "loss_mask": [[1]]});
+    let case = json!({"name": "typo", "inputs": inputs, "params": {"loss_agg_mod": "token-sum"}});
+    let document = json!({"source": "verl", "function": "agg_loss", "cases": [case]});
+    let results = temper_algos::eval::eval_file(&document).expect("a known function");
+    let message = results["cases"][0]["outputs"]["error"]["message"].as_str().expect("an error").to_owned();
+    assert!(message.contains("loss_agg_mod") && message.contains("loss_agg_mode"), "{message}");
+}
