@@ -175,9 +175,10 @@ impl<'a> Case<'a> {
     /// Refuse a setting that was never asked for: a misspelt one would be ignored in silence.
     pub(super) fn expect_all_asked(&self) -> Result<(), Error> {
         let asked = self.asked.borrow();
-        match self.params.keys().find(|key| !asked.contains(*key)) {
+        let unknown = self.params.iter().find(|(key, value)| !value.is_null() && !asked.contains(*key));
+        match unknown {
             None => Ok(()),
-            Some(key) => {
+            Some((key, _)) => {
                 let known: Vec<&str> = asked.iter().map(String::as_str).collect();
                 Err(self.bad(key, format!("not a parameter of this function; known are {}", known.join(", "))))
             }

@@ -103,6 +103,9 @@ fn adaptive(case: &Case<'_>) -> Result<Results, Error> {
 fn masked_normalize(case: &Case<'_>) -> Result<Results, Error> {
     let (tensor, mask) = case.masked_grid("tensor", "mask")?;
     let eps = case.num("eps", 1e-8)?;
+    if case.num("dim", 1.0)? != 1.0 {
+        return Err(case.bad("dim", "expected 1: rows are normalised one by one"));
+    }
     let mut out = Vec::with_capacity(tensor.data.len());
     for i in 0..tensor.rows {
         let bits = &mask.bits[i * mask.cols..(i + 1) * mask.cols];

@@ -174,14 +174,16 @@ fn vespo(case: &Case<'_>, mask: &Mask, advantages: &[f64]) -> Result<Results, Er
     let log_ratio = case.sized("log_ratio_per_token", mask.bits.len())?;
     let engine = case.opt_sized("importance_sampling_ratio", mask.bits.len())?;
     let batch = mask.batch()?;
-    let phi = |row: usize| -> Result<f64, Error> {
-        let side = if advantages[row] >= 0.0 { ("k_pos", "lambda_pos") } else { ("k_neg", "lambda_neg") };
+    let positive = (case.num("k_pos", 2.0)?, case.num("lambda_pos", 3.0)?);
+    let negative = (case.num("k_neg", 3.0)?, case.num("lambda_neg", 2.0)?);
+    let phi = |row: usize| -> f64 {
+        let (k, lambda) = if advantages[row] >= 0.0 { positive } else { negative };
         let extra = |t: usize| engine.as_ref().map_or(0.0, |e| e[t].max(1e-8).ln());
         // TRL adds up the engine's ratios over all slots; they are 1 on masked ones.
         let sum: f64 = batch.active(row).map(|t| log_ratio[t].cut(-20.0, 20.0)).sum();
         let engine: f64 = batch.row(row).map(extra).sum();
-        Ok(gamma_weight(sum + engine, case.num(side.0, 2.0)?, case.num(side.1, 3.0)?))
+        gamma_weight(sum + engine, k, lambda)
     };
-    let phi = (0..batch.num_rows()).map(phi).collect::<Result<Vec<_>, _>>()?;
+    let phi: Vec<f64> = (0..batch.num_rows()).map(phi).collect();
     Ok(Results::default().grid("phi", 1, &phi))
 }

@@ -85,6 +85,8 @@ pub(super) fn grpo(case: &Case<'_>) -> Result<Results, Error> {
     let masked = PolicyLossInput { entropies: entropies.as_deref(), ..input };
     let without_entropy = PolicyLossConfig { entropy_coeff: 0.0, ..config.clone() };
     let (out, report) = trl_loss(&without_entropy, &masked, &counts(case, &config, &mask)?)?;
+    // `vllm_is` says that `importance_sampling_ratio` is given; `steps_per_generation` concerns dapo's family alone.
+    case.accept(&["vllm_is", "steps_per_generation"]);
     let accumulation = case.num("gradient_accumulation_steps", 1.0)?;
     let scale = normaliser(case, &config, accumulation)?;
     // TRL's bonus is the mean over the tokens of the micro-batch, divided by the accumulation steps alone.

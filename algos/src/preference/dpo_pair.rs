@@ -1,7 +1,7 @@
 //! The DPO family on one pair: a loss of the two rows' scores.
 //!
-//! With `c`, `j` the scores of chosen and rejected (f-divergence of the log-ratios; the log-ratios themselves in nca_pair,
-//! bco_pair, sppo_hard, apo_zero, apo_down), `D = c - j`, `x = beta D`, `e` = label_smoothing:
+//! With `c`, `j` the scores of chosen and rejected (f-divergence of the log-ratios; the log-ratios
+//! themselves in nca_pair, bco_pair, sppo_hard, apo_zero, apo_down), `D = c - j`, `x = beta D`, `e` = label_smoothing:
 //! sigmoid `-logsig(x)`; cdpo `-(1-e) logsig(x) - e logsig(-x)`; robust `(cdpo with -e) / (1 - 2e)`; hinge
 //! `max(1 - x, 0)`; ipo `(D - 1 / (2 beta))^2` on length-averaged scores; sigmoid_norm: sigmoid on those; exo_pair
 //! `q (log q - log(1-e)) + (1-q)(log(1-q) - log e)`, `q = sig(x)`; nca_pair `-logsig(bc) - (logsig(-bc) + logsig(-bj))
