@@ -172,17 +172,14 @@ impl<'a> Case<'a> {
         self.asked.borrow_mut().extend(keys.iter().map(|key| (*key).to_owned()));
     }
 
-    /// Refuse a setting that was never asked for: a misspelt one would be ignored in silence.
-    pub(super) fn expect_all_asked(&self) -> Result<(), Error> {
+    /// Given settings that the case did not ask for: misspelt, or of no use beside the others.
+    pub(super) fn unread(&self) -> Vec<String> {
         let asked = self.asked.borrow();
-        let unknown = self.params.iter().find(|(key, value)| !value.is_null() && !asked.contains(*key));
-        match unknown {
-            None => Ok(()),
-            Some((key, _)) => {
-                let known: Vec<&str> = asked.iter().map(String::as_str).collect();
-                Err(self.bad(key, format!("not a parameter of this function; known are {}", known.join(", "))))
-            }
-        }
+        self.params
+            .iter()
+            .filter(|(key, value)| !value.is_null() && !asked.contains(*key))
+            .map(|(k, _)| k.clone())
+            .collect()
     }
 
     pub(super) fn param(&self, key: &str) -> Option<&'a Value> {

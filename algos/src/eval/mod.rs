@@ -34,7 +34,8 @@ pub fn list() -> Vec<crate::catalog::Entry> {
     crate::catalog::list()
 }
 
-/// Run every case of a document.
+/// Run every case of a document. Settings that a case was given but did not read (misspelt, or of no use beside the
+/// others) stand in its `unread_params`.
 ///
 /// # Errors
 /// If the document has no `source`, `function` or `cases`, a case is no object with a name, or no suite knows the
@@ -52,8 +53,12 @@ pub fn eval_file(document: &Value) -> Result<Value, Error> {
         let table = |key| case.get(key).and_then(Value::as_object).unwrap_or(&empty);
         let asked = RefCell::default();
         let case = Case { name, inputs: table("inputs"), params: table("params"), asked: &asked };
-        let result = suite.run(&case).and_then(|results| case.expect_all_asked().map(|()| results));
-        results.push(report(name, result));
+        let mut result = report(name, suite.run(&case));
+        let unread = case.unread();
+        if !unread.is_empty() {
+            result["unread_params"] = json!(unread);
+        }
+        results.push(result);
     }
     Ok(json!({ "cases": results }))
 }

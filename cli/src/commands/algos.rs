@@ -34,7 +34,7 @@ struct List {
 /// Run every case of a document: {"source", "function", "cases": [{"name", "inputs", "params"}]}.
 ///
 /// Out comes {"cases": [{"name", "outputs", "grads"}]}, same order, same keys. A case that the algorithm refuses gives
-/// {"error": {"type", "message"}} as its outputs.
+/// {"error": {"type", "message"}} as its outputs; parameters that a case did not read are named in "unread_params".
 #[derive(clap::Args)]
 struct Eval {
     /// The document.
@@ -117,6 +117,11 @@ impl Eval {
         let text = std::fs::read_to_string(&self.file).with_context(|| format!("reading {path}"))?;
         let document: Value = serde_json::from_str(&text).map_err(|e| anyhow!("{path}: not JSON: {e}"))?;
         let result = eval::eval_file(&document).with_context(|| path.to_string())?;
+        for case in result["cases"].as_array().into_iter().flatten() {
+            if let Some(unread) = case.get("unread_params") {
+                tracing::warn!(case = %case["name"], params = %unread, "parameters that the function does not read");
+            }
+        }
         write_json(self.output.as_deref(), &result)
     }
 }
