@@ -29,9 +29,21 @@ pub enum OutputGrads<'a> {
     },
 }
 
+impl OutputGrads<'_> {
+    /// True where every number is exactly zero: groups whose rewards are all equal, say, and no KL or entropy term.
+    fn are_zero(&self) -> bool {
+        let zero = |values: &[f32]| values.iter().all(|x| *x == 0.0);
+        match self {
+            OutputGrads::LogProbs { d_log_probs, d_entropies, .. } => zero(d_log_probs) && zero(d_entropies),
+            OutputGrads::Values { d_values } => zero(d_values),
+        }
+    }
+}
+
 impl PackedPolicy {
     /// Add the gradients of every weight to `grads`. `masters` are the values that this policy was packed from.
-    /// Deterministic for a given batch; recomputation changes no bit.
+    /// Deterministic for a given batch; recomputation changes no bit. Gradients of the outputs that are all zero add
+    /// zero to every weight's, so nothing runs.
     ///
     /// # Panics
     /// If `masters` or `grads` belong to another model, the gradients differ in number from the target rows, or they
@@ -53,6 +65,9 @@ impl PackedPolicy {
         assert_eq!(masters.layout.units, self.layout.units, "masters of another model");
         assert_eq!(grads.layout.units, self.layout.units, "gradients of another model");
         let Tape { arena, batch, sequences, recompute } = tape;
+        if outputs.are_zero() {
+            return;
+        }
         let (dev, t, d) = (&*self.dev, batch.num_rows(), batch.num_rows() * self.dims.model);
         arena.reserve_grads(self, t, batch.num_targets());
         head(batch, arena, grads);

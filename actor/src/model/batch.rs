@@ -172,9 +172,11 @@ impl Sequences {
             lists.spans.push(span);
             lists.appends.push(span);
             lists.prefixes.push(&sequence.rows[..first_slot]);
-            for slot in sequence.own_blocks_from()..first_slot {
-                let row_start = sequence.rows[slot] as usize;
-                lists.appends.push(SeqSpan { row_start, num_rows: 1, first_slot: slot, blocks });
+            let mut first_slot = sequence.own_blocks_from();
+            for run in sequence.rows[first_slot..sequence.shared].chunk_by(|a, b| a + 1 == *b) {
+                let (row_start, num_rows) = (run[0] as usize, run.len());
+                lists.appends.push(SeqSpan { row_start, num_rows, first_slot, blocks });
+                first_slot += num_rows;
             }
         }
         lists

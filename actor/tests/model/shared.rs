@@ -210,3 +210,31 @@ fn shared_gradients_match_differences() {
         }
     }
 }
+
+/// Output gradients that are all zero add nothing: neither where the pass is left out, nor where one gradient too small
+/// to be seen makes it run.
+#[test]
+fn zero_gradients_add_nothing() {
+    let (dev, config) = (device(2), sized_config("qwen3", (36, 52), (2, 2), None));
+    let store = params(&*dev, &config, 7);
+    let policy = PackedPolicy::new(&dev, &store, &config, DType::F32);
+    let groups = vec![Group { prompt: 18, responses: vec![6, 9, 4] }];
+    let setup = Setup { family: "", heads: (2, 2), window: None, dtype: DType::F32, threads: 2, groups, seed: 5 };
+    let batch = batch(&sequences(&setup));
+    let grads = || gradients((&*dev, &store, &policy), std::slice::from_ref(&batch), Recompute::None).0;
+    let want = grads();
+    for smallest in [0.0, 1e-45] {
+        let (mut got, mut arena) = (grads(), TrainArena::new());
+        let tape = policy.train_forward(&batch, Recompute::None, &mut arena);
+        let mut d = vec![0.0; batch.num_targets()];
+        d[3] = smallest;
+        let outputs = OutputGrads::LogProbs { d_log_probs: &d, d_entropies: &[], temperature: 1.0 };
+        policy.backward(&store, tape, outputs, &mut got);
+        for (_, slot) in want.tensors() {
+            let read = |grads: &ParamStore| grads.read_tensor(&*dev, &slot.name).unwrap();
+            let seen = |x: f32| if x.abs() > 1e-30 { x } else { 0.0 };
+            let same = read(&got).iter().zip(read(&want)).all(|(got, want)| seen(*got) == seen(want));
+            assert!(same, "{} after gradients of at most {smallest}", slot.name);
+        }
+    }
+}

@@ -23,7 +23,7 @@ const PAIRS: usize = 48;
 const CHUNK: usize = 256;
 const STRIDE: usize = CHUNK + 16;
 /// Rows whose shared gradients one task adds up.
-const ROWS_PER_SUM: usize = 16;
+const ROWS_PER_SUM: usize = 64;
 
 /// Sizes of one task.
 #[derive(Clone, Copy)]
@@ -381,13 +381,17 @@ impl<'a> Parts<'a> {
     /// Add what all spans hold of the gradients of keys and values of `rows`, spans ascending.
     fn add_to(&self, memory: &[f32], rows: Range<usize>, dqkv: SharedMut<'_, f32>) {
         let (shape, dim) = (&self.args.shape, self.args.shape.head_dim);
+        let outside = |prefix: &[u32]| match prefix {
+            [first, .., last] => *first as usize >= rows.end || (*last as usize) < rows.start,
+            one => one.first().is_none_or(|row| !rows.contains(&(*row as usize))),
+        };
         for (index, prefix) in self.args.prefixes.iter().enumerate() {
-            let first = prefix.partition_point(|row| (*row as usize) < rows.start);
-            let end = prefix.partition_point(|row| (*row as usize) < rows.end);
-            let slots = self.slots(index);
-            if self.head_len(index) == 0 {
+            if outside(prefix) || self.head_len(index) == 0 {
                 continue;
             }
+            let slots = self.slots(index);
+            let first = prefix.partition_point(|row| (*row as usize) < rows.start);
+            let end = prefix.partition_point(|row| (*row as usize) < rows.end);
             for slot in first.max(slots.start)..end {
                 for kv_head in 0..shape.num_kv_heads {
                     let part = &memory[self.range(index, kv_head)][(slot - slots.start) * 2 * dim..][..2 * dim];
