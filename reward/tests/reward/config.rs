@@ -127,6 +127,7 @@ fn the_keys_of_every_kind() {
             "overlong: max_tokens buffer_tokens penalty truncated_penalty",
             "json: required types",
             "contains: text ignore_case",
+            "reward_model: model",
         ]
     );
 }
