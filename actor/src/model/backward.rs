@@ -49,6 +49,9 @@ impl PackedPolicy {
     /// If `masters` or `grads` belong to another model, the gradients differ in number from the target rows, or they
     /// are of another kind than the model's head.
     pub fn backward(&self, masters: &ParamStore, tape: Tape<'_>, outputs: OutputGrads<'_>, grads: &mut ParamStore) {
+        if outputs.are_zero() {
+            return;
+        }
         self.backward_through(masters, tape, grads, |batch, arena, grads| {
             self.head_backward(masters, (batch, arena), outputs, grads);
         });
@@ -65,9 +68,6 @@ impl PackedPolicy {
         assert_eq!(masters.layout.units, self.layout.units, "masters of another model");
         assert_eq!(grads.layout.units, self.layout.units, "gradients of another model");
         let Tape { arena, batch, sequences, recompute } = tape;
-        if outputs.are_zero() {
-            return;
-        }
         let (dev, t, d) = (&*self.dev, batch.num_rows(), batch.num_rows() * self.dims.model);
         arena.reserve_grads(self, t, batch.num_targets());
         head(batch, arena, grads);
