@@ -128,7 +128,6 @@ impl Controller {
             rollout_is_weights: Some(&packed.rollout_weights[..]).filter(|weights| !weights.is_empty()),
             reward_baselines: plan.greedy_baseline.then_some(&packed.reward_baselines[..]),
             reward_components: plan.reward_components.then_some(&component_slices[..]),
-            ..AdvantageInput::default()
         };
         let out = compute_advantages(&stage.algorithm.advantage, &input).map_err(failed)?;
         for (row, index) in packed.samples.iter().enumerate() {

@@ -25,9 +25,11 @@ impl SequenceScorer for Fake {
 fn outcomes(fake: Fake) -> Vec<RewardOutcome> {
     let model: Arc<dyn SequenceScorer> = Arc::new(fake);
     let find = |_: &_| Ok::<_, Error>(Arc::clone(&model));
-    let service = LocalRewardService::new(scorer(REWARD), NonZeroUsize::new(2).unwrap()).with_models(find).unwrap();
+    let service = LocalRewardService::new(scorer(REWARD), NonZeroUsize::new(2).expect("2 is not 0"))
+        .with_models(find)
+        .expect("the model is there");
     let request = |prompt: u64| ScoreRequest { prompt_token_ids: vec![prompt as u32], ..request(prompt, Some("1")) };
-    service.score(&(1..6).map(request).collect::<Vec<_>>()).unwrap()
+    service.score(&(1..6).map(request).collect::<Vec<_>>()).expect("a batch is scored")
 }
 
 fn cause(outcome: &RewardOutcome) -> String {
