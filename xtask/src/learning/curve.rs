@@ -49,8 +49,11 @@ impl Curve {
 
     /// The curve of the rows of `metrics.jsonl`.
     fn from_rows(rows: &[Map<String, Value>]) -> Curve {
-        // Where groups are filtered, the reward of what was generated says how good the policy is.
-        let reward = |row| number(row, "generated_reward_mean").or_else(|| number(row, "reward_mean"));
+        // Where a reward model scores, the verifier beside it says how good the policy is; where groups are filtered,
+        // the reward of what was generated.
+        let by_model = rows.iter().any(|row| row.contains_key("reward/reward_model"));
+        let keys = [Some(TRUE_REWARD).filter(|_| by_model), Some("generated_reward_mean"), Some("reward_mean")];
+        let reward = |row| keys.iter().flatten().find_map(|key| number(row, key));
         let all = rows.iter().filter_map(reward);
         let rewards: Vec<(u64, f64)> = all.enumerate().map(|(index, reward)| (index as u64 + 1, reward)).collect();
         let values: Vec<f64> = rewards.iter().map(|(_, reward)| *reward).collect();
@@ -61,11 +64,14 @@ impl Curve {
             minutes: 0.0,
             rewards,
             reward,
-            held_out: change(rows, |key| key.contains("/mean@")),
+            held_out: change(rows, |key| key.contains("/mean@") && key.ends_with("/exact_match") == by_model),
             accuracy: change(rows, |key| key.contains("accurac")),
         }
     }
 }
+
+/// Component of the recipes' reward that compares with the right answer.
+const TRUE_REWARD: &str = "reward/exact_match";
 
 /// File in a run's directory that holds the seconds that the whole run took.
 const WALL_SECONDS: &str = "wall_seconds.txt";
@@ -139,6 +145,16 @@ mod tests {
         assert_eq!((curve.num_steps, curve.reward, curve.held_out), (11, Some((2.0, 7.0)), Some((0.5, 0.9))));
         assert_eq!((curve.accuracy, curve.rewards.len(), curve.rewards[9]), (None, 10, (10, 9.0)));
         assert!((minutes(&rows) - 0.6).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_run_against_a_reward_model_shows_the_true_reward() {
+        let row = |step: u64, truth: f64| {
+            serde_json::json!({"step": step, "reward_mean": 9.0, "reward/reward_model": 9.0, "reward/exact_match": truth,
+                "val/a/mean@1": 9.0, "val/a/mean@1/exact_match": truth, "val/a/mean@1/reward_model": 9.0})
+        };
+        let curve = Curve::from_rows(&rows(&[row(1, 0.25), row(2, 0.75)]));
+        assert_eq!((curve.rewards, curve.held_out), (vec![(1, 0.25), (2, 0.75)], Some((0.25, 0.75))));
     }
 
     #[test]

@@ -8,8 +8,8 @@ const HEAD: &str = "# What the recipes learn
 
 Written by `cargo xtask learning`, which trains each recipe with the release binary, one after another, and reads its
 `metrics.jsonl`. Reward: mean over the step's samples, averaged over the first and the last five steps of the policy
-stages (of a reward model's score where that is the reward). Held-out: mean reward of greedy responses to prompts that no
-stage has seen. Accuracy: share of held-out pairs whose chosen response is preferred. Minutes: from start to end, all
+stages; where a reward model scores, the share of right answers, not its score. Held-out: the same of greedy responses to
+prompts that no stage has seen. Accuracy: share of held-out pairs whose chosen response is preferred. Minutes: from start to end, all
 stages, validation and checkpoints, and whatever else the machine was doing.
 
 ![Reward by step](learning.svg)
