@@ -130,6 +130,7 @@ fn score_request(sample: &Sample) -> ScoreRequest {
             epoch: sample.epoch,
         },
         data_source: sample.data_source.clone(),
+        prompt: sample.prompt.clone(),
         response: sample.response.clone(),
         num_response_tokens: sample.response_token_ids.len(),
         prompt_token_ids: sample.prompt_token_ids.clone(),

@@ -70,6 +70,7 @@ impl Controller {
                         epoch: VALIDATION_EPOCH,
                     },
                     data_source: row.data_source.clone(),
+                    prompt: row.prompt.clone(),
                     response: self.services.text.decode(&sample.token_ids),
                     num_response_tokens: sample.token_ids.len(),
                     prompt_token_ids: prompt_token_ids.clone(),

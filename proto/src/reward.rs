@@ -1,7 +1,7 @@
 //! Scoring.
 
 use crate::ServiceResult;
-use temper_types::{FinishReason, RewardOutcome, SampleKey};
+use temper_types::{FinishReason, PromptContent, RewardOutcome, SampleKey};
 
 /// One response to score.
 #[derive(Debug, Clone, PartialEq)]
@@ -10,6 +10,8 @@ pub struct ScoreRequest {
     pub key: SampleKey,
     /// Where the prompt comes from.
     pub data_source: String,
+    /// The prompt as the dataset has it.
+    pub prompt: PromptContent,
     /// The response as text, the stop token left out.
     pub response: String,
     /// Length of the response in tokens.

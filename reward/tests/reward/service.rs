@@ -2,7 +2,7 @@ use crate::scorer;
 use std::num::NonZeroUsize;
 use temper_proto::{RewardService, ScoreRequest};
 use temper_reward::LocalRewardService;
-use temper_types::{FinishReason, GroupId, PromptId, RewardOutcome, SampleIndex, SampleKey};
+use temper_types::{FinishReason, GroupId, PromptContent, PromptId, RewardOutcome, SampleIndex, SampleKey};
 
 pub fn request(prompt: u64, truth: Option<&str>) -> ScoreRequest {
     ScoreRequest {
@@ -13,6 +13,7 @@ pub fn request(prompt: u64, truth: Option<&str>) -> ScoreRequest {
             epoch: 1,
         },
         data_source: "test".to_owned(),
+        prompt: PromptContent::Text(format!("number {prompt}")),
         response: format!("it is {}", prompt % 3),
         prompt_token_ids: vec![1],
         response_token_ids: vec![2],
