@@ -1,5 +1,6 @@
 //! The error of every service call.
 
+use std::borrow::Cow;
 use temper_types::{ErrorCode, SampleKey};
 
 /// What a service call gives.
@@ -14,7 +15,7 @@ pub struct ServiceError {
     /// Name of the worker or service.
     pub service: String,
     /// What was asked for.
-    pub operation: &'static str,
+    pub operation: Cow<'static, str>,
     /// Cause, in words.
     pub message: String,
     /// The sample concerned, where it is one.
@@ -26,10 +27,16 @@ impl ServiceError {
     pub fn new(
         code: ErrorCode,
         service: impl Into<String>,
-        operation: &'static str,
+        operation: impl Into<Cow<'static, str>>,
         message: impl std::fmt::Display,
     ) -> Self {
-        ServiceError { code, service: service.into(), operation, message: message.to_string(), sample: None }
+        ServiceError {
+            code,
+            service: service.into(),
+            operation: operation.into(),
+            message: message.to_string(),
+            sample: None,
+        }
     }
 
     /// The same error, naming a sample.

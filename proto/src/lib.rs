@@ -10,11 +10,13 @@
 
 mod distill;
 mod error;
+pub mod grpc;
 mod reward;
 mod rollout;
 mod scalar;
 mod text;
 mod trainer;
+mod weights;
 
 pub use distill::{DistillService, DistillSpec};
 pub use error::{ServiceError, ServiceResult};
@@ -29,3 +31,4 @@ pub use trainer::{
     GlobalCounts, LogProbs, MiniBatch, OptimizerConfig, PolicyRole, StageSpec, TokenSequence, TrainRow, TrainerService,
     UpdateReport,
 };
+pub use weights::{WeightManifest, WeightRange, WeightService, WeightSink};

@@ -1,6 +1,6 @@
 //! Everything that must hold besides the tests, in the order in which it fails fastest.
 
-use crate::{layers, readme, report, tidy};
+use crate::{codegen, layers, readme, report, tidy};
 use anyhow::{Context, Result, ensure};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -12,6 +12,7 @@ pub fn run(root: &Path) -> Result<()> {
     cargo(root, &["fmt", "--all", "--check"], &[])?;
     report("tidy", tidy::run(root)?)?;
     report("layers", layers::run(root)?)?;
+    codegen::run(root, &["--check"])?;
     deny(root)?;
     cargo(root, &["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"], &[])?;
     cargo(root, &["doc", "--workspace", "--no-deps", "--quiet"], &[("RUSTDOCFLAGS", "-D warnings")])?;

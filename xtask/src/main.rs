@@ -1,9 +1,10 @@
-//! The project's own checks: `cargo xtask tidy | layers | readme | ci`, and the table of what recipes learn.
+//! The project's own checks: `cargo xtask tidy | layers | codegen | readme | ci`, and the table of what recipes learn.
 //!
 //! Each check is a pure function from texts to a list of findings, tested on planted violations; this file and the
 //! `run` functions beside them do the reading.
 
 mod ci;
+mod codegen;
 mod layers;
 mod learning;
 mod readme;
@@ -19,7 +20,8 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   layers    no crate imports a sibling or a higher layer
   readme    the commands of README.md parse; those marked <!-- ci: run --> are run
   learning  train the recipes and write docs/learning.md and docs/learning.svg (--help: its arguments)
-  ci        formatting, clippy, docs, tidy, layers, licences, readme: everything but the tests";
+  codegen   Rust from the .proto files, committed (--check: compare only)
+  ci        formatting, clippy, docs, tidy, layers, codegen, licences, readme: everything but the tests";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -32,6 +34,7 @@ fn main() -> ExitCode {
             Ok(())
         }
         ["learning", rest @ ..] => workspace_root().and_then(|root| learning::run(&root, rest)),
+        ["codegen", rest @ ..] => workspace_root().and_then(|root| codegen::run(&root, rest)),
         ["ci"] => workspace_root().and_then(|root| ci::run(&root)),
         ["help" | "--help" | "-h"] => {
             println!("{USAGE}");

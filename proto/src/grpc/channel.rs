@@ -1,0 +1,207 @@
+//! The way to a server: deadlines, keep-alives, and the one error that comes back.
+
+use super::convert::ConvertError;
+use super::{GrpcRuntime, v1};
+use crate::{ServiceError, ServiceResult};
+use prost::Message;
+use std::future::Future;
+use std::time::Duration;
+use temper_types::ErrorCode;
+use tonic::transport::Channel;
+use tonic::{Code, Request, Response, Status};
+
+/// Waits and sizes of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TransportConfig {
+    /// Longest wait for a connection.
+    pub connect_timeout: Duration,
+    /// Longest call that computes nothing.
+    pub call_timeout: Duration,
+    /// Longest call that computes: an update, a batch of log-probs or scores, a checkpoint.
+    pub compute_timeout: Duration,
+    /// Pause after which a connection is tried by a ping, also while nothing is said.
+    pub keepalive_interval: Duration,
+    /// Longest wait for the answer to a ping; the connection is lost then.
+    pub keepalive_timeout: Duration,
+    /// Largest message in bytes, both ways.
+    pub max_message_bytes: usize,
+}
+
+impl Default for TransportConfig {
+    fn default() -> Self {
+        TransportConfig {
+            connect_timeout: Duration::from_secs(10),
+            call_timeout: Duration::from_secs(30),
+            compute_timeout: Duration::from_secs(3600),
+            keepalive_interval: Duration::from_secs(5),
+            keepalive_timeout: Duration::from_secs(10),
+            max_message_bytes: 64 << 20,
+        }
+    }
+}
+
+/// A named peer and the connection to it.
+#[derive(Debug, Clone)]
+pub struct Endpoint {
+    runtime: GrpcRuntime,
+    name: String,
+    channel: Channel,
+    config: TransportConfig,
+}
+
+impl Endpoint {
+    /// Connect to `address` (HOST:PORT) of the worker `name`. The connection is made anew when it breaks.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for an address that is none, `Unavailable` where nobody answers in time.
+    pub fn connect(
+        runtime: &GrpcRuntime,
+        name: impl Into<String>,
+        address: &str,
+        config: TransportConfig,
+    ) -> ServiceResult<Self> {
+        const OPERATION: &str = "connect";
+        let name = name.into();
+        let bad = |error| {
+            let message = format!("`{address}` is no HOST:PORT: {error}");
+            ServiceError::new(ErrorCode::InvalidArgument, name.as_str(), OPERATION, message)
+        };
+        let endpoint = Channel::from_shared(format!("http://{address}"))
+            .map_err(|e| bad(e.to_string()))?
+            .connect_timeout(config.connect_timeout)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(config.keepalive_interval)
+            .keep_alive_timeout(config.keepalive_timeout)
+            .keep_alive_while_idle(true)
+            .initial_stream_window_size(8 << 20)
+            .initial_connection_window_size(16 << 20);
+        let handle = runtime.handle().ok_or_else(|| stopping(&name, OPERATION))?;
+        let connected =
+            handle.block_on(async { tokio::time::timeout(config.connect_timeout, endpoint.connect()).await });
+        let unreachable = |cause: String| {
+            let message = format!("cannot reach {address}: {cause}");
+            ServiceError::new(ErrorCode::Unavailable, name.as_str(), OPERATION, message)
+        };
+        let channel = match connected {
+            Ok(Ok(channel)) => channel,
+            Ok(Err(error)) => return Err(unreachable(causes(&error))),
+            Err(_) => return Err(unreachable(format!("no answer within {:?}", config.connect_timeout))),
+        };
+        Ok(Endpoint { runtime: runtime.clone(), name, channel, config })
+    }
+
+    /// Name of the peer.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Waits and sizes.
+    pub fn config(&self) -> &TransportConfig {
+        &self.config
+    }
+
+    pub(crate) fn channel(&self) -> Channel {
+        self.channel.clone()
+    }
+
+    /// A call within a deadline, which the server is told; the bodies of streams are part of it. `operation` names it
+    /// in errors.
+    pub(crate) fn call<M, T, F>(
+        &self,
+        (operation, deadline): (&'static str, Duration),
+        message: M,
+        send: impl FnOnce(Request<M>) -> F,
+    ) -> ServiceResult<T>
+    where
+        F: Future<Output = Result<T, Status>>,
+    {
+        let handle = self.runtime.handle().ok_or_else(|| stopping(&self.name, operation))?;
+        let mut request = Request::new(message);
+        request.set_timeout(deadline);
+        let answer = handle.block_on(async { tokio::time::timeout(deadline, send(request)).await });
+        match answer {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(status)) => Err(decode_error(&status, &self.name, operation)),
+            Err(_) => {
+                let message = format!("no answer within {deadline:?}");
+                Err(ServiceError::new(ErrorCode::DeadlineExceeded, self.name.as_str(), operation, message))
+            }
+        }
+    }
+
+    /// What a message that cannot be read is to the caller.
+    pub(crate) fn unreadable(&self, operation: &'static str) -> impl Fn(ConvertError) -> ServiceError + '_ {
+        move |error| ServiceError::new(ErrorCode::Internal, self.name.as_str(), operation, error)
+    }
+}
+
+fn stopping(name: &str, operation: &'static str) -> ServiceError {
+    ServiceError::new(ErrorCode::Cancelled, name, operation, "the process is ending")
+}
+
+/// All messages of a stream.
+pub(crate) async fn collect<T>(response: Response<tonic::Streaming<T>>) -> Result<Vec<T>, Status> {
+    let mut stream = response.into_inner();
+    let mut all = Vec::new();
+    while let Some(message) = stream.message().await? {
+        all.push(message);
+    }
+    Ok(all)
+}
+
+/// An error and all its causes in one line.
+fn causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+/// The status that carries `error`: code, text, and the error itself in the details.
+pub fn encode_error(error: ServiceError) -> Status {
+    let code = match error.code {
+        ErrorCode::InvalidArgument => Code::InvalidArgument,
+        ErrorCode::ResourceExhausted => Code::ResourceExhausted,
+        ErrorCode::DeadlineExceeded => Code::DeadlineExceeded,
+        ErrorCode::Unavailable => Code::Unavailable,
+        ErrorCode::VersionMismatch => Code::FailedPrecondition,
+        ErrorCode::NonFinite => Code::OutOfRange,
+        ErrorCode::DataLoss => Code::DataLoss,
+        ErrorCode::Cancelled => Code::Cancelled,
+        ErrorCode::Internal => Code::Internal,
+    };
+    let text = error.to_string();
+    let detail = v1::ErrorDetail {
+        code: v1::ErrorCode::from(error.code).into(),
+        service: error.service,
+        operation: error.operation.into_owned(),
+        message: error.message,
+        sample: error.sample.map(Into::into),
+    };
+    Status::with_details(code, text, detail.encode_to_vec().into())
+}
+
+/// The error that a status carries. A status of the transport itself becomes an error of the peer `name`.
+pub fn decode_error(status: &Status, name: &str, operation: &'static str) -> ServiceError {
+    let detail = (!status.details().is_empty()).then(|| v1::ErrorDetail::decode(status.details()));
+    if let Some(Ok(detail)) = detail {
+        let code = v1::ErrorCode::try_from(detail.code).unwrap_or_default();
+        let mut error = ServiceError::new(code.into(), detail.service, detail.operation, detail.message);
+        error.sample = detail.sample.map(Into::into);
+        return error;
+    }
+    let code = match status.code() {
+        Code::InvalidArgument | Code::Unimplemented => ErrorCode::InvalidArgument,
+        Code::ResourceExhausted | Code::OutOfRange => ErrorCode::ResourceExhausted,
+        // A server that keeps the deadline it was told answers with `Cancelled`.
+        Code::DeadlineExceeded | Code::Cancelled => ErrorCode::DeadlineExceeded,
+        Code::DataLoss => ErrorCode::DataLoss,
+        Code::Internal => ErrorCode::Internal,
+        _ => ErrorCode::Unavailable,
+    };
+    let cause = std::error::Error::source(status).map_or_else(String::new, |source| format!(": {}", causes(source)));
+    ServiceError::new(code, name, operation, format!("{}{cause}", status.message()))
+}

@@ -1,0 +1,75 @@
+//! Weights held by another process.
+
+use super::limited;
+use crate::grpc::convert::{version_from_wire, version_to_wire};
+use crate::grpc::v1::weight_service_client::WeightServiceClient;
+use crate::grpc::{Endpoint, v1};
+use crate::{ServiceError, ServiceResult, WeightManifest, WeightRange, WeightService, WeightSink};
+use temper_types::{ErrorCode, PolicyVersion};
+use tonic::Status;
+use tonic::transport::Channel;
+
+/// [`WeightService`] of another process.
+#[derive(Debug)]
+pub struct WeightClient {
+    endpoint: Endpoint,
+    client: WeightServiceClient<Channel>,
+}
+
+impl WeightClient {
+    /// The holder of weights at `endpoint`.
+    pub fn new(endpoint: Endpoint) -> Self {
+        let client = limited!(WeightServiceClient<Channel>, endpoint);
+        WeightClient { endpoint, client }
+    }
+}
+
+impl WeightService for WeightClient {
+    fn manifest(&self) -> ServiceResult<WeightManifest> {
+        const OPERATION: &str = "manifest";
+        let mut client = self.client.clone();
+        let call = (OPERATION, self.endpoint.config().call_timeout);
+        let answer = self.endpoint.call(call, v1::Empty {}, |request| async move { client.manifest(request).await })?;
+        let manifest = answer.into_inner();
+        let version = version_from_wire(manifest.version).map_err(self.endpoint.unreadable(OPERATION))?;
+        Ok(WeightManifest { version, unit_lens: manifest.unit_lens })
+    }
+
+    fn pull(&self, version: PolicyVersion, ranges: &[WeightRange], sink: WeightSink<'_>) -> ServiceResult<()> {
+        const OPERATION: &str = "pull";
+        let mut client = self.client.clone();
+        let range = |r: &WeightRange| v1::WeightRange { unit: r.unit, start: r.start, len: r.len };
+        let message =
+            v1::PullRequest { version: Some(version_to_wire(version)), ranges: ranges.iter().map(range).collect() };
+        let expected: u64 = ranges.iter().map(|r| r.len).sum();
+        let call = (OPERATION, self.endpoint.config().compute_timeout);
+        // What the sink says is no status: it is kept apart.
+        let mut refused = None;
+        let received = self.endpoint.call(call, message, |request| async {
+            let mut stream = client.pull(request).await?.into_inner();
+            let (mut values, mut received) = (Vec::new(), 0u64);
+            while let Some(chunk) = stream.message().await? {
+                values.clear();
+                let (words, rest) = chunk.data.as_chunks::<4>();
+                if !rest.is_empty() || received + words.len() as u64 > expected {
+                    return Err(Status::data_loss("a chunk of weights is cut or beyond what was asked for"));
+                }
+                values.extend(words.iter().map(|word| f32::from_le_bytes(*word)));
+                received += words.len() as u64;
+                if let Err(error) = sink(&values) {
+                    refused = Some(error);
+                    break;
+                }
+            }
+            Ok(received)
+        })?;
+        match refused {
+            Some(error) => Err(error),
+            None if received == expected => Ok(()),
+            None => {
+                let message = format!("expected {expected} weights, the stream ended after {received}");
+                Err(ServiceError::new(ErrorCode::Unavailable, self.endpoint.name(), OPERATION, message))
+            }
+        }
+    }
+}

@@ -1,0 +1,42 @@
+//! Between the messages of the traits and those of the wire. What comes from the wire is checked.
+
+mod common;
+mod reward;
+mod rollout;
+mod scalar;
+mod trainer;
+
+pub use common::{version_from_wire, version_to_wire};
+pub(crate) use trainer::{PartReader, metrics_to_wire};
+
+/// A message that the wire brought and the service cannot read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("field `{field}` of the message: expected {expected}, got {got}")]
+pub struct ConvertError {
+    /// Name of the field.
+    pub field: &'static str,
+    /// What would be right.
+    pub expected: &'static str,
+    /// What came.
+    pub got: String,
+}
+
+impl ConvertError {
+    pub(crate) fn new(field: &'static str, expected: &'static str, got: impl std::fmt::Display) -> Self {
+        ConvertError { field, expected, got: got.to_string() }
+    }
+
+    pub(crate) fn missing(field: &'static str) -> Self {
+        ConvertError::new(field, "a value", "nothing")
+    }
+}
+
+/// The field, or an error that names it.
+pub(crate) fn required<T>(value: Option<T>, field: &'static str) -> Result<T, ConvertError> {
+    value.ok_or(ConvertError::missing(field))
+}
+
+/// A count that fits the machine.
+pub(crate) fn count(value: u64, field: &'static str) -> Result<usize, ConvertError> {
+    usize::try_from(value).map_err(|_| ConvertError::new(field, "a count", value))
+}

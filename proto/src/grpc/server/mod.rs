@@ -1,0 +1,186 @@
+//! Any implementation of the service traits, on a socket.
+
+mod reward;
+mod rollout;
+mod trainer;
+mod weights;
+
+pub use reward::RewardServer;
+pub use rollout::RolloutServer;
+pub use trainer::TrainerServer;
+pub use weights::WeightServer;
+
+use super::channel::{TransportConfig, encode_error};
+use super::convert::ConvertError;
+use super::{FILE_DESCRIPTOR_SET, GrpcRuntime, v1};
+use crate::{ServiceError, ServiceResult};
+use std::net::{SocketAddr, TcpListener};
+use std::time::Duration;
+use temper_types::ErrorCode;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tonic::service::{Routes, RoutesBuilder};
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use tonic::{Request, Status, Streaming};
+
+type HttpRequest = tonic::codegen::http::Request<tonic::body::Body>;
+type HttpResponse = tonic::codegen::http::Response<tonic::body::Body>;
+
+/// The services that a server offers; health and reflection come by themselves.
+#[derive(Debug, Default)]
+pub struct ServedServices {
+    routes: RoutesBuilder,
+    names: Vec<&'static str>,
+}
+
+impl ServedServices {
+    /// Nothing yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Offer a generated service.
+    #[must_use]
+    pub fn with<S>(mut self, service: S) -> Self
+    where
+        S: tower::Service<HttpRequest, Response = HttpResponse, Error = std::convert::Infallible>
+            + tonic::server::NamedService
+            + Clone
+            + Send
+            + Sync
+            + 'static,
+        S::Future: Send + 'static,
+    {
+        self.names.push(S::NAME);
+        self.routes.add_service(service);
+        self
+    }
+}
+
+/// A server that runs until this is dropped or stopped.
+#[derive(Debug)]
+pub struct ServerHandle {
+    address: SocketAddr,
+    stop: Option<oneshot::Sender<()>>,
+    task: JoinHandle<Result<(), tonic::transport::Error>>,
+}
+
+impl ServerHandle {
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// True where it no longer serves.
+    pub fn is_finished(&self) -> bool {
+        self.task.is_finished()
+    }
+}
+
+impl Drop for ServerHandle {
+    fn drop(&mut self) {
+        if let Some(stop) = self.stop.take() {
+            // Nobody listens where the server has ended before.
+            let _ = stop.send(());
+        }
+        self.task.abort();
+    }
+}
+
+/// Serve on `listener`, which may be bound to port 0.
+///
+/// # Errors
+/// Where the listener cannot be used.
+pub fn serve(
+    runtime: &GrpcRuntime,
+    listener: TcpListener,
+    services: ServedServices,
+    config: TransportConfig,
+) -> std::io::Result<ServerHandle> {
+    let handle = runtime.handle().ok_or_else(|| std::io::Error::other("the process is ending"))?;
+    let address = listener.local_addr()?;
+    listener.set_nonblocking(true)?;
+    let (stop, stopped) = oneshot::channel::<()>();
+    let _entered = handle.enter();
+    let incoming = TcpIncoming::from(tokio::net::TcpListener::from_std(listener)?).with_nodelay(Some(true));
+    let routes = with_common(services)?;
+    let server = Server::builder()
+        .http2_keepalive_interval(Some(config.keepalive_interval))
+        .http2_keepalive_timeout(Some(config.keepalive_timeout))
+        .initial_stream_window_size(8 << 20)
+        .initial_connection_window_size(16 << 20)
+        .add_routes(routes);
+    let task = handle.spawn(server.serve_with_incoming_shutdown(incoming, async move {
+        // A sender that is gone means the same.
+        let _ = stopped.await;
+    }));
+    Ok(ServerHandle { address, stop: Some(stop), task })
+}
+
+/// The services, their health, and reflection.
+fn with_common(services: ServedServices) -> std::io::Result<Routes> {
+    let (reporter, health) = tonic_health::server::health_reporter();
+    let names = services.names;
+    tokio::spawn(async move {
+        for name in names {
+            reporter.set_service_status(name, tonic_health::ServingStatus::Serving).await;
+        }
+    });
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .map_err(std::io::Error::other)?;
+    let mut routes = services.routes;
+    routes.add_service(health).add_service(reflection);
+    Ok(routes.routes())
+}
+
+/// Run a blocking call of a service off the runtime's threads.
+async fn blocking<T: Send + 'static>(call: impl FnOnce() -> ServiceResult<T> + Send + 'static) -> Result<T, Status> {
+    match tokio::task::spawn_blocking(call).await {
+        Ok(result) => result.map_err(encode_error),
+        Err(panicked) => {
+            let error =
+                ServiceError::new(ErrorCode::Internal, "worker", "call", format!("the call panicked: {panicked}"));
+            Err(encode_error(error))
+        }
+    }
+}
+
+/// A request that cannot be read.
+fn refused(error: ConvertError) -> Status {
+    encode_error(ServiceError::new(ErrorCode::InvalidArgument, "worker", "read the request", error))
+}
+
+/// Longest wait for the rest of a streamed request; the sender's own deadline ends it sooner.
+const STREAM_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// All messages of a streamed request.
+async fn read_all<T>(request: Request<Streaming<T>>) -> Result<Vec<T>, Status> {
+    let mut stream = request.into_inner();
+    let collect = async {
+        let mut all = Vec::new();
+        while let Some(message) = stream.message().await? {
+            all.push(message);
+        }
+        Ok(all)
+    };
+    match tokio::time::timeout(STREAM_TIMEOUT, collect).await {
+        Ok(result) => result,
+        Err(_) => Err(Status::deadline_exceeded(format!("the request was not complete within {STREAM_TIMEOUT:?}"))),
+    }
+}
+
+/// A stream of messages that are there already.
+type Ready<T> = tokio_stream::Iter<std::vec::IntoIter<Result<T, Status>>>;
+
+fn ready<T>(messages: impl IntoIterator<Item = T>) -> tonic::Response<Ready<T>> {
+    let messages: Vec<Result<T, Status>> = messages.into_iter().map(Ok).collect();
+    tonic::Response::new(tokio_stream::iter(messages))
+}
+
+fn empty() -> tonic::Response<v1::Empty> {
+    tonic::Response::new(v1::Empty {})
+}

@@ -1,0 +1,42 @@
+//! Weights on their way from a trainer to an engine.
+
+use crate::ServiceResult;
+use temper_types::PolicyVersion;
+
+/// What a holder of weights has: the canonical order of the parameters.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WeightManifest {
+    /// The version that its weights are.
+    pub version: PolicyVersion,
+    /// Number of f32 in each parameter unit, in the canonical order.
+    pub unit_lens: Vec<u64>,
+}
+
+/// A range of a parameter unit, in f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct WeightRange {
+    /// Index of the unit.
+    pub unit: u32,
+    /// First element.
+    pub start: u64,
+    /// Number of elements.
+    pub len: u64,
+}
+
+/// Takes the elements of the ranges as they come, in order.
+pub type WeightSink<'a> = &'a mut (dyn FnMut(&[f32]) -> ServiceResult<()> + Send);
+
+/// Gives the weights of the version last published.
+pub trait WeightService: Send + Sync {
+    /// What it holds.
+    ///
+    /// # Errors
+    /// Where the service cannot answer.
+    fn manifest(&self) -> ServiceResult<WeightManifest>;
+    /// Hand the elements of `ranges` to `sink`, in the order of the ranges, in pieces of any size.
+    ///
+    /// # Errors
+    /// `VersionMismatch` where it does not hold `version` now, `InvalidArgument` for a range outside of its unit, and
+    /// what `sink` gives.
+    fn pull(&self, version: PolicyVersion, ranges: &[WeightRange], sink: WeightSink<'_>) -> ServiceResult<()>;
+}
