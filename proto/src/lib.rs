@@ -17,6 +17,7 @@ mod scalar;
 mod text;
 mod trainer;
 mod weights;
+mod worker;
 
 pub use distill::{DistillService, DistillSpec};
 pub use error::{ServiceError, ServiceResult};
@@ -32,3 +33,4 @@ pub use trainer::{
     UpdateReport,
 };
 pub use weights::{WeightManifest, WeightRange, WeightService, WeightSink};
+pub use worker::{Assignment, WorkerHello, WorkerId, WorkerRegistry, WorkerRole};

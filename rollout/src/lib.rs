@@ -29,6 +29,7 @@ pub mod scheduler;
 mod service;
 pub mod speculation;
 mod stop;
+mod weight_receiver;
 
 pub use bench::{BenchReport, BenchSpec, measure_generation};
 pub use block_manager::{BlockCopy, BlockHash, BlockManager, BlockTable, OutOfBlocks};
@@ -42,3 +43,4 @@ pub use scheduler::GroupShape;
 pub use service::LocalRolloutService;
 pub use speculation::{Speculation, SpeculationConfig, Speculative};
 pub use stop::{StopMatcher, StopState, TokenByteTable, TokenBytes};
+pub use weight_receiver::{SyncedRolloutService, WeightReceiver};

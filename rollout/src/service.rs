@@ -67,6 +67,15 @@ impl LocalRolloutService {
 }
 
 impl<M: Model> LocalRolloutService<M> {
+    /// The same service under a name of its own, as one of several has.
+    #[must_use]
+    pub fn named(mut self, worker: &str) -> Self {
+        worker.clone_into(&mut self.worker);
+        let engine = self.engine.get_mut().unwrap_or_else(PoisonError::into_inner);
+        engine.set_worker(worker);
+        self
+    }
+
     /// A service over any model.
     pub fn with_engine(model: M, options: EngineOptions) -> Self {
         let (clock, worker) = (Arc::clone(&options.clock), options.worker.clone());

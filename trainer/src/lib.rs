@@ -21,6 +21,7 @@ mod scalar_state;
 mod service;
 mod state_io;
 mod trainer;
+mod weight_service;
 
 pub use error::Error;
 pub use service::LocalTrainerService;

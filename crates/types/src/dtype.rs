@@ -65,3 +65,12 @@ impl DTypeChoice {
         }
     }
 }
+
+impl From<DType> for DTypeChoice {
+    fn from(dtype: DType) -> Self {
+        match dtype {
+            DType::F32 => DTypeChoice::F32,
+            DType::Bf16 => DTypeChoice::Bf16,
+        }
+    }
+}

@@ -1123,7 +1123,7 @@ pub mod control_service_server {
     }
 }
 /// One response to score.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ScoreRequest {
     #[prost(message, optional, tag = "1")]
     pub key: ::core::option::Option<SampleKey>,
@@ -1146,6 +1146,43 @@ pub struct ScoreRequest {
     /// JSON text.
     #[prost(string, optional, tag = "9")]
     pub extra_info: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(message, optional, tag = "10")]
+    pub prompt: ::core::option::Option<Prompt>,
+}
+/// A prompt as the dataset has it.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Prompt {
+    #[prost(oneof = "prompt::Content", tags = "1, 2, 3")]
+    pub content: ::core::option::Option<prompt::Content>,
+}
+/// Nested message and enum types in `Prompt`.
+pub mod prompt {
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Content {
+        #[prost(string, tag = "1")]
+        Text(::prost::alloc::string::String),
+        #[prost(message, tag = "2")]
+        Messages(super::ChatMessages),
+        #[prost(message, tag = "3")]
+        TokenIds(super::TokenIds),
+    }
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ChatMessages {
+    #[prost(message, repeated, tag = "1")]
+    pub messages: ::prost::alloc::vec::Vec<ChatMessage>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ChatMessage {
+    #[prost(string, tag = "1")]
+    pub role: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub content: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TokenIds {
+    #[prost(uint32, repeated, tag = "1")]
+    pub ids: ::prost::alloc::vec::Vec<u32>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct RewardComponent {

@@ -4,8 +4,8 @@
 //! clients that implement the service traits, and a server that puts any implementation of them on a socket.
 //!
 //! Invariants: every call has a deadline, sent to the server and kept by the client, the streamed bodies included ·
-//! both ends send keep-alives, so that a peer that is gone is found while nothing is said · messages are bounded on both
-//! ends, and what grows with a batch is streamed row by row · compute never runs on a worker of the runtime.
+//! both ends send keep-alives, so that a peer that is gone is found while nothing is said · messages are bounded on
+//! both ends, and what grows with a batch is streamed row by row · compute never runs on a worker of the runtime.
 
 mod channel;
 mod client;
@@ -14,7 +14,7 @@ mod runtime;
 mod server;
 
 /// Messages and services as generated from the definitions.
-#[allow(missing_docs, clippy::all, clippy::pedantic, clippy::unwrap_used, rustdoc::all)]
+#[allow(missing_docs, clippy::all, clippy::unwrap_used, rustdoc::all, reason = "generated")]
 pub mod v1 {
     include!("../generated/temper.v1.rs");
 }
@@ -23,7 +23,9 @@ pub mod v1 {
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!("../generated/temper.v1.bin");
 
 pub use channel::{Endpoint, TransportConfig, decode_error, encode_error};
-pub use client::{RewardClient, RolloutClient, TrainerClient, WeightClient};
+pub use client::{RewardClient, RolloutClient, TrainerClient, WeightClient, WorkerRegistryClient};
 pub use convert::{ConvertError, version_from_wire, version_to_wire};
 pub use runtime::GrpcRuntime;
-pub use server::{RewardServer, RolloutServer, ServedServices, ServerHandle, TrainerServer, WeightServer, serve};
+pub use server::{
+    RewardServer, RolloutServer, ServedServices, ServerHandle, TrainerServer, WeightServer, WorkerRegistryServer, serve,
+};

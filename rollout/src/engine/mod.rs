@@ -123,6 +123,11 @@ impl<M: Model> Engine<M> {
         }
     }
 
+    /// Sign results with this name from now on.
+    pub(crate) fn set_worker(&mut self, worker: &str) {
+        worker.clone_into(&mut self.options.worker);
+    }
+
     /// Use these drafters from now on; what others remember is dropped.
     pub fn set_speculation(&mut self, speculation: Option<Speculation>) {
         self.speculation = speculation;

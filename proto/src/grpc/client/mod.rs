@@ -4,11 +4,13 @@ mod reward;
 mod rollout;
 mod trainer;
 mod weights;
+mod worker;
 
 pub use reward::RewardClient;
 pub use rollout::RolloutClient;
 pub use trainer::TrainerClient;
 pub use weights::WeightClient;
+pub use worker::WorkerRegistryClient;
 
 macro_rules! limited {
     ($client:ty, $endpoint:expr) => {{

@@ -5,6 +5,7 @@ mod reward;
 mod rollout;
 mod scalar;
 mod trainer;
+mod worker;
 
 pub use common::{version_from_wire, version_to_wire};
 pub(crate) use trainer::{PartReader, metrics_to_wire};

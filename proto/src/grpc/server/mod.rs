@@ -4,11 +4,13 @@ mod reward;
 mod rollout;
 mod trainer;
 mod weights;
+mod worker;
 
 pub use reward::RewardServer;
 pub use rollout::RolloutServer;
 pub use trainer::TrainerServer;
 pub use weights::WeightServer;
+pub use worker::WorkerRegistryServer;
 
 use super::channel::{TransportConfig, encode_error};
 use super::convert::ConvertError;
@@ -63,6 +65,7 @@ impl ServedServices {
 pub struct ServerHandle {
     address: SocketAddr,
     stop: Option<oneshot::Sender<()>>,
+    runtime: GrpcRuntime,
     task: JoinHandle<Result<(), tonic::transport::Error>>,
 }
 
@@ -78,15 +81,23 @@ impl ServerHandle {
     }
 }
 
+/// Takes no more calls, and gives those under way a moment to end.
 impl Drop for ServerHandle {
     fn drop(&mut self) {
         if let Some(stop) = self.stop.take() {
             // Nobody listens where the server has ended before.
             let _ = stop.send(());
         }
-        self.task.abort();
+        let task = &mut self.task;
+        let ended = self.runtime.handle().map(|h| h.block_on(async { tokio::time::timeout(STOP_TIMEOUT, task).await }));
+        if !matches!(ended, Some(Ok(_))) {
+            self.task.abort();
+        }
     }
 }
+
+/// How long calls that are under way keep a server that is stopped.
+const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Serve on `listener`, which may be bound to port 0.
 ///
@@ -115,7 +126,7 @@ pub fn serve(
         // A sender that is gone means the same.
         let _ = stopped.await;
     }));
-    Ok(ServerHandle { address, stop: Some(stop), task })
+    Ok(ServerHandle { address, stop: Some(stop), runtime: runtime.clone(), task })
 }
 
 /// The services, their health, and reflection.

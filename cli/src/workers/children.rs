@@ -1,0 +1,167 @@
+//! Worker processes of this machine: started, watched, started again.
+
+use super::hub::Hub;
+use anyhow::Context;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use temper_proto::WorkerRole;
+
+/// A worker that dies more often than this is not started again.
+const MAX_STARTS: u32 = 1000;
+/// A worker that dies sooner than this after its start has failed to start.
+const SHORT_LIFE: Duration = Duration::from_secs(2);
+/// So many failed starts in a row end the attempts.
+const MAX_FAILED_STARTS: u32 = 5;
+/// How often children are looked at.
+const TICK: Duration = Duration::from_millis(50);
+/// How long children have to end by themselves.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The children of the controller. They end with it: each holds a pipe that closes when the controller is gone.
+pub struct Children {
+    hub: Arc<Hub>,
+    table: Arc<Mutex<Table>>,
+    watcher: Option<JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct Table {
+    running: BTreeMap<String, Running>,
+    given_up: BTreeMap<String, String>,
+    is_ending: bool,
+}
+
+struct Running {
+    role: WorkerRole,
+    child: Child,
+    started: Instant,
+    starts: u32,
+    failed_starts: u32,
+}
+
+impl Children {
+    /// Start the workers that `wanted` counts, joined to the controller at `address`, and watch them.
+    ///
+    /// # Errors
+    /// Where a process cannot be started.
+    pub fn start(hub: &Arc<Hub>, address: SocketAddr, wanted: &[(WorkerRole, usize)]) -> anyhow::Result<Self> {
+        let mut table = Table::default();
+        for (role, count) in wanted {
+            for index in 0..*count {
+                let name = format!("{}-{index}", role.name());
+                let child = spawn(*role, &name, address)?;
+                let running = Running { role: *role, child, started: Instant::now(), starts: 1, failed_starts: 0 };
+                table.running.insert(name, running);
+            }
+        }
+        let table = Arc::new(Mutex::new(table));
+        let (hub_of_watcher, table_of_watcher) = (Arc::clone(hub), Arc::clone(&table));
+        let watch = move || watch(&hub_of_watcher, &table_of_watcher, address);
+        let watcher = std::thread::Builder::new().name("children".to_owned()).spawn(watch)?;
+        Ok(Children { hub: Arc::clone(hub), table, watcher: Some(watcher) })
+    }
+
+    /// Workers that will not be started again, and why.
+    pub fn given_up(&self) -> BTreeMap<String, String> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner).given_up.clone()
+    }
+}
+
+impl Drop for Children {
+    fn drop(&mut self) {
+        self.hub.end();
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        table.is_ending = true;
+        for running in table.running.values_mut() {
+            // The end of the pipe tells the child to end.
+            drop(running.child.stdin.take());
+        }
+        let deadline = Instant::now() + END_TIMEOUT;
+        let mut running = std::mem::take(&mut table.running);
+        drop(table);
+        while !running.is_empty() && Instant::now() < deadline {
+            running.retain(|_, r| !matches!(r.child.try_wait(), Ok(Some(_)) | Err(_)));
+            std::thread::sleep(TICK.min(deadline.saturating_duration_since(Instant::now())));
+        }
+        for (name, running) in &mut running {
+            tracing::warn!(worker = name, "did not end in time: killed");
+            if running.child.kill().is_ok() {
+                // A killed child is reaped at once.
+                let _ = running.child.wait();
+            }
+        }
+        if let Some(watcher) = self.watcher.take() {
+            // A watcher that panicked has said so.
+            let _ = watcher.join();
+        }
+    }
+}
+
+fn spawn(role: WorkerRole, name: &str, address: SocketAddr) -> anyhow::Result<Child> {
+    let program = std::env::current_exe().context("finding the own program")?;
+    // A group of its own: Ctrl-C at the terminal is for the controller, which ends its workers in order.
+    Command::new(program)
+        .args(["serve", role.name(), "--join", &address.to_string(), "--name", name, "--end-with-stdin"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .process_group(0)
+        .spawn()
+        .with_context(|| format!("starting worker {name}"))
+}
+
+fn watch(hub: &Hub, table: &Mutex<Table>, address: SocketAddr) {
+    loop {
+        let mut table = table.lock().unwrap_or_else(PoisonError::into_inner);
+        if table.is_ending {
+            return;
+        }
+        let ended: Vec<(String, String)> = table
+            .running
+            .iter_mut()
+            .filter_map(|(name, running)| Some((name.clone(), describe(running.child.try_wait().ok()??))))
+            .collect();
+        for (name, cause) in ended {
+            tracing::warn!(worker = name, cause, "a worker ended");
+            hub.lose(&name, &cause);
+            table.restart(&name, &cause, address);
+        }
+        drop(table);
+        std::thread::sleep(TICK);
+    }
+}
+
+impl Table {
+    fn restart(&mut self, name: &str, cause: &str, address: SocketAddr) {
+        let Some(running) = self.running.get_mut(name) else { return };
+        let is_short = running.started.elapsed() < SHORT_LIFE;
+        running.failed_starts = if is_short { running.failed_starts + 1 } else { 0 };
+        let is_hopeless = running.failed_starts >= MAX_FAILED_STARTS || running.starts >= MAX_STARTS;
+        let started = if is_hopeless { None } else { spawn(running.role, name, address).ok() };
+        match started {
+            Some(child) => {
+                running.child = child;
+                running.started = Instant::now();
+                running.starts += 1;
+            }
+            None => {
+                let text = format!("{cause}, after {} starts", running.starts);
+                tracing::error!(worker = name, cause = text, "a worker is not started again");
+                self.running.remove(name);
+                self.given_up.insert(name.to_owned(), text);
+            }
+        }
+    }
+}
+
+fn describe(status: ExitStatus) -> String {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("it exited with code {code}"),
+        (None, Some(signal)) => format!("it was killed by signal {signal}"),
+        (None, None) => "it ended".to_owned(),
+    }
+}

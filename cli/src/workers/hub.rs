@@ -1,0 +1,341 @@
+//! Where workers register: names, lives, leases.
+
+use std::collections::BTreeMap;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use temper_proto::{Assignment, ServiceError, ServiceResult, WorkerHello, WorkerId, WorkerRegistry, WorkerRole};
+use temper_types::{ErrorCode, PolicyVersion};
+
+/// What every worker of a run is told.
+#[derive(Debug, Clone)]
+pub struct Work {
+    /// The resolved recipe.
+    pub recipe: String,
+    /// The model that the run starts from.
+    pub model_dir: String,
+    /// Directory of the run.
+    pub run_dir: String,
+    /// Number of trainer ranks.
+    pub world: u32,
+}
+
+/// How a worker stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// Registered; it loads.
+    Starting,
+    /// It serves.
+    Ready,
+    /// It ended, or its lease did.
+    Lost,
+}
+
+/// One worker, in its last life.
+#[derive(Debug, Clone)]
+pub struct Member {
+    /// Name and life.
+    pub id: WorkerId,
+    /// What it said of itself.
+    pub hello: WorkerHello,
+    /// Its rank, of a trainer.
+    pub rank: u32,
+    /// How it stands.
+    pub standing: Standing,
+    /// Why it was lost.
+    pub cause: String,
+    seen: Instant,
+}
+
+/// What the hub tells whoever uses the workers.
+#[derive(Debug, Clone)]
+pub enum Change {
+    /// It serves from now on.
+    Ready(Member),
+    /// It is gone; the member says why.
+    Lost(Member),
+}
+
+/// The registry of a run.
+pub struct Hub {
+    work: Work,
+    lease: Duration,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    members: BTreeMap<String, Member>,
+    changes: Vec<Change>,
+    is_ending: bool,
+}
+
+impl Hub {
+    /// A hub without workers.
+    pub fn new(work: Work, lease: Duration) -> Self {
+        Hub { work, lease, state: Mutex::default(), changed: Condvar::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All workers, by name.
+    pub fn members(&self) -> Vec<Member> {
+        self.lock().members.values().cloned().collect()
+    }
+
+    /// Tell all workers to end with their next heartbeat.
+    pub fn end(&self) {
+        self.lock().is_ending = true;
+        self.changed.notify_all();
+    }
+
+    /// True where the run has ended.
+    pub fn is_ending(&self) -> bool {
+        self.lock().is_ending
+    }
+
+    /// The worker `name` is gone, in whichever life it was.
+    pub fn lose(&self, name: &str, cause: &str) {
+        let mut state = self.lock();
+        let id = state.members.get(name).map(|member| member.id.clone());
+        if let Some(id) = id {
+            state.lose(&id, cause);
+            self.changed.notify_all();
+        }
+    }
+
+    /// Wait for changes, at most `timeout`; leases that ran out are among them.
+    pub fn wait(&self, timeout: Duration) -> Vec<Change> {
+        let deadline = Instant::now() + timeout;
+        let mut state = self.lock();
+        loop {
+            state.expire(self.lease);
+            let rest = deadline.saturating_duration_since(Instant::now());
+            if !state.changes.is_empty() || rest.is_zero() || state.is_ending {
+                return std::mem::take(&mut state.changes);
+            }
+            let waited = self.changed.wait_timeout(state, rest.min(self.lease / 4));
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+impl State {
+    fn lose(&mut self, id: &WorkerId, cause: &str) {
+        let Some(member) = self.members.get_mut(&id.name) else { return };
+        if member.id == *id && member.standing != Standing::Lost {
+            member.standing = Standing::Lost;
+            cause.clone_into(&mut member.cause);
+            self.changes.push(Change::Lost(member.clone()));
+        }
+    }
+
+    fn expire(&mut self, lease: Duration) {
+        let late = |m: &&Member| m.standing != Standing::Lost && m.seen.elapsed() > lease;
+        let ids: Vec<WorkerId> = self.members.values().filter(late).map(|m| m.id.clone()).collect();
+        for id in ids {
+            self.lose(&id, &format!("no heartbeat for {lease:?}"));
+        }
+    }
+
+    /// The member of this life, or that the life is over.
+    fn live(&mut self, id: &WorkerId, operation: &'static str) -> ServiceResult<&mut Member> {
+        let fenced = || {
+            let message = format!("life {} of worker {} is over: register again", id.incarnation, id.name);
+            ServiceError::new(ErrorCode::Cancelled, "controller", operation, message)
+        };
+        let member = self.members.get_mut(&id.name).filter(|m| m.id == *id && m.standing != Standing::Lost);
+        let member = member.ok_or_else(fenced)?;
+        member.seen = Instant::now();
+        Ok(member)
+    }
+
+    fn trainers(&self) -> impl Iterator<Item = &Member> {
+        self.members.values().filter(|m| m.hello.role == WorkerRole::Trainer && m.standing != Standing::Lost)
+    }
+
+    fn free_name(&self, role: WorkerRole) -> String {
+        let name = |n: usize| format!("{}-{n}", role.name());
+        let is_free = |name: &String| self.members.get(name).is_none_or(|m| m.standing == Standing::Lost);
+        (0..=self.members.len()).map(name).find(is_free).unwrap_or_else(|| name(self.members.len()))
+    }
+
+    fn free_rank(&self, world: u32) -> Option<u32> {
+        (0..world).find(|rank| self.trainers().all(|m| m.rank != *rank))
+    }
+
+    /// Addresses of the trainers that serve, in the order of their ranks.
+    fn sources(&self) -> Vec<String> {
+        let mut ready: Vec<&Member> = self.trainers().filter(|m| m.standing == Standing::Ready).collect();
+        ready.sort_by_key(|m| m.rank);
+        ready.iter().map(|m| m.hello.address.clone()).collect()
+    }
+}
+
+fn refuse(code: ErrorCode, message: impl std::fmt::Display) -> ServiceError {
+    ServiceError::new(code, "controller", "register", message)
+}
+
+impl WorkerRegistry for Hub {
+    fn register(&self, hello: WorkerHello) -> ServiceResult<Assignment> {
+        let build = env!("CARGO_PKG_VERSION");
+        if hello.build != build {
+            let message = format!("the worker is temper {}, the controller is {build}: use one build", hello.build);
+            return Err(refuse(ErrorCode::InvalidArgument, message));
+        }
+        let mut state = self.lock();
+        let (mut rank, mut weight_sources) = (0, Vec::new());
+        if hello.role == WorkerRole::Trainer {
+            let full =
+                || refuse(ErrorCode::InvalidArgument, format!("all {} trainer ranks are taken", self.work.world));
+            state.lose_name(&hello.name);
+            rank = state.free_rank(self.work.world).ok_or_else(full)?;
+        } else {
+            weight_sources = state.sources();
+            if weight_sources.len() < self.work.world as usize {
+                return Err(refuse(ErrorCode::Unavailable, "the trainer does not serve yet: ask again"));
+            }
+        }
+        let name = if hello.name.is_empty() { state.free_name(hello.role) } else { hello.name.clone() };
+        let incarnation = state.members.get(&name).map_or(1, |m| m.id.incarnation + 1);
+        state.lose_name(&name);
+        let id = WorkerId { name: name.clone(), incarnation };
+        let seen = Instant::now();
+        let member = Member { id: id.clone(), hello, rank, standing: Standing::Starting, cause: String::new(), seen };
+        state.members.insert(name, member);
+        self.changed.notify_all();
+        let Work { recipe, model_dir, run_dir, world } = self.work.clone();
+        Ok(Assignment { id, lease: self.lease, recipe, model_dir, run_dir, rank, world, weight_sources })
+    }
+
+    fn ready(&self, id: &WorkerId, _version: PolicyVersion) -> ServiceResult<()> {
+        let mut state = self.lock();
+        let member = state.live(id, "ready")?;
+        member.standing = Standing::Ready;
+        let change = Change::Ready(member.clone());
+        state.changes.push(change);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    fn ranks(&self, id: &WorkerId) -> ServiceResult<Vec<String>> {
+        let mut state = self.lock();
+        state.live(id, "ranks")?;
+        let mut trainers: Vec<&Member> = state.trainers().collect();
+        trainers.sort_by_key(|m| m.rank);
+        if trainers.len() < self.work.world as usize {
+            let message = format!("{} of {} trainer ranks have registered", trainers.len(), self.work.world);
+            return Err(ServiceError::new(ErrorCode::Unavailable, "controller", "ranks", message));
+        }
+        Ok(trainers.iter().map(|m| m.hello.collective_address.clone()).collect())
+    }
+
+    fn heartbeat(&self, id: &WorkerId) -> ServiceResult<bool> {
+        let mut state = self.lock();
+        if state.is_ending {
+            return Ok(true);
+        }
+        state.live(id, "heartbeat").map(|_| false)
+    }
+}
+
+impl State {
+    /// A worker that comes again under its name is in a new life.
+    fn lose_name(&mut self, name: &str) {
+        let id = self.members.get(name).map(|member| member.id.clone());
+        if let Some(id) = id {
+            self.lose(&id, "it registered again");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hub() -> Hub {
+        let text = |s: &str| s.to_owned();
+        Hub::new(Work { recipe: text("r"), model_dir: text("m"), run_dir: text("d"), world: 2 }, Duration::from_secs(9))
+    }
+
+    fn hello(role: WorkerRole, name: &str) -> WorkerHello {
+        WorkerHello {
+            role,
+            name: name.to_owned(),
+            address: format!("{name}:1"),
+            process_id: 1,
+            build: env!("CARGO_PKG_VERSION").to_owned(),
+            collective_address: format!("{name}:2"),
+        }
+    }
+
+    fn trainers(hub: &Hub) -> Vec<WorkerId> {
+        let join = |name| hub.register(hello(WorkerRole::Trainer, name)).unwrap().id;
+        let ids = vec![join("trainer-0"), join("trainer-1")];
+        ids.iter().for_each(|id| hub.ready(id, PolicyVersion::default()).unwrap());
+        ids
+    }
+
+    #[test]
+    fn engines_wait_for_the_trainers_whose_weights_they_serve() {
+        let hub = hub();
+        let early = hub.register(hello(WorkerRole::Rollout, "")).unwrap_err();
+        assert_eq!(early.code, ErrorCode::Unavailable);
+        trainers(&hub);
+        let first = hub.register(hello(WorkerRole::Rollout, "")).unwrap();
+        let second = hub.register(hello(WorkerRole::Rollout, "")).unwrap();
+        assert_eq!((first.id.name.as_str(), second.id.name.as_str()), ("rollout-0", "rollout-1"));
+        assert_eq!(first.weight_sources, ["trainer-0:1", "trainer-1:1"]);
+    }
+
+    #[test]
+    fn a_worker_that_comes_again_fences_its_former_life() {
+        let hub = hub();
+        let ids = trainers(&hub);
+        assert_eq!(hub.heartbeat(&ids[1]), Ok(false));
+        let again = hub.register(hello(WorkerRole::Trainer, "trainer-1")).unwrap();
+        assert_eq!((again.id.incarnation, again.rank), (2, 1));
+        let fenced = hub.heartbeat(&ids[1]).unwrap_err();
+        assert!(fenced.message.contains("life 1 of worker trainer-1 is over"), "{fenced}");
+        let changes = hub.wait(Duration::ZERO);
+        let lost = changes.iter().filter(|c| matches!(c, Change::Lost(m) if m.id == ids[1])).count();
+        assert_eq!((changes.len(), lost), (3, 1));
+    }
+
+    #[test]
+    fn ranks_are_told_when_all_are_there_and_a_third_is_refused() {
+        let hub = hub();
+        let first = hub.register(hello(WorkerRole::Trainer, "a")).unwrap();
+        assert_eq!(hub.ranks(&first.id).unwrap_err().code, ErrorCode::Unavailable);
+        hub.register(hello(WorkerRole::Trainer, "b")).unwrap();
+        assert_eq!(hub.ranks(&first.id).unwrap(), ["a:2", "b:2"]);
+        let third = hub.register(hello(WorkerRole::Trainer, "c")).unwrap_err();
+        assert!(third.message.contains("all 2 trainer ranks are taken"), "{third}");
+    }
+
+    #[test]
+    fn a_lease_that_runs_out_is_a_loss_with_its_cause() {
+        let hub = Hub { lease: Duration::ZERO, ..hub() };
+        let id = hub.register(hello(WorkerRole::Trainer, "a")).unwrap().id;
+        let changes = hub.wait(Duration::from_secs(1));
+        assert!(matches!(&changes[..], [Change::Lost(m)] if m.id == id && m.cause.contains("no heartbeat")));
+        assert!(hub.heartbeat(&id).is_err());
+    }
+
+    #[test]
+    fn another_build_is_refused_by_name() {
+        let other = WorkerHello { build: "0.0.9".to_owned(), ..hello(WorkerRole::Reward, "r") };
+        let error = hub().register(other).unwrap_err();
+        assert!(error.message.contains("the worker is temper 0.0.9"), "{error}");
+    }
+
+    #[test]
+    fn when_the_run_ends_heartbeats_say_so() {
+        let hub = hub();
+        let ids = trainers(&hub);
+        hub.end();
+        assert_eq!(hub.heartbeat(&ids[0]), Ok(true));
+    }
+}

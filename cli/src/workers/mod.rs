@@ -1,0 +1,20 @@
+//! Worker processes: how they are started, found, supervised, and what runs in them.
+//!
+//! [`hub`] is what workers register with, [`children`] starts processes and starts them again, [`cluster`] joins both
+//! into the services of a run, and [`process`] is the other side: a worker from its registration to its end.
+
+mod children;
+mod cluster;
+mod hub;
+mod process;
+
+pub use cluster::{Cluster, ClusterSpec};
+pub use hub::Work;
+pub use process::{ServeOptions, end_with_stdin, serve_worker};
+
+use std::time::Duration;
+
+/// How long the controller believes in a worker that says nothing.
+const LEASE: Duration = Duration::from_secs(10);
+/// Longest wait for workers to start: they load the model and reserve memory.
+const START_TIMEOUT: Duration = Duration::from_secs(300);

@@ -1,0 +1,142 @@
+//! Transfers that are whole, cut, damaged, or of another model.
+
+use super::WeightReceiver;
+use std::path::Path;
+use std::sync::{Arc, RwLock};
+use temper_actor::{ModelConfig, PackedPolicy, ParamStore};
+use temper_proto::{ServiceError, ServiceResult, WeightManifest, WeightRange, WeightService, WeightSink};
+use temper_tensor::{CpuConfig, CpuDevice, DType, Device};
+use temper_types::{ErrorCode, PolicyVersion};
+
+fn device() -> Arc<dyn Device> {
+    Arc::new(CpuDevice::new(CpuConfig { num_threads: 1, isa: None }))
+}
+
+fn model(hidden_size: usize) -> ModelConfig {
+    let json = serde_json::json!({
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 50, "hidden_size": hidden_size,
+        "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "max_position_embeddings": 32, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true,
+        "initializer_range": 0.3, "hidden_act": "silu",
+    });
+    let serde_json::Value::Object(json) = json else { panic!("an object") };
+    ModelConfig::from_json(json, Path::new("config.json")).expect("a valid configuration")
+}
+
+/// Weights in pieces of 7 elements; element `flip` comes with its last bit flipped, and nothing after `cut`.
+struct Source {
+    params: ParamStore,
+    version: PolicyVersion,
+    cut: Option<usize>,
+    flip: Option<usize>,
+}
+
+impl Source {
+    fn new(hidden_size: usize, seed: u64) -> Self {
+        let dev = device();
+        let params = ParamStore::init(&*dev, &model(hidden_size), seed);
+        let version = PolicyVersion { number: seed, hash: params.content_hash(&*dev) };
+        Source { params, version, cut: None, flip: None }
+    }
+
+    fn values(&self) -> Vec<f32> {
+        let dev = device();
+        let read = |unit: &temper_actor::Unit| {
+            let mut values = vec![0.0; unit.buffer().len()];
+            dev.read(unit.buffer().all(), &mut values);
+            values
+        };
+        self.params.units().iter().flat_map(read).collect()
+    }
+}
+
+impl WeightService for Source {
+    fn manifest(&self) -> ServiceResult<WeightManifest> {
+        let unit_lens = self.params.units().iter().map(|unit| unit.buffer().len() as u64).collect();
+        Ok(WeightManifest { version: self.version, unit_lens })
+    }
+
+    fn pull(&self, _: PolicyVersion, ranges: &[WeightRange], sink: WeightSink<'_>) -> ServiceResult<()> {
+        let mut values = self.values();
+        assert_eq!(ranges.iter().map(|r| r.len as usize).sum::<usize>(), values.len());
+        if let Some(index) = self.flip {
+            values[index] = f32::from_bits(values[index].to_bits() ^ 1);
+        }
+        let sent = &values[..self.cut.unwrap_or(values.len())];
+        sent.chunks(7).try_for_each(sink)?;
+        match self.cut {
+            Some(_) => Err(ServiceError::new(ErrorCode::Unavailable, "source", "pull", "the connection broke")),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A receiver that serves the weights of seed 1.
+fn receiver(source: Source) -> (WeightReceiver, Arc<RwLock<PackedPolicy>>) {
+    let (dev, config) = (device(), model(16));
+    let params = ParamStore::init(&*dev, &config, 1);
+    let mut policy = PackedPolicy::new(&dev, &params, &config, DType::F32);
+    policy.version = PolicyVersion { number: 1, hash: params.content_hash(&*dev) };
+    let policy = Arc::new(RwLock::new(policy));
+    (WeightReceiver::new(dev, Arc::clone(&policy), params, Arc::new(source), "rollout-3".to_owned()), policy)
+}
+
+#[test]
+fn a_whole_transfer_is_proven_and_served() {
+    let source = Source::new(16, 2);
+    let version = source.version;
+    let (receiver, policy) = receiver(source);
+    receiver.receive(version).unwrap();
+    assert_eq!((receiver.version(), policy.read().unwrap().version), (version, version));
+}
+
+#[test]
+fn the_same_weights_under_another_number_are_not_pulled() {
+    let source = Source { cut: Some(0), ..Source::new(16, 1) };
+    let version = PolicyVersion { number: 9, ..source.version };
+    let (receiver, _) = receiver(source);
+    receiver.receive(version).unwrap();
+    assert_eq!(receiver.version(), version);
+}
+
+#[test]
+fn a_transfer_cut_anywhere_leaves_the_old_version_serving_and_can_be_repeated() {
+    let total = Source::new(16, 2).values().len();
+    for cut in (0..total).step_by(97) {
+        let source = Source { cut: Some(cut), ..Source::new(16, 2) };
+        let version = source.version;
+        let (receiver, _) = receiver(source);
+        let old = receiver.version();
+        assert_eq!(receiver.receive(version).unwrap_err().code, ErrorCode::Unavailable, "cut at {cut}");
+        assert_eq!(receiver.version(), old);
+    }
+}
+
+#[test]
+fn a_flipped_bit_anywhere_is_caught() {
+    let whole = Source::new(16, 2);
+    // Padding between tensors is part of no tensor and of no hash.
+    let mut start = 0;
+    for unit in whole.params.units() {
+        for slot in unit.slots() {
+            for index in [slot.range.start, slot.range.end - 1] {
+                let source = Source { flip: Some(start + index), ..Source::new(16, 2) };
+                let (receiver, _) = receiver(source);
+                let old = receiver.version();
+                let error = receiver.receive(whole.version).unwrap_err();
+                assert_eq!(error.code, ErrorCode::VersionMismatch, "{}", slot.name);
+                assert!(error.to_string().contains("what arrived hashes to"), "{error}");
+                assert_eq!(receiver.version(), old);
+            }
+        }
+        start += unit.buffer().len();
+    }
+}
+
+#[test]
+fn another_model_is_refused() {
+    let source = Source::new(24, 2);
+    let version = source.version;
+    let (receiver, _) = receiver(source);
+    assert_eq!(receiver.receive(version).unwrap_err().code, ErrorCode::DataLoss);
+}

@@ -1,0 +1,50 @@
+//! The trainer's weights for engines in other processes.
+
+use crate::{Error, LocalTrainerService, Trainer};
+use temper_proto::{ServiceError, ServiceResult, WeightManifest, WeightRange, WeightService, WeightSink};
+use temper_types::{ErrorCode, PolicyVersion};
+
+/// Elements that are read at once: 1 MiB.
+const PIECE: u64 = 1 << 18;
+
+/// Each piece is read under the trainer's lock, so that an update may come between two pieces: the receiver's hash
+/// finds that.
+impl WeightService for LocalTrainerService {
+    fn manifest(&self) -> ServiceResult<WeightManifest> {
+        let trainer = self.lock();
+        let unit_lens = trainer.params.units().iter().map(|unit| unit.buffer().len() as u64).collect();
+        Ok(WeightManifest { version: trainer.version(), unit_lens })
+    }
+
+    fn pull(&self, version: PolicyVersion, ranges: &[WeightRange], sink: WeightSink<'_>) -> ServiceResult<()> {
+        let mut values = Vec::new();
+        for range in ranges {
+            for start in (0..range.len).step_by(PIECE as usize) {
+                let len = PIECE.min(range.len - start);
+                let piece = WeightRange { unit: range.unit, start: range.start.saturating_add(start), len };
+                read(&self.lock(), version, piece, &mut values)?;
+                sink(&values)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn read(trainer: &Trainer, version: PolicyVersion, range: WeightRange, values: &mut Vec<f32>) -> ServiceResult<()> {
+    let held = trainer.version();
+    if held != version {
+        let message = format!("asked for weights of version {version}, the trainer holds {held}");
+        return Err(ServiceError::new(ErrorCode::VersionMismatch, "trainer", "pull", message));
+    }
+    let outside = || {
+        let WeightRange { unit, start, len } = range;
+        let problem = format!("{len} elements from {start} are not all inside of it");
+        Error::invalid(format!("range of unit {unit}"), problem).into_service("pull")
+    };
+    let unit = trainer.params.units().get(range.unit as usize).ok_or_else(outside)?;
+    let end = range.start.checked_add(range.len).filter(|end| *end <= unit.buffer().len() as u64);
+    let end = end.ok_or_else(outside)?;
+    values.resize(range.len as usize, 0.0);
+    trainer.device.read(unit.buffer().view(range.start as usize..end as usize), values);
+    Ok(())
+}
