@@ -1,17 +1,17 @@
 //! What a trainer minimises in one stage: one enum over all losses, so that the trainer names no algorithm.
 //!
 //! Preferences come as rows: row `2 i` is the chosen response of pair `i`, row `2 i + 1` the rejected one. KTO's rows
-//! are
-//! told apart by their advantage: above 0 desirable, below 0 undesirable, 0 a mismatched completion that only enters
-//! the reference point.
+//! are told apart by their advantage: above 0 desirable, below 0 undesirable, 0 a mismatched completion that only
+//! enters the reference point; those of group distributional preferences by its sign: 0 an answer, below 0 a belief,
+//! above 0 a class of beliefs with its share.
 
 use crate::preference::{
-    CpoConfig, DpoConfig, KtoConfig, KtoInput, OrpoConfig, Pair, PreferenceCounts, PreferenceInput, PreferenceMetrics,
-    PreferenceOutput, cpo_loss, dpo_loss, kto_loss, orpo_loss,
+    CpoConfig, DpoConfig, GdpoConfig, KtoConfig, KtoInput, OrpoConfig, Pair, PreferenceCounts, PreferenceInput,
+    PreferenceMetrics, PreferenceOutput, cpo_loss, dpo_loss, gdpo_objective, kto_loss, orpo_loss,
 };
 use crate::{
-    Error, GlobalCounts, LossMetrics, LossMode, PolicyLossConfig, PolicyLossInput, Scope, SftLossType, TokenBatch,
-    policy_loss, sft_loss,
+    Error, GlobalCounts, LossMetrics, LossMode, LossOutput, PolicyLossConfig, PolicyLossInput, Scope, SftLossType,
+    TokenBatch, policy_loss, sft_loss,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -32,6 +32,8 @@ pub enum Objective {
     Orpo(OrpoConfig),
     /// KTO, over labelled rows with a reference.
     Kto(KtoConfig),
+    /// Group distributional preferences, over pairs with beliefs and a reference.
+    Gdpo(GdpoConfig),
 }
 
 /// Everything an objective may read; per-token arrays are `[T]`.
@@ -53,6 +55,8 @@ pub struct ObjectiveInput<'a> {
     pub rollout_is_weights: Option<&'a [f64]>,
     /// Log-probs by the engine.
     pub rollout_log_probs: Option<&'a [f64]>,
+    /// Sums of squared probabilities over the vocabulary under the policy now.
+    pub sum_pi_squared: Option<&'a [f64]>,
 }
 
 /// This call's share of the loss, its gradients and its sums.
@@ -66,6 +70,8 @@ pub struct ObjectiveOutput {
     pub d_entropies: Vec<f64>,
     /// Sums to add up over micro-batches.
     pub metrics: LossMetrics,
+    /// Further numbers by name, of an objective that sees the whole mini-batch: they do not add up.
+    pub reports: Vec<(String, f64)>,
 }
 
 impl Objective {
@@ -81,6 +87,7 @@ impl Objective {
             Objective::Cpo(config) => config.validate(),
             Objective::Orpo(config) => config.validate(),
             Objective::Kto(config) => config.validate(),
+            Objective::Gdpo(config) => config.validate(),
         }
     }
 
@@ -89,7 +96,9 @@ impl Objective {
         match self {
             Objective::Sft(_) => Scope::Token,
             Objective::Policy(config) => config.scope(),
-            Objective::Dpo(_) | Objective::Cpo(_) | Objective::Orpo(_) | Objective::Kto(_) => Scope::MiniBatch,
+            Objective::Dpo(_) | Objective::Cpo(_) | Objective::Orpo(_) | Objective::Kto(_) | Objective::Gdpo(_) => {
+                Scope::MiniBatch
+            }
         }
     }
 
@@ -98,7 +107,7 @@ impl Objective {
         match self {
             Objective::Sft(_) | Objective::Cpo(_) | Objective::Orpo(_) => false,
             Objective::Policy(config) => config.use_kl_loss,
-            Objective::Dpo(_) | Objective::Kto(_) => true,
+            Objective::Dpo(_) | Objective::Kto(_) | Objective::Gdpo(_) => true,
         }
     }
 
@@ -119,6 +128,7 @@ impl Objective {
                 preference(input, |pairs| orpo_loss(config, pairs, &PreferenceCounts::of(pairs)))
             }
             Objective::Kto(config) => labelled(config, input),
+            Objective::Gdpo(config) => gdpo_objective(config, input),
         }
     }
 }
@@ -129,7 +139,7 @@ fn likelihood(input: &ObjectiveInput<'_>, loss: f64, d_log_probs: Vec<f64>) -> O
         entropy_sum: masked_sum(&input.batch, input.entropies),
         ..LossMetrics::default()
     };
-    ObjectiveOutput { loss, d_log_probs, d_entropies: Vec::new(), metrics }
+    ObjectiveOutput { loss, d_log_probs, d_entropies: Vec::new(), metrics, reports: Vec::new() }
 }
 
 fn policy(
@@ -157,7 +167,8 @@ fn policy(
     };
     let out = policy_loss(config, &policy_input, counts)?;
     let d_entropies = if config.entropy_coeff > 0.0 { out.d_entropies } else { Vec::new() };
-    Ok(ObjectiveOutput { loss: out.loss, d_log_probs: out.d_log_probs, d_entropies, metrics: out.metrics })
+    let LossOutput { loss, d_log_probs, metrics, reports, .. } = out;
+    Ok(ObjectiveOutput { loss, d_log_probs, d_entropies, metrics, reports })
 }
 
 fn preference(
@@ -170,11 +181,13 @@ fn preference(
         return Err(Error::batch("preference", cause));
     }
     let pairs: Vec<Pair> = (0..num_rows / 2).map(|i| Pair { chosen: 2 * i, rejected: 2 * i + 1 }).collect();
+    let log_sum_sq_probs = input.sum_pi_squared.map(|sums| sums.iter().map(|sum| sum.ln()).collect::<Vec<f64>>());
     let out = loss(&PreferenceInput {
         batch: input.batch,
         pairs: &pairs,
         log_probs: input.log_probs,
         ref_log_probs: input.ref_log_probs,
+        log_sum_sq_probs: log_sum_sq_probs.as_deref(),
         ..PreferenceInput::default()
     })?;
     let mut result = likelihood(input, out.loss, out.d_log_probs);

@@ -46,3 +46,15 @@ fn a_parameter_that_the_function_does_not_read_is_named() {
     assert_eq!(results["cases"][0]["unread_params"], json!(["loss_agg_mod"]));
     assert_eq!(results["cases"][1].get("unread_params"), None);
 }
+
+#[test]
+fn a_parameter_of_a_nested_table_that_the_function_does_not_read_is_named() {
+    let inputs = json!({"loss_mat": [[1.0]], "loss_mask": [[1]]});
+    let info = json!({"dp_size": 2, "batch_num_tokens": 4, "batch_num_token": 4});
+    let case = json!({"name": "typo", "inputs": inputs, "params": {"global_batch_info": info}});
+    let unknown = json!({"name": "table", "inputs": inputs, "params": {"batch_info": {"dp_size": 2}}});
+    let document = json!({"source": "verl", "function": "agg_loss", "cases": [case, unknown]});
+    let results = temper_algos::eval::eval_file(&document).expect("a known function");
+    assert_eq!(results["cases"][0]["unread_params"], json!(["global_batch_info.batch_num_token"]));
+    assert_eq!(results["cases"][1]["unread_params"], json!(["batch_info"]));
+}

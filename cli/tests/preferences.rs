@@ -24,7 +24,8 @@ fn with_stages(stages: &str) -> String {
 }
 
 fn write_pairs(dir: &Path) {
-    let row = |(prompt, chosen, rejected)| json!({"prompt": prompt, "chosen": chosen, "rejected": rejected});
+    let beliefs = json!({"belief": "1=", "belief_probs": {"1": 0.75, "2": 0.25, "3": 0.0}});
+    let row = |(prompt, chosen, rejected)| json!({"prompt": prompt, "chosen": chosen, "rejected": rejected, "extra_info": beliefs});
     write_rows(dir, &PAIRS.map(row));
 }
 
@@ -163,11 +164,19 @@ steps = 1
 batch_size = 2
 optimizer = { learning_rate = 1e-3 }
 [[stage]]
+kind = "gdpo"
+data = "pairs"
+held_out = "pairs"
+steps = 2
+batch_size = 2
+optimizer = { learning_rate = 1e-3 }
+[[stage]]
 kind = "online_dpo"
 steps = 2
 prompts_per_step = 8
 num_generations = 4
 mini_batches = 2
+loss = { use_weighting = true }
 sampling = { max_new_tokens = 6 }
 optimizer = { learning_rate = 1e-3 }
 "#;
@@ -178,8 +187,10 @@ fn killed_and_resumed_and_split_otherwise_the_family_ends_with_the_same_bits() {
     write_pairs(dir.path());
     recipe(dir.path(), &with_stages(FAMILY));
     let expected = train_whole(dir.path(), "whole", &[]);
-    assert_eq!(expected.len(), 8);
-    for (index, point) in ["2:update", "4:log_probs", "6:record", "7:update", "8:update"].into_iter().enumerate() {
+    assert_eq!(expected.len(), 10);
+    for (index, point) in
+        ["2:update", "4:log_probs", "6:record", "8:update", "9:update", "10:update"].into_iter().enumerate()
+    {
         let resume: &[&str] = if index == 0 { &[] } else { &["--resume"] };
         let output = train(dir.path(), "killed", resume, Some(point));
         assert_eq!(output.status.signal(), Some(9), "{point}: {}", stderr(&output));
@@ -188,7 +199,12 @@ fn killed_and_resumed_and_split_otherwise_the_family_ends_with_the_same_bits() {
     assert_eq!(weights(dir.path(), "killed"), weights(dir.path(), "whole"));
     let per_step = train_whole(dir.path(), "per_step", &["--set", "stage.dpo.precompute_ref_log_probs=false"]);
     assert_eq!(per_step, expected, "when the reference is computed changes no number");
-    let online = &expected[7];
+    for row in &expected[6..8] {
+        assert!(number(row, "belief_kl") > 0.0 && number(row, "belief_log_prob") < 0.0, "{row:?}");
+    }
+    assert!(number(&expected[7], "loss") < number(&expected[6], "loss"));
+    assert!((0.0..=1.0).contains(&number(&expected[7], "val/preference_accuracy")));
+    let online = &expected[9];
     assert!(number(online, "num_trained_samples") <= 16.0 && number(online, "num_trained_samples") % 2.0 == 0.0);
     let pairs = number(online, "num_trained_samples") / 2.0;
     assert_eq!(pairs + number(online, "num_filtered_groups"), 8.0, "every group is a pair or is counted");
@@ -236,7 +252,7 @@ fn what_cannot_be_learned_from_is_refused_by_row_and_key() {
         ),
         (stage("simpo", "loss = { bta = 1.0 }"), good.clone(), vec!["stage.0.loss.bta", "did you mean `beta`?"]),
         (stage("dpo", "loss = { loss_weights = [1.0, 2.0] }"), good.clone(), vec!["stage.0.loss", "loss_weights"]),
-        (stage("dpo", "loss = { use_weighting = true }"), good.clone(), vec!["stage.0.loss.use_weighting"]),
+        (stage("gdpo", ""), good.clone(), vec!["stage.0.data", "row 0", "`extra_info`", "`belief_probs`"]),
         (stage("kto", "batch_size = 1").replacen("batch_size = 2\n", "", 1), good.clone(), vec!["batch_size", "2"]),
         (stage("dpo", "held_out = \"pears\""), good.clone(), vec!["stage.0.held_out", "did you mean `pairs`?"]),
         (stage("simpoo", ""), good.clone(), vec!["stage.0.kind", "simpoo", "did you mean `simpo`?"]),

@@ -29,7 +29,7 @@ impl Controller {
         let config = &stage.algorithm.policy_loss.rollout_correction;
         let out = rollout_correction(config, &batch, &old, &rollout).map_err(failed)?;
         assert_on_policy_is_exact(step, &batch, (&old, &rollout), &out);
-        let columns = out.named().into_iter().map(|(name, value)| (format!("rollout_corr/{name}"), value)).collect();
+        let columns = out.columns();
         if !out.response_mask.contains(&1) {
             let cause = "rollout correction rejected every token".to_owned();
             return Err(Error::NothingToTrain { step, cause });

@@ -15,7 +15,7 @@ pub struct PreferenceStage {
     /// Name in metrics; absent: the kind.
     pub name: String,
     /// Name of the dataset. Every row has `chosen` and `rejected`; a stage of labels takes rows of `completion` and
-    /// `label` too.
+    /// `label` too; a stage of beliefs reads `belief` and `belief_probs` of `extra_info` besides.
     pub data: String,
     /// Name of a dataset of pairs on which the accuracy of the implied reward is measured before the first step,
     /// every `validation.every_steps`, and after the last; empty: none.
@@ -73,7 +73,7 @@ impl PreferenceStage {
 
     /// How the stage's rows hang together.
     pub(crate) fn form(&self, key: &str) -> Result<PreferenceForm, Error> {
-        let problem = "this objective is not one over preferences: expected dpo, cpo, simpo, orpo or kto";
+        let problem = "this objective is not one over preferences: expected dpo, cpo, simpo, orpo, kto or gdpo";
         self.objective.preference_form().ok_or_else(|| Error::config(format!("{key}.kind"), problem))
     }
 }
@@ -99,12 +99,5 @@ impl OnlinePreferenceStage {
 }
 
 fn check_loss(key: &str, objective: &Objective) -> Result<(), Error> {
-    objective.validate().map_err(|e| Error::config(format!("{key}.loss"), e))?;
-    match objective {
-        Objective::Dpo(config) if config.use_weighting => {
-            let problem = "the trainer gives no sums of squared probabilities over the vocabulary: expected false";
-            Err(Error::config(format!("{key}.loss.use_weighting"), problem))
-        }
-        _ => Ok(()),
-    }
+    objective.validate().map_err(|e| Error::config(format!("{key}.loss"), e))
 }

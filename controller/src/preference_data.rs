@@ -1,8 +1,9 @@
 //! Rows of a preference dataset as token sequences.
 //!
 //! A *unit* is what a mini-batch counts: a pair, or one labelled response. A row of `chosen` and `rejected` is two
-//! units where labels are asked for.
+//! units where labels are asked for. Beliefs stand in the row's `extra_info`.
 
+use crate::beliefs::Beliefs;
 use crate::{Controller, Error};
 use temper_algos::preference::PreferenceForm;
 use temper_proto::TokenSequence;
@@ -12,13 +13,13 @@ use temper_types::{PromptContent, PromptRow};
 #[derive(Debug, Clone)]
 pub(crate) struct Response {
     pub(crate) sequence: TokenSequence,
-    /// True for a chosen or desirable response.
-    pub(crate) desirable: bool,
+    /// What tells the rows of a mini-batch apart, where they are not pairs: the advantage of every token.
+    pub(crate) mark: f64,
     /// Log-probs under the reference; empty until they are computed.
     pub(crate) ref_log_probs: Vec<f32>,
 }
 
-/// What a mini-batch counts: the responses of a pair (chosen first), or one labelled response.
+/// What a mini-batch counts: the responses of a pair (chosen first) with what belongs to it, or one labelled response.
 pub(crate) type Unit = Vec<Response>;
 
 /// Check that every row of a dataset gives units of `form`; `name` is the dataset's.
@@ -29,7 +30,12 @@ pub fn check_preferences(form: PreferenceForm, name: &str, rows: &[PromptRow]) -
     rows.iter().try_for_each(|row| check_row(form, row).map_err(|problem| row_error(name, row, &problem)))
 }
 
-fn row_error(name: &str, row: &PromptRow, problem: &str) -> Error {
+/// Mark of a desirable response.
+const DESIRABLE: f64 = 1.0;
+/// Mark of an undesirable one.
+const UNDESIRABLE: f64 = -1.0;
+
+pub(crate) fn row_error(name: &str, row: &PromptRow, problem: &str) -> Error {
     Error::config(format!("data.{name}"), format!("row {}: {problem}", row.prompt_id))
 }
 
@@ -42,6 +48,9 @@ fn check_row(form: PreferenceForm, row: &PromptRow) -> Result<(), String> {
             (None, _) => "has no `completion`: expected `completion` with `label`, or `chosen` with `rejected`",
         };
         return Err(problem.to_owned());
+    }
+    if form == PreferenceForm::Beliefs {
+        Beliefs::of(row)?;
     }
     match (&row.chosen, &row.rejected) {
         (Some(chosen), Some(rejected)) if chosen == rejected => {
@@ -63,27 +72,38 @@ impl Controller {
         for row in rows {
             match (&row.chosen, &row.rejected, form) {
                 (Some(chosen), Some(rejected), PreferenceForm::Pairs) => {
-                    units.push(vec![self.response(row, chosen, true)?, self.response(row, rejected, false)?]);
+                    units.push(vec![self.response(row, chosen, 0.0)?, self.response(row, rejected, 0.0)?]);
+                }
+                (Some(chosen), Some(rejected), PreferenceForm::Beliefs) => {
+                    let answers = [self.response(row, chosen, 0.0)?, self.response(row, rejected, 0.0)?];
+                    units.push(self.believed(name, row, answers)?);
                 }
                 (Some(chosen), Some(rejected), PreferenceForm::Labels { .. }) => {
-                    units.push(vec![self.response(row, chosen, true)?]);
-                    units.push(vec![self.response(row, rejected, false)?]);
+                    units.push(vec![self.response(row, chosen, DESIRABLE)?]);
+                    units.push(vec![self.response(row, rejected, UNDESIRABLE)?]);
                 }
                 _ => {
                     let (Some(completion), Some(label)) = (&row.completion, row.label) else { continue };
-                    units.push(vec![self.response(row, completion, label)?]);
+                    let mark = if label { DESIRABLE } else { UNDESIRABLE };
+                    units.push(vec![self.response(row, completion, mark)?]);
                 }
             }
         }
         Ok(units)
     }
 
-    fn response(&self, row: &PromptRow, content: &PromptContent, desirable: bool) -> Result<Response, Error> {
+    fn response(&self, row: &PromptRow, content: &PromptContent, mark: f64) -> Result<Response, Error> {
         let prompt_token_ids = self.attribute(self.services.text.encode_prompt(&row.prompt))?;
         let response_token_ids = self.attribute(self.services.text.encode_response(content))?;
+        Ok(Response::new(prompt_token_ids, response_token_ids, mark))
+    }
+}
+
+impl Response {
+    pub(crate) fn new(prompt_token_ids: Vec<u32>, response_token_ids: Vec<u32>, mark: f64) -> Self {
         let response_mask = vec![1; response_token_ids.len()];
         let sequence = TokenSequence { prompt_token_ids, response_token_ids, response_mask };
-        Ok(Response { sequence, desirable, ref_log_probs: Vec::new() })
+        Response { sequence, mark, ref_log_probs: Vec::new() }
     }
 }
 

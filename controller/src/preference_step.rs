@@ -69,8 +69,9 @@ impl Controller {
         let mut units = self.units(form, &stage.data)?;
         let mut held_out = match stage.held_out.as_str() {
             "" => Vec::new(),
-            name => self.units(PreferenceForm::Pairs, name)?,
+            name => self.units(form.held_out(), name)?,
         };
+        held_out.iter_mut().for_each(|unit| unit.truncate(2));
         if stage.objective.needs_reference() {
             self.enter(Phase::LogProbs);
             self.fill_reference(held_out.iter_mut().flatten())?;
@@ -102,7 +103,6 @@ impl Controller {
         let seed = self.stage_seed();
         let draws = self.state.cursor.next_batch(seed, units.len() as u64, stage.batch_size);
         let mut batch: Vec<Response> = draws.iter().flat_map(|draw| units[draw.index as usize].clone()).collect();
-        let labelled = batch.len();
         if form == (PreferenceForm::Labels { mismatched: true }) {
             batch.extend(mismatched(&batch));
         }
@@ -110,18 +110,13 @@ impl Controller {
             self.enter(Phase::LogProbs);
             self.fill_reference(batch.iter_mut())?;
         }
-        let is_labels = matches!(form, PreferenceForm::Labels { .. });
-        let row = |(index, response): (usize, Response)| {
-            let label = match (index < labelled, response.desirable) {
-                (false, _) => 0.0,
-                (true, true) => 1.0,
-                (true, false) => -1.0,
-            };
-            let advantages = if is_labels { vec![label; response.sequence.response_token_ids.len()] } else { vec![] };
+        let row = |response: Response| {
+            let num_tokens = response.sequence.response_token_ids.len();
+            let advantages = if form == PreferenceForm::Pairs { Vec::new() } else { vec![response.mark; num_tokens] };
             let ref_log_probs = response.ref_log_probs;
             TrainRow { ref_log_probs, advantages, ..TrainRow::demonstration(response.sequence) }
         };
-        Ok(batch.into_iter().enumerate().map(row).collect())
+        Ok(batch.into_iter().map(row).collect())
     }
 
     fn held_out_is_due(&self, stage: &PreferenceStage) -> bool {
@@ -175,7 +170,7 @@ fn mismatched(batch: &[Response]) -> Vec<Response> {
             response_token_ids: other(index).response_token_ids.clone(),
             response_mask: other(index).response_mask.clone(),
         },
-        desirable: false,
+        mark: 0.0,
         ref_log_probs: Vec::new(),
     };
     batch.iter().enumerate().map(mix).collect()
@@ -191,23 +186,24 @@ fn set_columns(row: &mut MetricsRow, columns: Columns) {
 mod tests {
     use super::*;
 
-    fn response(prompt: u32, id: u32, desirable: bool) -> Response {
+    fn response(prompt: u32, id: u32, mark: f64) -> Response {
         let sequence = TokenSequence {
             prompt_token_ids: vec![prompt],
             response_token_ids: vec![id; 2],
             response_mask: vec![1; 2],
         };
-        Response { sequence, desirable, ref_log_probs: vec![-1.0; 2] }
+        Response { sequence, mark, ref_log_probs: vec![-1.0; 2] }
     }
 
     #[test]
     fn a_mismatched_row_has_its_prompt_and_the_response_of_the_row_before() {
-        let batch = [response(1, 10, true), response(2, 20, false), response(3, 30, true)];
+        let batch = [response(1, 10, 1.0), response(2, 20, -1.0), response(3, 30, 1.0)];
         let mixed = mismatched(&batch);
         let found: Vec<(u32, u32)> =
             mixed.iter().map(|r| (r.sequence.prompt_token_ids[0], r.sequence.response_token_ids[0])).collect();
         assert_eq!(found, [(1, 30), (2, 10), (3, 20)]);
         assert!(mixed.iter().all(|r| r.ref_log_probs.is_empty()), "their reference is another one");
+        assert!(mixed.iter().all(|r| r.mark == 0.0), "they have no label");
     }
 
     #[test]

@@ -239,7 +239,12 @@ impl Trainer {
             let gradients = match &whole {
                 Some(out) => slice_gradients(out, tokens),
                 None => {
-                    let out = evaluate(&stage.objective, rows, (&stats.log_probs, &stats.entropies), &counts)
+                    let says = PolicyStats {
+                        log_probs: &stats.log_probs,
+                        entropies: &stats.entropies,
+                        sum_pi_squared: &stats.sum_squares,
+                    };
+                    let out = evaluate(&stage.objective, rows, says, &counts)
                         .map_err(|error| error.in_rows_from(first_row))?;
                     report.loss += out.loss;
                     metrics.merge(&out.metrics);
@@ -255,6 +260,7 @@ impl Trainer {
             policy.backward(&self.params, tape, outputs, grads);
         }
         name_metrics(&mut report, &metrics);
+        report.metrics.extend(whole.into_iter().flat_map(|out| out.reports));
         Ok(report)
     }
 
@@ -267,7 +273,13 @@ impl Trainer {
     ) -> Result<ObjectiveOutput, Error> {
         let sequences: Vec<TokenSequence> = batch.rows.iter().map(|row| row.sequence.clone()).collect();
         let stats = self.log_probs(PolicyRole::Policy, &sequences, batch.temperature)?;
-        evaluate(&stage.objective, &batch.rows, (&stats.log_probs.concat(), &stats.entropies.concat()), counts)
+        let (log_probs, entropies) = (stats.log_probs.concat(), stats.entropies.concat());
+        let says = PolicyStats {
+            log_probs: &log_probs,
+            entropies: &entropies,
+            sum_pi_squared: &stats.sum_pi_squared.concat(),
+        };
+        evaluate(&stage.objective, &batch.rows, says, counts)
     }
 
     /// Clip, step every unit, and swap the packed weights.
@@ -343,13 +355,21 @@ pub(crate) fn global_counts(batch: &MiniBatch) -> GlobalCounts {
     }
 }
 
+/// What the policy says of response tokens, end to end.
+#[derive(Debug, Clone, Copy)]
+struct PolicyStats<'a> {
+    log_probs: &'a [f32],
+    entropies: &'a [f32],
+    sum_pi_squared: &'a [f32],
+}
+
 fn evaluate(
     objective: &Objective,
     rows: &[TrainRow],
-    (log_probs, entropies): (&[f32], &[f32]),
+    says: PolicyStats<'_>,
     counts: &GlobalCounts,
 ) -> Result<ObjectiveOutput, Error> {
-    let (log_probs, entropies) = (widen(log_probs), widen(entropies));
+    let (log_probs, entropies) = (widen(says.log_probs), widen(says.entropies));
     let columns = Columns::gather(rows, &log_probs)?;
     let input = ObjectiveInput {
         batch: TokenBatch::new(&columns.offsets, &columns.response_mask)?,
@@ -360,6 +380,7 @@ fn evaluate(
         advantages: &columns.advantages,
         rollout_is_weights: Some(&columns.rollout_weights[..]).filter(|v| !v.is_empty()),
         rollout_log_probs: Some(&columns.rollout_log_probs[..]).filter(|v| !v.is_empty()),
+        sum_pi_squared: Some(&widen(says.sum_pi_squared)[..]),
     };
     Ok(objective.evaluate(&input, counts)?)
 }

@@ -11,7 +11,9 @@ pub(super) struct Case<'a> {
     pub(super) name: &'a str,
     pub(super) inputs: &'a Map<String, Value>,
     pub(super) params: &'a Map<String, Value>,
-    /// Names of the settings that were asked for.
+    /// The nested table that `params` are; empty for the case's own.
+    pub(super) table: &'static str,
+    /// Names of the settings that were asked for; those of a nested table follow its name and a point.
     pub(super) asked: &'a RefCell<BTreeSet<String>>,
 }
 
@@ -169,16 +171,25 @@ impl<'a> Case<'a> {
 
     /// Settings that the function knows but does not read in every branch.
     pub(super) fn accept(&self, keys: &[&str]) {
-        self.asked.borrow_mut().extend(keys.iter().map(|key| (*key).to_owned()));
+        self.asked.borrow_mut().extend(keys.iter().map(|key| self.path(key)));
+    }
+
+    fn path(&self, key: &str) -> String {
+        if self.table.is_empty() { key.to_owned() } else { format!("{}.{key}", self.table) }
     }
 
     /// Given settings that the case did not ask for: misspelt, or of no use beside the others.
     pub(super) fn unread(&self) -> Vec<String> {
         let asked = self.asked.borrow();
-        self.params
-            .iter()
-            .filter(|(key, value)| !value.is_null() && !asked.contains(*key))
-            .map(|(k, _)| k.clone())
+        let nested = |key: &String, value: &'a Value| -> Vec<(String, &'a Value)> {
+            let table = value.as_object().filter(|_| asked.contains(key));
+            table.into_iter().flatten().map(|(inner, value)| (format!("{key}.{inner}"), value)).collect()
+        };
+        let own = self.params.iter().map(|(key, value)| (key.clone(), value));
+        let below = self.params.iter().flat_map(|(key, value)| nested(key, value));
+        own.chain(below)
+            .filter(|(path, value)| !value.is_null() && !asked.contains(path))
+            .map(|(path, _)| path)
             .collect()
     }
 
@@ -238,9 +249,9 @@ impl<'a> Case<'a> {
     }
 
     /// Settings of a nested table, as a case of their own.
-    pub(super) fn nested(&self, key: &str) -> Option<Case<'a>> {
-        let params = self.param(key)?.as_object()?;
-        Some(Case { params, ..*self })
+    pub(super) fn nested(&self, table: &'static str) -> Option<Case<'a>> {
+        let params = self.param(table)?.as_object()?;
+        Some(Case { params, table, ..*self })
     }
 }
 

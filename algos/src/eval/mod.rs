@@ -35,7 +35,7 @@ pub fn list() -> Vec<crate::catalog::Entry> {
 }
 
 /// Run every case of a document. Settings that a case was given but did not read (misspelt, or of no use beside the
-/// others) stand in its `unread_params`.
+/// others) stand in its `unread_params`, those of a nested table as `table.key`.
 ///
 /// # Errors
 /// If the document has no `source`, `function` or `cases`, a case is no object with a name, or no suite knows the
@@ -52,7 +52,7 @@ pub fn eval_file(document: &Value) -> Result<Value, Error> {
         let name = case.get("name").and_then(Value::as_str).ok_or_else(|| bad("name", "every case needs a name"))?;
         let table = |key| case.get(key).and_then(Value::as_object).unwrap_or(&empty);
         let asked = RefCell::default();
-        let case = Case { name, inputs: table("inputs"), params: table("params"), asked: &asked };
+        let case = Case { name, inputs: table("inputs"), params: table("params"), table: "", asked: &asked };
         let mut result = report(name, suite.run(&case));
         let unread = case.unread();
         if !unread.is_empty() {

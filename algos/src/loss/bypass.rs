@@ -3,7 +3,7 @@
 //! Weights and rejection are computed from the detached gap between the policy now and the engine. `ppo_clip`: PPO's
 //! surrogate against the rollout log-probs, rejection applied, weights not (the ratio is the weight). `reinforce`: the
 //! plain policy gradient times the weights. Rejected tokens leave the denominators too, so the loss needs the whole
-//! mini-batch and counts it itself.
+//! mini-batch and counts it itself. It reports the correction under `rollout_corr/`.
 //!
 //! # Source
 //! verl's `compute_policy_loss_bypass_mode`.
@@ -27,5 +27,6 @@ pub(super) fn loss(
     };
     let inner = PolicyLossConfig { loss_mode, ..config.clone() };
     let input = PolicyLossInput { batch: kept, rollout_is_weights: weights, ..*input };
-    pg_part(&inner, &input, &GlobalCounts::of(&kept, counts.loss_scale_factor))
+    let out = pg_part(&inner, &input, &GlobalCounts::of(&kept, counts.loss_scale_factor))?;
+    Ok(LossOutput { reports: correction.columns(), ..out })
 }

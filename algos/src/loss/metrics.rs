@@ -60,16 +60,11 @@ impl LossMetrics {
         }
         let m = &self.preference;
         if m.num_pairs > 0.0 {
-            let (chosen, rejected) = (m.per_pair(m.chosen_reward_sum), m.per_pair(m.rejected_reward_sum));
-            named.extend([
-                ("rewards/chosen", chosen),
-                ("rewards/rejected", rejected),
-                ("rewards/accuracies", m.accuracy()),
-                ("rewards/margins", chosen - rejected),
-                ("logps/chosen", m.per_pair(m.chosen_log_prob_sum)),
-                ("logps/rejected", m.per_pair(m.rejected_log_prob_sum)),
-                ("nll_loss", m.nll_loss),
-            ]);
+            let (chosen, rejected) = (m.chosen(), m.rejected());
+            named.extend(chosen.iter().flat_map(|(r, lp)| [("rewards/chosen", *r), ("logps/chosen", *lp)]));
+            named.extend(rejected.iter().flat_map(|(r, lp)| [("rewards/rejected", *r), ("logps/rejected", *lp)]));
+            named.extend(chosen.zip(rejected).map(|(c, r)| ("rewards/margins", c.0 - r.0)));
+            named.extend([("rewards/accuracies", m.accuracy()), ("nll_loss", m.nll_loss)]);
         }
         named
     }
@@ -96,5 +91,39 @@ impl LossMetrics {
     /// Mean entropy per token.
     pub fn entropy(&self) -> f64 {
         if self.num_tokens > 0.0 { self.entropy_sum / self.num_tokens } else { 0.0 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn named(rows: &[(bool, f64)]) -> Vec<(&'static str, f64)> {
+        let mut metrics = LossMetrics::default();
+        rows.iter().for_each(|(desirable, reward)| metrics.preference.add_labelled(*desirable, *reward, 2.0 * reward));
+        metrics.named()
+    }
+
+    fn find(named: &[(&'static str, f64)], name: &str) -> Option<f64> {
+        named.iter().find(|(n, _)| *n == name).map(|(_, value)| *value)
+    }
+
+    #[test]
+    fn the_sides_of_labelled_rows_are_averaged_one_by_one() {
+        let three_and_one = named(&[(true, 1.0), (true, 2.0), (true, 6.0), (false, -4.0)]);
+        for (name, expected) in [
+            ("rewards/chosen", 3.0),
+            ("logps/chosen", 6.0),
+            ("rewards/rejected", -4.0),
+            ("logps/rejected", -8.0),
+            ("rewards/margins", 7.0),
+            ("rewards/accuracies", 1.0),
+        ] {
+            assert_eq!(find(&three_and_one, name), Some(expected), "{name}");
+        }
+        let one_side = named(&[(true, 1.0), (true, 3.0)]);
+        assert_eq!(find(&one_side, "rewards/chosen"), Some(2.0));
+        assert_eq!(find(&one_side, "rewards/rejected"), None, "there is no such row");
+        assert_eq!(find(&one_side, "rewards/margins"), None, "there is nothing to compare with");
     }
 }

@@ -79,6 +79,8 @@ pub struct LossOutput {
     pub d_entropies: Vec<f64>,
     /// Sums to add up over micro-batches.
     pub metrics: LossMetrics,
+    /// Further numbers by name, of a loss that sees the whole mini-batch: they do not add up.
+    pub reports: Vec<(String, f64)>,
 }
 
 /// Compute a policy loss with its gradient.
@@ -207,6 +209,7 @@ fn aggregate(batch: &TokenBatch, terms: &Terms, weights: &[f64], input: &PolicyL
         d_log_probs: terms.d_log_probs.iter().zip(weights).map(|(d, w)| d * w).collect(),
         d_entropies: vec![0.0; batch.num_slots()],
         metrics,
+        reports: Vec::new(),
     }
 }
 

@@ -75,6 +75,7 @@ pub fn trl_loss(
             num_pg_tokens: batch.num_tokens() as f64,
             ..LossMetrics::default()
         },
+        reports: Vec::new(),
     };
     let zeros = vec![0; batch.num_slots()];
     let mut report = TrlReport { low_clipped: zeros.clone(), high_clipped: zeros, ..TrlReport::default() };

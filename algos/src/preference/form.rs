@@ -13,6 +13,19 @@ pub enum PreferenceForm {
         /// Mismatched rows (a prompt with another row's response, advantage 0) stand beside the labelled ones.
         mismatched: bool,
     },
+    /// Pairs of answers under a belief, each with its belief and the classes of beliefs: see
+    /// [`Objective`](crate::Objective) for what tells the rows apart.
+    Beliefs,
+}
+
+impl PreferenceForm {
+    /// The form of held-out rows, on which chosen and rejected responses are compared.
+    pub fn held_out(self) -> PreferenceForm {
+        match self {
+            PreferenceForm::Pairs | PreferenceForm::Labels { .. } => PreferenceForm::Pairs,
+            PreferenceForm::Beliefs => PreferenceForm::Beliefs,
+        }
+    }
 }
 
 /// One response's log-probs, summed over its unmasked tokens.
@@ -33,6 +46,7 @@ impl Objective {
             Objective::Sft(_) | Objective::Policy(_) => None,
             Objective::Dpo(_) | Objective::Cpo(_) | Objective::Orpo(_) => Some(PreferenceForm::Pairs),
             Objective::Kto(config) => Some(PreferenceForm::Labels { mismatched: config.reads_mismatched() }),
+            Objective::Gdpo(_) => Some(PreferenceForm::Beliefs),
         }
     }
 
@@ -46,6 +60,7 @@ impl Objective {
             Objective::Sft(_) | Objective::Policy(_) => None,
             Objective::Dpo(config) => Some(config.beta * ratio),
             Objective::Kto(config) => Some(config.beta * ratio),
+            Objective::Gdpo(config) => Some(config.beta * ratio),
             Objective::Orpo(config) => Some(config.beta * mean),
             Objective::Cpo(config) => Some(cpo_reward(config, response.policy, mean)),
         }

@@ -32,6 +32,22 @@ impl Default for GdpoConfig {
     }
 }
 
+impl GdpoConfig {
+    /// Check every range.
+    ///
+    /// # Errors
+    /// The first setting out of range, by name.
+    pub fn validate(&self) -> Result<(), Error> {
+        if !(self.beta > 0.0 && self.beta.is_finite()) {
+            return Err(Error::setting("beta", self.beta, "a number above 0"));
+        }
+        if (0.0..0.5).contains(&self.label_smoothing) {
+            return Ok(());
+        }
+        Err(Error::setting("label_smoothing", self.label_smoothing, "a number from 0 to below 0.5"))
+    }
+}
+
 /// What the loss reads; rows are pairs.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct GdpoInput<'a> {
@@ -72,12 +88,7 @@ pub struct GdpoOutput {
 /// A setting out of range; arrays of different lengths.
 pub fn gdpo_loss(config: &GdpoConfig, input: &GdpoInput<'_>) -> Result<GdpoOutput, Error> {
     let n = input.chosen_log_ratios.len();
-    if !(config.beta > 0.0 && config.beta.is_finite()) {
-        return Err(Error::setting("beta", config.beta, "a number above 0"));
-    }
-    if !(0.0..0.5).contains(&config.label_smoothing) {
-        return Err(Error::setting("label_smoothing", config.label_smoothing, "a number from 0 to below 0.5"));
-    }
+    config.validate()?;
     expect_len("rejected_log_ratios", n, input.rejected_log_ratios.len())?;
     expect_len("belief_log_probs", n, input.belief_log_probs.len())?;
     expect_len("class_log_probs", input.belief_probs.len(), input.class_log_probs.len())?;

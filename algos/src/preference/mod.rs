@@ -10,6 +10,7 @@ mod dpo;
 mod dpo_pair;
 mod form;
 mod gdpo;
+mod gdpo_rows;
 mod kto;
 mod online_dpo;
 mod orpo;
@@ -20,6 +21,7 @@ pub use dpo::{DpoConfig, dpo_loss};
 pub use dpo_pair::{DpoLossType, FDivergence};
 pub use form::{PreferenceForm, ResponseLogProb};
 pub use gdpo::{GdpoConfig, GdpoInput, GdpoOutput, gdpo_loss};
+pub(crate) use gdpo_rows::gdpo_objective;
 pub use kto::{KtoConfig, KtoInput, KtoLossType, KtoOutput, kto_loss};
 pub use online_dpo::{OnlinePairs, online_pairs};
 pub use orpo::{OrpoConfig, odds_ratio, orpo_loss};
@@ -71,11 +73,16 @@ impl PreferenceCounts {
     }
 }
 
-/// Sums over pairs, to add up over micro-batches and divide by the number of pairs.
+/// Sums over pairs or labelled rows, to add up over micro-batches; means are taken side by side, as the sides of
+/// labelled rows may differ in number.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct PreferenceMetrics {
-    /// Number of pairs.
+    /// Number of pairs; a labelled row is half a pair.
     pub num_pairs: f64,
+    /// Number of chosen or desirable rows.
+    pub num_chosen: f64,
+    /// Number of rejected or undesirable rows.
+    pub num_rejected: f64,
     /// Pairs whose chosen reward is above the rejected one.
     pub num_preferred: f64,
     /// Sum of the implicit rewards of chosen rows.
@@ -98,6 +105,8 @@ impl PreferenceMetrics {
     /// Take in one pair's implicit rewards and log-probs.
     fn add_pair(&mut self, rewards: (f64, f64), log_probs: (f64, f64)) {
         self.num_pairs += 1.0;
+        self.num_chosen += 1.0;
+        self.num_rejected += 1.0;
         self.num_preferred += f64::from(u8::from(rewards.0 > rewards.1));
         self.chosen_reward_sum += rewards.0;
         self.rejected_reward_sum += rewards.1;
@@ -111,9 +120,11 @@ impl PreferenceMetrics {
         let preferred = if desirable { reward > 0.0 } else { reward < 0.0 };
         self.num_preferred += 0.5 * f64::from(u8::from(preferred));
         if desirable {
+            self.num_chosen += 1.0;
             self.chosen_reward_sum += reward;
             self.chosen_log_prob_sum += log_prob;
         } else {
+            self.num_rejected += 1.0;
             self.rejected_reward_sum += reward;
             self.rejected_log_prob_sum += log_prob;
         }
@@ -122,6 +133,8 @@ impl PreferenceMetrics {
     /// Add the metrics of other pairs of the same mini-batch.
     pub fn merge(&mut self, other: &PreferenceMetrics) {
         self.num_pairs += other.num_pairs;
+        self.num_chosen += other.num_chosen;
+        self.num_rejected += other.num_rejected;
         self.num_preferred += other.num_preferred;
         self.chosen_reward_sum += other.chosen_reward_sum;
         self.rejected_reward_sum += other.rejected_reward_sum;
@@ -135,6 +148,18 @@ impl PreferenceMetrics {
     /// Share of pairs whose chosen reward is above the rejected one; 0 without pairs.
     pub fn accuracy(&self) -> f64 {
         self.per_pair(self.num_preferred)
+    }
+
+    /// Sums over chosen rows as means: implicit reward and log-prob. `None` without such a row.
+    pub fn chosen(&self) -> Option<(f64, f64)> {
+        let n = self.num_chosen;
+        (n > 0.0).then(|| (self.chosen_reward_sum / n, self.chosen_log_prob_sum / n))
+    }
+
+    /// Sums over rejected rows as means: implicit reward and log-prob. `None` without such a row.
+    pub fn rejected(&self) -> Option<(f64, f64)> {
+        let n = self.num_rejected;
+        (n > 0.0).then(|| (self.rejected_reward_sum / n, self.rejected_log_prob_sum / n))
     }
 
     /// A sum over pairs as a mean; 0 without pairs.

@@ -88,4 +88,9 @@ impl CorrectionOutput {
         metrics.extend(self.rejection.iter().flat_map(|r| r.named()));
         metrics
     }
+
+    /// The same under the names of a step's metrics, `rollout_corr/...`.
+    pub fn columns(&self) -> Vec<(String, f64)> {
+        self.named().into_iter().map(|(name, value)| (format!("rollout_corr/{name}"), value)).collect()
+    }
 }

@@ -6,13 +6,13 @@ use super::{RecipeError, Source};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use temper_algos::Objective;
-use temper_algos::preference::{CpoConfig, CpoLossType, DpoConfig, KtoConfig, OrpoConfig};
+use temper_algos::preference::{CpoConfig, CpoLossType, DpoConfig, GdpoConfig, KtoConfig, OrpoConfig, PreferenceForm};
 use temper_controller::{OnlinePreferenceStage, PolicyStage, PreferenceStage, Stage, check_preferences};
 use temper_types::PromptRow;
 use toml::{Table, Value};
 
 /// Kinds that this module reads.
-pub(super) const PREFERENCE_KINDS: [&str; 6] = ["dpo", "cpo", "simpo", "orpo", "kto", "online_dpo"];
+pub(super) const PREFERENCE_KINDS: [&str; 7] = ["dpo", "cpo", "simpo", "orpo", "kto", "gdpo", "online_dpo"];
 
 /// SimPO's scale of the reward and target margin, as in its paper's Llama-3 runs.
 const SIMPO: (f64, f64) = (2.0, 1.0);
@@ -48,6 +48,7 @@ fn objective(source: &Source, key: &str, kind: &str, loss: Value) -> Result<Obje
         }
         "orpo" => settings(source, key, OrpoConfig::default(), loss).map(Objective::Orpo),
         "kto" => settings(source, key, KtoConfig::default(), loss).map(Objective::Kto),
+        "gdpo" => settings(source, key, GdpoConfig::default(), loss).map(Objective::Gdpo),
         _ => settings(source, key, DpoConfig::default(), one_or_more(loss)).map(Objective::Dpo),
     }
 }
@@ -82,6 +83,7 @@ pub(super) fn rendered(objective: &Objective, is_online: bool) -> (&'static str,
         Objective::Cpo(config) => ("cpo", Value::try_from(config).ok()),
         Objective::Orpo(config) => ("orpo", Value::try_from(config).ok()),
         Objective::Kto(config) => ("kto", Value::try_from(config).ok()),
+        Objective::Gdpo(config) => ("gdpo", Value::try_from(config).ok()),
         Objective::Dpo(config) => (if is_online { "online_dpo" } else { "dpo" }, Value::try_from(config).ok()),
         Objective::Sft(_) | Objective::Policy(_) => ("dpo", None),
     }
@@ -96,16 +98,15 @@ pub(super) fn check(
 ) -> Result<(), RecipeError> {
     let Some(form) = stage.objective.preference_form() else { return Ok(()) };
     check_preferences(form, &stage.data, rows).map_err(|e| source.error(&format!("{key}.data"), e))?;
-    let pairs = temper_algos::preference::PreferenceForm::Pairs;
-    let checked = held_out.map_or(Ok(()), |rows| check_preferences(pairs, &stage.held_out, rows));
+    let checked = held_out.map_or(Ok(()), |rows| check_preferences(form.held_out(), &stage.held_out, rows));
     checked.map_err(|e| source.error(&format!("{key}.held_out"), e))
 }
 
 /// What the stage does, in words.
 pub(super) fn summary(stage: &PreferenceStage, rows: usize) -> String {
-    let is_pairs = stage.objective.preference_form() == Some(temper_algos::preference::PreferenceForm::Pairs);
+    let is_labels = matches!(stage.objective.preference_form(), Some(PreferenceForm::Labels { .. }));
     let taken = stage.steps as f64 * stage.batch_size as f64;
-    let unit = if is_pairs { "pairs" } else { "labelled responses" };
+    let unit = if is_labels { "labelled responses" } else { "pairs" };
     let reference = if stage.objective.needs_reference() { ", against the policy at its start" } else { "" };
     let passes = taken / rows.max(1) as f64;
     format!(
