@@ -77,8 +77,14 @@ const ADVANTAGES: &[Entry] = &[
         "advantage.adv_estimator = \"tir_optimal_token_baseline\"",
     ),
     entry(Kind::Advantage, "gdpo", "2601.05242", "advantage.adv_estimator = \"gdpo\", advantage.gdpo_reward_keys"),
-    entry(Kind::Advantage, "scale_rewards, normalize_then_sum", "TRL", "function_advantages"),
-    entry(Kind::Advantage, "flash_reinforce, reinforce_baseline", "OpenRLHF", "baseline_advantages"),
+    entry(
+        Kind::Advantage,
+        "scale_rewards, normalize_then_sum",
+        "TRL",
+        "advantage.adv_estimator = \"trl_grpo\", scale_rewards, multi_objective_aggregation",
+    ),
+    entry(Kind::Advantage, "flash_reinforce", "OpenRLHF", "advantage.adv_estimator = \"flash_reinforce\""),
+    entry(Kind::Advantage, "reinforce_baseline", "OpenRLHF", "advantage.adv_estimator = \"reinforce_baseline\""),
 ];
 
 const POLICY_LOSSES: &[Entry] = &[
@@ -113,8 +119,8 @@ const POLICY_LOSSES: &[Entry] = &[
     entry(Kind::PolicyLoss, "two-sided clip", "INTELLECT-2", "policy_loss.trl.delta"),
     entry(Kind::PolicyLoss, "high-entropy mask", "2506.01939", "policy_loss.trl.top_entropy_quantile"),
     entry(Kind::PolicyLoss, "off-policy mask", "DeepSeek-V3.2", "policy_loss.trl.off_policy_mask_threshold"),
-    entry(Kind::PolicyLoss, "m2po", "2510.01161", "m2po_mask"),
-    entry(Kind::PolicyLoss, "opsm", "slime", "sequence_kl"),
+    entry(Kind::PolicyLoss, "m2po", "2510.01161", "policy_loss.rollout_correction.m2_threshold"),
+    entry(Kind::PolicyLoss, "opsm", "slime", "policy_loss.opsm_delta"),
 ];
 
 const AROUND_THE_LOSS: &[Entry] = &[
@@ -138,7 +144,7 @@ const AROUND_THE_LOSS: &[Entry] = &[
     entry(Kind::Kl, "kl, abs, mse, low_var_kl and their + forms", "Schulman", "kl_loss_type, kl_penalty"),
     entry(Kind::Kl, "moving reference (TR-DPO)", "2404.09656", "stage: reference.sync_every_steps, mixup_alpha"),
     entry(Kind::Kl, "entropy bonus", "1602.01783", "policy_loss.entropy_coeff"),
-    entry(Kind::Kl, "bounded and unbiased KL", "OpenRLHF", "BoundedKl"),
+    entry(Kind::Kl, "unbiased KL", "OpenRLHF", "policy_loss.unbiased_kl, with use_kl_loss"),
     entry(Kind::RolloutCorrection, "tis", "verl", "policy_loss.rollout_correction.rollout_is, rollout_is_threshold"),
     entry(Kind::RolloutCorrection, "icepop", "verl", "rollout_is_threshold = \"0.5_2.0\""),
     entry(
@@ -158,7 +164,7 @@ const AROUND_THE_LOSS: &[Entry] = &[
         "temper",
         "stage: curriculum.enable, min_pass_rate, max_pass_rate, correct_at, smoothing, revisit_after",
     ),
-    entry(Kind::SamplingControl, "stop-properly penalty", "ProRL", "filters::stop_properly_reward"),
+    entry(Kind::SamplingControl, "stop-properly penalty", "ProRL", "stop_properly_penalty_coef"),
 ];
 
 const PREFERENCES: &[Entry] = &[

@@ -56,7 +56,11 @@ impl BoundedKl {
 
     /// The same value with the gradient of the reverse KL, corrected for samples of the old policy.
     pub fn estimate_unbiased(&self, log_prob: f64, base: f64, old: f64) -> Dual {
-        let weight = (log_prob - old).exp().min(10.0);
-        Dual { value: self.estimate(log_prob, base).value, d: weight * (log_prob - base) }
+        Dual { value: self.estimate(log_prob, base).value, d: unbiased_slope(log_prob, base, old) }
     }
+}
+
+/// Gradient of the reverse KL on samples of the old policy, the importance weight cut at 10 and detached.
+pub(crate) fn unbiased_slope(log_prob: f64, base: f64, old: f64) -> f64 {
+    (log_prob - old).exp().min(10.0) * (log_prob - base)
 }

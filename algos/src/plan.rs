@@ -54,6 +54,9 @@ pub struct AlgorithmConfig {
     pub pf_ppo: PfPpoConfig,
     /// Leave responses that reached the length limit out of the loss.
     pub mask_truncated_completions: bool,
+    /// Reward of responses that reached the length limit: so many times what it was, or, where this is negative, this;
+    /// absent: what it was.
+    pub stop_properly_penalty_coef: Option<f64>,
 }
 
 /// What to compute and provide before advantages and loss.
@@ -100,7 +103,17 @@ impl AlgorithmConfig {
         KlController::new(&self.kl_in_reward.kl_ctrl)?;
         self.pf_ppo.validate()?;
         self.check_best_of_n()?;
+        self.check_stop_properly()?;
         self.overlong.validate()
+    }
+
+    fn check_stop_properly(&self) -> Result<(), Error> {
+        match self.stop_properly_penalty_coef {
+            Some(coef) if !coef.is_finite() || coef > 1.0 => {
+                Err(Error::setting("stop_properly_penalty_coef", coef, "a number of at most 1"))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn check_best_of_n(&self) -> Result<(), Error> {
@@ -135,7 +148,7 @@ impl AlgorithmConfig {
             entropies: self.policy_loss.needs_entropies(),
             sum_pi_squared: token_baseline,
             greedy_baseline: estimator == AdvEstimator::Remax,
-            reward_components: estimator == AdvEstimator::Gdpo,
+            reward_components: self.advantage.reads_components(),
             grouping: grouping(estimator),
             filter_groups: self.filter_groups.enable,
             advantage_scope: advantage_scope(estimator),
@@ -146,7 +159,9 @@ impl AlgorithmConfig {
 
 fn grouping(estimator: AdvEstimator) -> Grouping {
     match estimator {
-        AdvEstimator::Gae | AdvEstimator::ReinforcePlusPlus | AdvEstimator::Remax => Grouping::None,
+        AdvEstimator::Gae | AdvEstimator::ReinforcePlusPlus | AdvEstimator::Remax | AdvEstimator::FlashReinforce => {
+            Grouping::None
+        }
         AdvEstimator::Grpo
         | AdvEstimator::GrpoVectorized
         | AdvEstimator::GrpoPassk
@@ -157,7 +172,9 @@ fn grouping(estimator: AdvEstimator) -> Grouping {
         | AdvEstimator::Gpg
         | AdvEstimator::OptimalTokenBaseline
         | AdvEstimator::TirOptimalTokenBaseline
-        | AdvEstimator::Gdpo => Grouping::Group { min_size: 2 },
+        | AdvEstimator::Gdpo
+        | AdvEstimator::ReinforceBaseline
+        | AdvEstimator::TrlGrpo => Grouping::Group { min_size: 2 },
     }
 }
 
@@ -168,7 +185,10 @@ fn advantage_scope(estimator: AdvEstimator) -> Scope {
         | AdvEstimator::ReinforcePlusPlus
         | AdvEstimator::ReinforcePlusPlusBaseline
         | AdvEstimator::Gpg
-        | AdvEstimator::Gdpo => Scope::MiniBatch,
+        | AdvEstimator::Gdpo
+        | AdvEstimator::ReinforceBaseline
+        | AdvEstimator::FlashReinforce
+        | AdvEstimator::TrlGrpo => Scope::MiniBatch,
         AdvEstimator::Grpo
         | AdvEstimator::GrpoVectorized
         | AdvEstimator::GrpoPassk

@@ -52,7 +52,7 @@ const TRL_TYPES: [TrlLossType; 8] = [
     TrlLossType::Vespo,
 ];
 
-const ESTIMATORS: [AdvEstimator; 14] = [
+const ESTIMATORS: [AdvEstimator; 17] = [
     AdvEstimator::Grpo,
     AdvEstimator::GrpoVectorized,
     AdvEstimator::GrpoPassk,
@@ -67,6 +67,9 @@ const ESTIMATORS: [AdvEstimator; 14] = [
     AdvEstimator::OptimalTokenBaseline,
     AdvEstimator::TirOptimalTokenBaseline,
     AdvEstimator::Gdpo,
+    AdvEstimator::ReinforceBaseline,
+    AdvEstimator::FlashReinforce,
+    AdvEstimator::TrlGrpo,
 ];
 
 fn config(mode: usize, agg: usize, trl: usize) -> PolicyLossConfig {
@@ -416,6 +419,7 @@ fn policy_loss_settings_have_these_keys() {
             "use_kl_loss",
             "kl_loss_coef",
             "kl_loss_type",
+            "unbiased_kl",
             "tau_pos",
             "tau_neg",
             "clip_cov_ratio",
@@ -424,6 +428,7 @@ fn policy_loss_settings_have_these_keys() {
             "kl_cov_ratio",
             "ppo_kl_coef",
             "dro_beta",
+            "opsm_delta",
             "rollout_correction",
             "trl",
         ]
@@ -441,6 +446,8 @@ fn policy_loss_settings_have_these_keys() {
             "handle_zero_tail",
             "gdpo_reward_keys",
             "gdpo_reward_weights",
+            "scale_rewards",
+            "multi_objective_aggregation",
         ]
     );
 }

@@ -3,13 +3,14 @@
 //! consumes: prompts of the stage's dataset
 //! produces: scored samples of at most `prompts_per_step` groups, and a greedy response per prompt where it is needed
 
+use crate::components::{OVERLONG_PENALTY, STOP_PROPERLY_PENALTY};
 use crate::record_row::StepNumbers;
 use crate::rollouts::Group;
 use crate::{Controller, Error, Phase, PolicyStage};
 use serde_json::json;
 use temper_algos::{Plan, filters};
 use temper_proto::ScoreRequest;
-use temper_types::{RewardComponent, RewardOutcome, Sample, SampleKey};
+use temper_types::{FinishReason, RewardComponent, RewardOutcome, Sample, SampleKey};
 
 /// What a step has gathered.
 #[derive(Default)]
@@ -141,10 +142,23 @@ fn score_request(sample: &Sample) -> ScoreRequest {
     }
 }
 
+/// What the response's length does to its reward, each as a component of its own: first what becomes of a response
+/// that the limit cut off, then the penalty of a long one.
 fn penalise_length(stage: &PolicyStage, sample: &mut Sample) {
-    let value = stage.algorithm.overlong.penalty(sample.response_token_ids.len() as u64);
-    if let (Some(RewardOutcome::Scored { reward, components }), true) = (&mut sample.outcome, value != 0.0) {
-        components.push(RewardComponent { name: "overlong_penalty".to_owned(), value });
+    let algorithm = &stage.algorithm;
+    let is_cut = sample.finish_reason == FinishReason::Length;
+    let length = sample.response_token_ids.len() as u64;
+    let Some(RewardOutcome::Scored { reward, components }) = &mut sample.outcome else { return };
+    let mut penalties = Vec::new();
+    if let Some(coef) = algorithm.stop_properly_penalty_coef {
+        let value = if is_cut { filters::stop_properly_reward(*reward, coef) - *reward } else { 0.0 };
+        penalties.push((STOP_PROPERLY_PENALTY, value));
+    }
+    if algorithm.overlong.enable {
+        penalties.push((OVERLONG_PENALTY, algorithm.overlong.penalty(length)));
+    }
+    for (name, value) in penalties {
+        components.push(RewardComponent { name: name.to_owned(), value });
         *reward += value;
     }
 }

@@ -12,6 +12,7 @@ mod beliefs;
 mod checkpoint;
 mod clock;
 mod collect;
+mod components;
 mod config;
 mod controller;
 mod correction;

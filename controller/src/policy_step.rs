@@ -5,6 +5,7 @@
 //! waits for: every group of the step (staleness 0)
 
 use crate::collect::reward_of;
+use crate::components::reward_components;
 use crate::packed::Packed;
 use crate::record_row::{Columns, StepNumbers};
 use crate::{Controller, Error, Phase, PolicyStage};
@@ -12,7 +13,7 @@ use std::collections::BTreeSet;
 use temper_algos::{AdvantageInput, Plan, Rewards, TokenBatch, apply_kl_penalty, compute_advantages, filters, widen};
 use temper_proto::{LogProbs, MiniBatch, PolicyRole, TokenSequence, UpdateReport};
 use temper_telemetry::MetricsRow;
-use temper_types::{RewardOutcome, Sample, derive_seed};
+use temper_types::{Sample, derive_seed};
 
 /// Keeps the noise of drawing rows apart from that of sampling.
 const DRAW_EPOCH: u64 = u64::MAX - 1;
@@ -115,7 +116,7 @@ impl Controller {
             token_rewards => Rewards::Token(token_rewards),
         };
         let old_log_probs = packed.gather(samples, |s| &s.old_log_probs);
-        let components = reward_components(plan, packed, samples);
+        let components = reward_components(stage, plan, &packed.samples, samples)?;
         let component_slices: Vec<&[f64]> = components.iter().map(Vec::as_slice).collect();
         let values: Vec<f64> = packed.samples.iter().flat_map(|i| widen(&samples[*i].values)).collect();
         let input = AdvantageInput {
@@ -237,20 +238,6 @@ fn rows_before_update(stage: &PolicyStage, plan: &Plan, packed: &Packed, samples
 /// Reward of a packed sample.
 fn reward(sample: &Sample) -> f64 {
     reward_of(sample).expect("only scored samples are packed")
-}
-
-/// One array per component, in the order of the first row's; empty where the plan does not ask for them.
-fn reward_components(plan: &Plan, packed: &Packed, samples: &[Sample]) -> Vec<Vec<f64>> {
-    let components = |index: &usize| match &samples[*index].outcome {
-        Some(RewardOutcome::Scored { components, .. }) => components.iter().map(|c| c.value).collect::<Vec<f64>>(),
-        _ => Vec::new(),
-    };
-    if !plan.reward_components {
-        return Vec::new();
-    }
-    let rows: Vec<Vec<f64>> = packed.samples.iter().map(components).collect();
-    let num_components = rows.first().map_or(0, Vec::len);
-    (0..num_components).map(|k| rows.iter().map(|row| row.get(k).copied().unwrap_or(f64::NAN)).collect()).collect()
 }
 
 fn narrow(values: &[f64]) -> Vec<f32> {

@@ -1,5 +1,6 @@
 //! Settings of the advantage estimators, with verl's names.
 
+use super::trl::{MultiObjective, ScaleRewards};
 use crate::Error;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -37,6 +38,13 @@ pub enum AdvEstimator {
     TirOptimalTokenBaseline,
     /// Reward components normalised one by one.
     Gdpo,
+    /// OpenRLHF's: group-centred reward, whitened over the batch by the biased deviation.
+    ReinforceBaseline,
+    /// OpenRLHF's: reward less the mean of the batch.
+    FlashReinforce,
+    /// TRL's: the reward relative to the group, scaled by the deviation of group or batch, or reward components
+    /// normalised one by one and their sum over the batch.
+    TrlGrpo,
 }
 
 /// Settings of the estimators; each reads those it names.
@@ -60,10 +68,14 @@ pub struct AdvantageConfig {
     pub f_norm: f64,
     /// No baseline where only the longest row of a group is left (the token baselines).
     pub handle_zero_tail: bool,
-    /// Names of the reward components that gdpo normalises; empty takes all.
+    /// Names of the reward components that gdpo, and trl_grpo where it normalises before it sums, read; empty takes all.
     pub gdpo_reward_keys: Vec<String>,
-    /// One weight per component of gdpo; empty is all ones.
+    /// One weight per such component; empty is all ones.
     pub gdpo_reward_weights: Vec<f64>,
+    /// What divides the centred reward (trl_grpo).
+    pub scale_rewards: ScaleRewards,
+    /// Order of adding up reward components and normalising (trl_grpo).
+    pub multi_objective_aggregation: MultiObjective,
 }
 
 impl Default for AdvantageConfig {
@@ -79,11 +91,22 @@ impl Default for AdvantageConfig {
             handle_zero_tail: true,
             gdpo_reward_keys: Vec::new(),
             gdpo_reward_weights: Vec::new(),
+            scale_rewards: ScaleRewards::Group,
+            multi_objective_aggregation: MultiObjective::SumThenNormalize,
         }
     }
 }
 
 impl AdvantageConfig {
+    /// True where the estimator reads reward components one by one.
+    pub fn reads_components(&self) -> bool {
+        match self.adv_estimator {
+            AdvEstimator::Gdpo => true,
+            AdvEstimator::TrlGrpo => self.multi_objective_aggregation == MultiObjective::NormalizeThenSum,
+            _ => false,
+        }
+    }
+
     /// Check every range.
     ///
     /// # Errors

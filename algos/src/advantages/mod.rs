@@ -9,6 +9,7 @@ mod gpg;
 mod groups;
 mod grpo;
 mod grpo_passk;
+mod named_peers;
 mod openrlhf;
 mod opo;
 mod reinforce_plus_plus;
@@ -151,6 +152,13 @@ pub fn compute_advantages(config: &AdvantageConfig, input: &AdvantageInput<'_>) 
             return Ok(AdvantageOutput::same(whitened));
         }
         AdvEstimator::Gdpo => return decoupled(config, input, scale),
+        AdvEstimator::TrlGrpo => return named_peers::functions(config, input, &scores()?),
+        AdvEstimator::ReinforceBaseline => {
+            return named_peers::baseline(RewardBaseline::ReinforceBaseline, batch, &scores()?, groups);
+        }
+        AdvEstimator::FlashReinforce => {
+            return named_peers::baseline(RewardBaseline::FlashReinforce, batch, &scores()?, groups);
+        }
         AdvEstimator::Gae => return critic(config, input),
         AdvEstimator::Remax => return greedy_baseline(input),
         AdvEstimator::ReinforcePlusPlus => {

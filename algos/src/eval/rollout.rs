@@ -26,6 +26,7 @@ pub(super) fn config(case: &Case<'_>) -> Result<RolloutCorrectionConfig, Error> 
         rollout_rs: case.text("rollout_rs", "")?.to_owned(),
         rollout_rs_threshold: threshold(case, "rollout_rs_threshold")?,
         loss_type: case.parse("loss_type", "ppo_clip")?,
+        ..default
     })
 }
 

@@ -5,7 +5,7 @@ use crate::Error;
 use crate::advantages::unwhitened_gae;
 use crate::kl::Dual;
 use crate::kl_bounded::BoundedKl;
-use crate::loss::{ClipRange, clipped_surrogate, sequence_kl};
+use crate::loss::{ClipRange, OpsmInput, clipped_surrogate, opsm_kept, sequence_kl};
 use crate::math::Cut;
 
 /// One of slime's functions.
@@ -115,14 +115,11 @@ fn opsm(case: &Case<'_>) -> Result<Results, Error> {
     let advantages = case.sized("advantages", batch.num_slots())?;
     let delta = case.num("opsm_delta", 0.0)?;
     let kl = sequence_kl(&batch, &now, &old);
-    let (mut per_token, mut kept, mut share) = (Vec::new(), Vec::new(), 0.0);
+    let kept = opsm_kept(&batch, OpsmInput { log_probs: &now, old_log_probs: &old, advantages: &advantages }, delta);
+    let (mut per_token, mut share) = (Vec::new(), 0.0);
     for (row, range) in batch.rows().enumerate() {
-        let dropped = range.clone().filter(|t| advantages[*t] < 0.0 && kl[row] > delta).count();
-        share += dropped as f64 / batch.row_len(row).max(1) as f64;
-        for t in range {
-            per_token.push(kl[row]);
-            kept.push(f64::from(u8::from(!(advantages[t] < 0.0 && kl[row] > delta))));
-        }
+        per_token.extend(range.clone().map(|_| kl[row]));
+        share += kept[range].iter().filter(|k| **k == 0.0).count() as f64 / batch.row_len(row).max(1) as f64;
     }
     Ok(Results::default().vector("gspo_kl", &per_token).vector("opsm_mask", &kept).num("opsm_clipfrac", share))
 }

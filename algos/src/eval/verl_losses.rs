@@ -108,7 +108,7 @@ fn config(mode: LossMode, case: &Case<'_>) -> Result<PolicyLossConfig, Error> {
         ppo_kl_coef: case.num("ppo_kl_coef", default.ppo_kl_coef)?,
         dro_beta: case.num("dro_beta", default.dro_beta)?,
         rollout_correction: rollout::config(case)?,
-        trl: default.trl,
+        ..default
     })
 }
 

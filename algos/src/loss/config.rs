@@ -68,6 +68,9 @@ pub struct PolicyLossConfig {
     pub kl_loss_coef: f64,
     /// Its estimator.
     pub kl_loss_type: KlType,
+    /// Give that penalty the gradient of the reverse KL under the policy now, `min(e^(lp - old), 10) (lp - ref)`; its
+    /// value stays.
+    pub unbiased_kl: bool,
     /// Steepness of sapo's gate where the advantage is positive.
     pub tau_pos: f64,
     /// Steepness of sapo's gate elsewhere.
@@ -84,6 +87,8 @@ pub struct PolicyLossConfig {
     pub ppo_kl_coef: f64,
     /// Weight of dro's pull; dro needs a number above 0.
     pub dro_beta: f64,
+    /// Leave out tokens of negative advantage in rows whose mean `old - lp` is above this; absent: none.
+    pub opsm_delta: Option<f64>,
     /// Correction of the gap between engine and trainer: applied once a step, or inside the loss in bypass mode.
     pub rollout_correction: RolloutCorrectionConfig,
     /// Settings of TRL's losses.
@@ -103,6 +108,7 @@ impl Default for PolicyLossConfig {
             use_kl_loss: false,
             kl_loss_coef: 0.001,
             kl_loss_type: KlType::K3,
+            unbiased_kl: false,
             tau_pos: 1.0,
             tau_neg: 1.05,
             clip_cov_ratio: 2e-4,
@@ -111,6 +117,7 @@ impl Default for PolicyLossConfig {
             kl_cov_ratio: 2e-4,
             ppo_kl_coef: 0.1,
             dro_beta: 0.0,
+            opsm_delta: None,
             rollout_correction: RolloutCorrectionConfig::default(),
             trl: TrlConfig::default(),
         }
@@ -144,7 +151,7 @@ impl PolicyLossConfig {
 
     /// What the loss has to see at once.
     pub fn scope(&self) -> Scope {
-        match self.loss_mode {
+        let scope = match self.loss_mode {
             LossMode::Vanilla
             | LossMode::Cispo
             | LossMode::Sapo
@@ -157,7 +164,8 @@ impl PolicyLossConfig {
             LossMode::Trl if self.trl.top_entropy_quantile < 1.0 => Scope::MiniBatch,
             LossMode::Trl => Scope::Sequence,
             LossMode::ClipCov | LossMode::KlCov | LossMode::BypassMode => Scope::MiniBatch,
-        }
+        };
+        if self.opsm_delta.is_some() { scope.max(Scope::Sequence) } else { scope }
     }
 
     /// Check every range.
@@ -186,6 +194,7 @@ impl PolicyLossConfig {
         share("clip_cov_ratio", self.clip_cov_ratio)?;
         share("kl_cov_ratio", self.kl_cov_ratio)?;
         self.rollout_correction.validate()?;
+        self.check_opsm()?;
         self.trl.validate()?;
         if self.loss_mode == LossMode::Dro {
             above_zero("dro_beta", self.dro_beta)?;
@@ -195,5 +204,20 @@ impl PolicyLossConfig {
             return Err(Error::setting("clip_ratio_c", c, "a number above 1, or 0 for no dual clip"));
         }
         Ok(())
+    }
+
+    fn check_opsm(&self) -> Result<(), Error> {
+        match self.opsm_delta {
+            Some(delta) if self.loss_mode == LossMode::Trl => {
+                Err(Error::setting("opsm_delta", delta, "trl.off_policy_mask_threshold, where loss_mode is trl"))
+            }
+            Some(delta) if !(delta >= 0.0 && delta.is_finite()) => {
+                Err(Error::setting("opsm_delta", delta, "a number from 0: rows on-policy have a drift of 0"))
+            }
+            _ if self.unbiased_kl && self.loss_mode == LossMode::Trl => {
+                Err(Error::setting("unbiased_kl", true, "trl.use_bias_correction_kl, where loss_mode is trl"))
+            }
+            _ => Ok(()),
+        }
     }
 }

@@ -19,6 +19,8 @@ pub struct LossMetrics {
     pub num_clipped: f64,
     /// Number of tokens at which the dual clip holds.
     pub num_clipped_lower: f64,
+    /// Number of tokens that off-policy sequence masking left out, where it is on.
+    pub num_opsm: Option<f64>,
     /// Sum of `old_log_prob - log_prob` (kl_cov: of its absolute value).
     pub ppo_kl_sum: f64,
     /// Sum of the entropies of the unmasked tokens.
@@ -39,6 +41,7 @@ impl LossMetrics {
         self.entropy_agg += other.entropy_agg;
         self.num_clipped += other.num_clipped;
         self.num_clipped_lower += other.num_clipped_lower;
+        self.num_opsm = self.num_opsm.map_or(other.num_opsm, |n| Some(n + other.num_opsm.unwrap_or(0.0)));
         self.ppo_kl_sum += other.ppo_kl_sum;
         self.entropy_sum += other.entropy_sum;
         self.preference.merge(&other.preference);
@@ -57,6 +60,7 @@ impl LossMetrics {
                 ("kl_loss", self.kl_loss),
                 ("log_ratio_max", self.log_ratio_max),
             ]);
+            named.extend(self.num_opsm.map(|n| ("opsm_clipfrac", self.per_pg_token(n))));
         }
         let m = &self.preference;
         if m.num_pairs > 0.0 {

@@ -17,6 +17,7 @@ mod gpg;
 mod gspo;
 mod masks;
 mod metrics;
+mod opsm;
 mod sapo;
 mod sequence_ppo;
 mod terms;
@@ -35,11 +36,13 @@ pub use trl_config::{ImportanceLevel, TrlConfig, TrlLossType};
 
 use crate::batch::require_tokens;
 use crate::kl::kl_penalty;
+use crate::kl_bounded::unbiased_slope;
 use crate::masked::broadcast;
 use crate::math::Cut;
 use crate::{Error, TokenBatch};
 pub(crate) use config::ClipRange;
 pub(crate) use masks::{gamma_weight, high_entropy, off_policy_rows};
+pub(crate) use opsm::{OpsmInput, kept as opsm_kept};
 pub(crate) use sapo::gate;
 use terms::Terms;
 pub(crate) use terms::{TokenTerm, larger, smaller};
@@ -125,7 +128,14 @@ fn pg_part(config: &PolicyLossConfig, input: &PolicyLossInput<'_>, counts: &Glob
         LossMode::Sapo => broadcast(batch, &LossAggMode::SeqMeanTokenMean.row_weights(batch, counts)?),
         _ => broadcast(batch, &config.loss_agg_mode.row_weights(batch, counts)?),
     };
-    let mut out = aggregate(batch, &surrogate(config, input), &weights, input);
+    let mut terms = surrogate(config, input);
+    let kept = config.opsm_delta.map(|delta| opsm_kept(batch, OpsmInput::of(input), delta));
+    if let Some(kept) = &kept {
+        terms.weigh(batch, kept);
+    }
+    let mut out = aggregate(batch, &terms, &weights, input);
+    let is_dropped = |kept: &Vec<f64>| (0..kept.len()).filter(|t| batch.is_active(*t) && kept[*t] == 0.0).count();
+    out.metrics.num_opsm = kept.as_ref().map(|kept| is_dropped(kept) as f64);
     out.metrics.ppo_kl_sum = ppo_kl_sum(config.loss_mode, input);
     Ok(out)
 }
@@ -221,10 +231,14 @@ fn add_kl(
 ) -> Result<(), Error> {
     let reference = require_tokens(&input.batch, "use_kl_loss", "ref_log_probs", input.ref_log_probs)?;
     let kl = kl_penalty(config.kl_loss_type, &input.batch, input.log_probs, reference)?;
+    let slope = |t: usize, own: f64| match config.unbiased_kl {
+        true if input.batch.is_active(t) => unbiased_slope(input.log_probs[t], reference[t], input.old_log_probs[t]),
+        _ => own,
+    };
     let mut total = 0.0;
     for (t, (kl, weight)) in kl.iter().zip(weights).enumerate() {
         total += kl.value * weight;
-        out.d_log_probs[t] += config.kl_loss_coef * kl.d * weight;
+        out.d_log_probs[t] += config.kl_loss_coef * slope(t, kl.d) * weight;
     }
     out.metrics.kl_loss = total;
     out.loss += config.kl_loss_coef * total;

@@ -11,6 +11,7 @@ mod engine_ratio;
 mod named;
 mod off_policy;
 mod rejection;
+mod second_moment;
 mod weights;
 
 pub use engine_ratio::{EngineRange, OutOfRange, engine_ratio};
@@ -71,6 +72,9 @@ pub struct RolloutCorrectionConfig {
     pub rollout_rs: String,
     /// One bound for all options, or one per option.
     pub rollout_rs_threshold: Option<Threshold>,
+    /// Rejects the tokens with the largest squared log-ratios until the mean of the rest is at most this (M2PO);
+    /// absent: none.
+    pub m2_threshold: Option<f64>,
     /// The loss of bypass mode.
     pub loss_type: BypassLoss,
 }
@@ -83,6 +87,7 @@ impl Default for RolloutCorrectionConfig {
             rollout_is_batch_normalize: false,
             rollout_rs: String::new(),
             rollout_rs_threshold: None,
+            m2_threshold: None,
             loss_type: BypassLoss::PpoClip,
         }
     }
@@ -99,6 +104,8 @@ pub struct CorrectionOutput {
     pub weight_metrics: Option<WeightMetrics>,
     /// Report of the rejection, where there is one.
     pub rejection: Option<RejectionReport>,
+    /// Share of the tokens that M2PO's rejection leaves out, of those that the other one kept; absent without it.
+    pub m2_masked_fraction: Option<f64>,
     /// How far trainer and engine are apart.
     pub off_policy: OffPolicyMetrics,
 }
@@ -106,7 +113,7 @@ pub struct CorrectionOutput {
 impl RolloutCorrectionConfig {
     /// True where weights or rejection are asked for.
     pub fn is_active(&self) -> bool {
-        self.rollout_is != IsLevel::None || !self.rollout_rs.is_empty()
+        self.rollout_is != IsLevel::None || !self.rollout_rs.is_empty() || self.m2_threshold.is_some()
     }
 
     /// Check every range and text.
@@ -120,6 +127,9 @@ impl RolloutCorrectionConfig {
                 let expected = "bounds around 1: a token on-policy has the weight 1 and keeps it";
                 return Err(Error::setting("rollout_is_threshold", self.rollout_is_threshold.to_string(), expected));
             }
+        }
+        if let Some(bound) = self.m2_threshold.filter(|bound| !(*bound >= 0.0 && bound.is_finite())) {
+            return Err(Error::setting("m2_threshold", bound, "a number from 0"));
         }
         if self.rollout_rs.is_empty() {
             return Ok(());
@@ -156,11 +166,16 @@ pub fn rollout_correction(
     } else {
         Some(rejection_mask(&config.rollout_rs, config.rollout_rs_threshold.as_ref(), batch, &log_ratio)?)
     };
-    let (response_mask, rejection) = match rejected {
+    let (mut response_mask, rejection) = match rejected {
         Some(RejectionOutput { response_mask, report }) => (response_mask, Some(report)),
         None => (batch.response_mask().to_vec(), None),
     };
+    let mut m2_masked_fraction = None;
+    if let Some(threshold) = config.m2_threshold {
+        let (left, share) = second_moment::reject(&batch.with_mask(&response_mask)?, &log_ratio, threshold);
+        (response_mask, m2_masked_fraction) = (left, Some(share));
+    }
     let (weights, weight_metrics) = weights.map_or((None, None), |w| (Some(w.weights), Some(w.metrics)));
     let off_policy = off_policy_metrics(batch, old_log_probs, rollout_log_probs)?;
-    Ok(CorrectionOutput { weights, response_mask, weight_metrics, rejection, off_policy })
+    Ok(CorrectionOutput { weights, response_mask, weight_metrics, rejection, m2_masked_fraction, off_policy })
 }

@@ -86,6 +86,7 @@ impl CorrectionOutput {
         let mut metrics: Vec<(String, f64)> = self.off_policy.named().into_iter().map(owned).collect();
         metrics.extend(self.weight_metrics.iter().flat_map(|m| m.named()).map(owned));
         metrics.extend(self.rejection.iter().flat_map(|r| r.named()));
+        metrics.extend(self.m2_masked_fraction.map(|share| ("m2_masked_fraction".to_owned(), share)));
         metrics
     }
 

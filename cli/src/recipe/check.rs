@@ -100,10 +100,7 @@ fn check_stage(
     (index, stage): (usize, &Stage),
 ) -> Result<(), RecipeError> {
     let key = format!("stage.{index}");
-    stage.validate(&key).map_err(|e| match e {
-        temper_controller::Error::Config { key, problem } => source.error(&key, problem),
-        other => source.error(&key, other),
-    })?;
+    stage.validate(&key).map_err(|e| config_error(source, e))?;
     let rows = dataset(data, source, &format!("{key}.data"), stage.data())?;
     match stage {
         Stage::Sft(stage) => check_sft(source, &key, stage, rows),
@@ -135,6 +132,13 @@ fn check_stage(
     }
 }
 
+fn config_error(source: &Source, error: temper_controller::Error) -> RecipeError {
+    match error {
+        temper_controller::Error::Config { key, problem } => source.error(&key, problem),
+        other => source.error("stage", other),
+    }
+}
+
 fn check_sft(source: &Source, key: &str, stage: &SftStage, rows: &[PromptRow]) -> Result<(), RecipeError> {
     match rows.iter().find(|row| row.completion.is_none()) {
         Some(row) => {
@@ -158,6 +162,8 @@ fn check_policy(
         return Err(source.error("reward", "there is no reward: expected [[reward.components]] with a `kind`"));
     }
     recipe.reward.validate().map_err(|e| source.error("reward", e))?;
+    let names: Vec<&str> = recipe.reward.components.iter().map(|c| c.name()).collect();
+    stage.check_components(key, &names).map_err(|e| config_error(source, e))?;
     check_directories(recipe, source)?;
     check_ground_truth(recipe, source, &format!("{key}.data"), rows)?;
     check_lengths(recipe, source, key, stage)

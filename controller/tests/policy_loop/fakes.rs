@@ -129,7 +129,10 @@ impl RewardService for Reward {
     fn score(&self, requests: &[ScoreRequest]) -> ServiceResult<Vec<RewardOutcome>> {
         let outcome = |request: &ScoreRequest| match (self.0.reward)(request) {
             Some(reward) => {
-                let components = vec![RewardComponent { name: "fake".to_owned(), value: reward }];
+                let length = request.num_response_tokens as f64;
+                let components = [("fake", reward), ("length", length)];
+                let components =
+                    components.map(|(name, value)| RewardComponent { name: name.to_owned(), value }).into();
                 RewardOutcome::Scored { reward, components }
             }
             None => RewardOutcome::Failed(RewardFailure { scorer: "fake".to_owned(), cause: "asked to".to_owned() }),

@@ -1,6 +1,7 @@
 //! The policy loop over fake workers: what reaches the trainer, what is recorded, and what a resumed run repeats.
 
 mod critic;
+mod estimators;
 mod fakes;
 
 use fakes::{Behaviour, Call, engine_log_prob, first_id, metrics, run_in, stage, updates};
