@@ -22,6 +22,7 @@ mod dataset;
 mod distill_config;
 mod distill_step;
 mod error;
+pub mod fleet;
 mod online_preference_step;
 mod packed;
 mod phase;

@@ -8,6 +8,7 @@ mod codegen;
 mod layers;
 mod learning;
 mod readme;
+mod simulate;
 mod tidy;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -21,6 +22,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   readme    the commands of README.md parse; those marked <!-- ci: run --> are run
   learning  train the recipes and write docs/learning.md and docs/learning.svg (--help: its arguments)
   codegen   Rust from the .proto files, committed (--check: compare only)
+  simulate  the control plane in its simulator, for minutes or for one seed (--help: its arguments)
   ci        formatting, clippy, docs, tidy, layers, codegen, licences, readme: everything but the tests";
 
 fn main() -> ExitCode {
@@ -35,6 +37,11 @@ fn main() -> ExitCode {
         }
         ["learning", rest @ ..] => workspace_root().and_then(|root| learning::run(&root, rest)),
         ["codegen", rest @ ..] => workspace_root().and_then(|root| codegen::run(&root, rest)),
+        ["simulate", "--help" | "-h"] => {
+            println!("{}", simulate::USAGE);
+            Ok(())
+        }
+        ["simulate", rest @ ..] => workspace_root().and_then(|root| simulate::run(&root, rest)),
         ["ci"] => workspace_root().and_then(|root| ci::run(&root)),
         ["help" | "--help" | "-h"] => {
             println!("{USAGE}");
