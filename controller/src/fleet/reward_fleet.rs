@@ -45,8 +45,8 @@ impl FleetReward {
         FleetReward { shared: Arc::new(Shared::new(Role::Reward, config, clock, Outcomes::default())) }
     }
 
-    /// Take in a worker. A name that is known begins a new life, and what its earlier one had is issued again. Gives the
-    /// number of the life.
+    /// Take in a worker. A name that is known begins a new life, and what its earlier one had is issued again. Gives
+    /// the number of the life.
     ///
     /// # Errors
     /// `ResourceExhausted` where the system refuses a thread.

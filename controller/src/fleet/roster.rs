@@ -1,8 +1,8 @@
 //! What the two fleets have in common: members, their orders, and waiting.
 //!
 //! Owns: the control plane behind a mutex, and one queue of orders per worker. A worker's thread takes its orders from
-//! here, calls the worker without holding the mutex, and tells the control plane what came of it. A thread that hangs in
-//! a call is left behind: its worker is lost, and whatever it says later is of an earlier life.
+//! here, calls the worker without holding the mutex, and tells the control plane what came of it. A thread that hangs
+//! in a call is left behind: its worker is lost, and whatever it says later is of an earlier life.
 
 use super::event::{Action, AtBump, Event, Job, JobKey, LossCause, Origin, PlaneConfig, Role, Ticket, Time, WorkerId};
 use super::plane::ControlPlane;
