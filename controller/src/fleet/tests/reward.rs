@@ -42,7 +42,7 @@ fn outcomes_stand_in_the_requests_order_whoever_scores() {
         assert_eq!(fleet.score(&[]), Ok(vec![]));
         assert!(fleet.fences().is_empty());
     }
-    let (fleet, _) = fleet(&[good("a"), FakeReward::new("b", Manner::DiesAfter(1))]);
+    let (fleet, _) = fleet(&[good("a"), FakeReward::new("b", Manner::DiesAfter(0))]);
     assert_eq!(fleet.score(&requests()), Ok(undisturbed()));
     assert_eq!(fleet.workers()[1].phase, WorkerPhase::Lost(LossCause::CallFailed));
     assert_eq!(fleet.workers()[1].last_error.as_deref(), Some("b: score failed: connection reset"));
