@@ -7,6 +7,9 @@ pub const LOG: &str = "TEMPER_LOG";
 /// of resume.
 pub const KILL_AT: &str = "TEMPER_KILL_AT";
 
+/// `PATH`: where programs of rewards are looked for that are given by a bare name.
+pub const PATH: &str = "PATH";
+
 /// Value of a variable, where it is set to valid text.
 pub fn read(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.is_empty())

@@ -72,6 +72,10 @@ pub fn usage(message: impl Display) -> anyhow::Error {
 }
 
 fn main() -> ExitCode {
+    // A reward's processes are this binary in another role: they take no flags and read no environment.
+    if let Some(code) = temper_reward::role(std::env::args_os().skip(1)) {
+        return code;
+    }
     let cli = Cli::parse();
     let filter = env::read(env::LOG).unwrap_or_else(|| "warn".to_owned());
     if let Err(error) = temper_telemetry::init_tracing(&filter) {

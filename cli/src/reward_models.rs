@@ -1,5 +1,7 @@
-//! Assembly of the reward service: verifiers, and reward models from directories or from the trainer.
+//! Assembly of the reward service: verifiers, the user's own code, and reward models from directories or from the
+//! trainer.
 
+use crate::env;
 use crate::recipe::Recipe;
 use crate::teachers::same_tokenizer;
 use anyhow::{Context, Result};
@@ -7,10 +9,17 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
 use temper_proto::{ScalarModelService, TokenSequence};
-use temper_reward::{LocalRewardService, ModelScorer, RewardModelConfig, RewardModelSource, Scorer, SequenceScorer};
+use temper_reward::{
+    Launcher, LocalRewardService, ModelScorer, RewardModelConfig, RewardModelSource, Scorer, SequenceScorer,
+};
 use temper_tensor::Device;
 use temper_trainer::LocalTrainerService;
 use temper_types::DType;
+
+/// How the processes of external rewards are started.
+pub fn launcher() -> Launcher {
+    Launcher::this_binary(env::read(env::PATH).unwrap_or_default())
+}
 
 /// What reward models are made from.
 pub struct RewardModels<'a> {
@@ -31,7 +40,9 @@ impl RewardModels<'_> {
     /// A reward that cannot be compiled, a model that cannot be loaded, or one with another tokenizer.
     pub fn reward_service(&self, recipe: &Recipe) -> Result<LocalRewardService> {
         let threads = NonZeroUsize::new(recipe.placement.reward_threads).unwrap_or(NonZeroUsize::MIN);
-        LocalRewardService::new(Scorer::new(recipe.reward.clone())?, threads).with_models(|config| self.find(config))
+        LocalRewardService::new(Scorer::new(recipe.reward.clone())?, threads)
+            .with_external(&launcher())?
+            .with_models(|config| self.find(config))
     }
 
     fn find(&self, config: &RewardModelConfig) -> Result<Arc<dyn SequenceScorer>> {

@@ -59,7 +59,9 @@ pub(crate) fn reward_components(
     };
     let mut names: Vec<&str> = stage.algorithm.advantage.gdpo_reward_keys.iter().map(String::as_str).collect();
     if names.is_empty() {
-        names = rows.first().map_or(&[][..], |index| of(*index)).iter().map(|c| c.name.as_str()).collect();
+        // What a component reports beside its value has a slash in its name, and is recorded only.
+        let all = rows.first().map_or(&[][..], |index| of(*index)).iter().map(|c| c.name.as_str());
+        names = all.filter(|name| !name.contains('/')).collect();
     }
     let value = |name: &str, index: usize| {
         let known: Vec<&str> = of(index).iter().map(|c| c.name.as_str()).collect();

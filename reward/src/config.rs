@@ -5,6 +5,7 @@
 //! shortcut for one component of that kind with default parameters.
 
 use crate::error::Error;
+use crate::external::{CommandConfig, HttpConfig, PythonConfig};
 use crate::reward_model::RewardModelConfig;
 use crate::verifiers::contains::ContainsConfig;
 use crate::verifiers::exact_match::ExactMatchConfig;
@@ -70,6 +71,12 @@ pub enum RewardKind {
     Contains(ContainsConfig),
     /// The score of a reward model.
     RewardModel(RewardModelConfig),
+    /// The answer of a program that speaks JSON lines.
+    Command(CommandConfig),
+    /// What a function of a Python file returns.
+    Python(PythonConfig),
+    /// The answer of an HTTP endpoint.
+    Http(HttpConfig),
 }
 
 /// Which part of a response is verified. A response without that part scores 0: it does not give an answer.
@@ -110,14 +117,30 @@ fn first_group() -> usize {
 }
 
 /// Names of all kinds of reward.
-const KINDS: [&str; 10] =
-    ["exact_match", "number", "math", "regex", "format", "length", "overlong", "json", "contains", "reward_model"];
+const KINDS: [&str; 13] = [
+    "exact_match",
+    "number",
+    "math",
+    "regex",
+    "format",
+    "length",
+    "overlong",
+    "json",
+    "contains",
+    "reward_model",
+    "command",
+    "python",
+    "http",
+];
 /// Kinds with parameters that have no default, and which those are.
-const NEEDY: [(&str, &str); 4] = [
+const NEEDY: [(&str, &str); 7] = [
     ("regex", "`pattern`"),
     ("length", "`target_tokens`"),
     ("overlong", "`max_tokens` and `buffer_tokens`"),
     ("reward_model", "`model`"),
+    ("command", "`command`"),
+    ("python", "`path`"),
+    ("http", "`url`"),
 ];
 
 impl RewardKind {
@@ -134,7 +157,15 @@ impl RewardKind {
             RewardKind::Json(_) => "json",
             RewardKind::Contains(_) => "contains",
             RewardKind::RewardModel(_) => "reward_model",
+            RewardKind::Command(_) => "command",
+            RewardKind::Python(_) => "python",
+            RewardKind::Http(_) => "http",
         }
+    }
+
+    /// True for the user's own code, which runs elsewhere.
+    pub const fn is_external(&self) -> bool {
+        matches!(self, RewardKind::Command(_) | RewardKind::Python(_) | RewardKind::Http(_))
     }
 
     /// True where a sample without ground truth cannot be scored.
@@ -147,7 +178,10 @@ impl RewardKind {
             | RewardKind::Length(_)
             | RewardKind::Overlong(_)
             | RewardKind::Json(_)
-            | RewardKind::RewardModel(_) => false,
+            | RewardKind::RewardModel(_)
+            | RewardKind::Command(_)
+            | RewardKind::Python(_)
+            | RewardKind::Http(_) => false,
         }
     }
 }
@@ -310,6 +344,9 @@ fn parameter_names(kind: &str) -> Vec<String> {
         "json" => schemars::schema_for!(JsonConfig),
         "contains" => schemars::schema_for!(ContainsConfig),
         "reward_model" => schemars::schema_for!(RewardModelConfig),
+        "command" => schemars::schema_for!(CommandConfig),
+        "python" => schemars::schema_for!(PythonConfig),
+        "http" => schemars::schema_for!(HttpConfig),
         _ => return Vec::new(),
     };
     let properties = schema.get("properties").and_then(Value::as_object);

@@ -53,6 +53,14 @@ pub enum Error {
         /// What is wrong and what would be right.
         cause: String,
     },
+    /// A reward of the user's own code cannot be run.
+    #[error("reward component `{component}`: {cause}")]
+    External {
+        /// Name of the component.
+        component: String,
+        /// What is wrong and what would be right.
+        cause: String,
+    },
     /// There is nothing to score with.
     #[error("reward has no components: expected at least one")]
     NoComponents,
@@ -80,7 +88,7 @@ pub(crate) enum Cause {
     #[error("value {0} is not finite")]
     NonFinite(f64),
     #[error("{0}")]
-    Model(String),
+    Elsewhere(String),
 }
 
 impl Cause {

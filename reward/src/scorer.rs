@@ -2,6 +2,7 @@
 
 use crate::config::{ComponentConfig, Extract, RewardConfig, RewardKind};
 use crate::error::{Cause, Error};
+use crate::external::Answer;
 use crate::reward_model::RewardModelConfig;
 use crate::text;
 use crate::verifiers;
@@ -56,9 +57,14 @@ impl Scorer {
     }
 
     /// Score one sample: all components and their weighted sum, or the first component that failed and why. A
-    /// component of kind `reward_model` fails: a scorer alone holds no model.
+    /// component that is a reward model or the user's own code fails: a scorer alone holds none of them.
     pub fn score(&self, input: ScoreInput<'_>) -> RewardOutcome {
-        self.score_with(input, &|_| Err("no model is at hand to score with".to_owned()))
+        self.score_with(input, &|_| Err("nothing is at hand to score with".to_owned()))
+    }
+
+    /// The components' configuration, in the order of their values.
+    pub(crate) fn components(&self) -> impl Iterator<Item = &ComponentConfig> {
+        self.components.iter().map(|component| &component.config)
     }
 
     /// Indices of the components that are reward models, with their configuration.
@@ -69,19 +75,26 @@ impl Scorer {
         })
     }
 
-    /// As [`Scorer::score`]; `model_score` gives the score of the reward model at that component, or why there is none.
+    /// As [`Scorer::score`]; `elsewhere` gives what the reward model or external reward at that component says, or why
+    /// it says nothing. What an external reward reports beside its score stands behind all components, named
+    /// `<component>/<part>`.
     pub(crate) fn score_with(
         &self,
         input: ScoreInput<'_>,
-        model_score: &dyn Fn(usize) -> Result<f64, String>,
+        elsewhere: &dyn Fn(usize) -> Result<Answer, String>,
     ) -> RewardOutcome {
-        let mut values = Vec::with_capacity(self.components.len());
+        let (mut values, mut parts) = (Vec::with_capacity(self.components.len()), Vec::new());
         let mut reward = 0.0;
         for (index, component) in self.components.iter().enumerate() {
             let name = component.config.name();
-            let value = match &component.config.kind {
-                RewardKind::RewardModel(_) => model_score(index).map_err(Cause::Model).and_then(finite),
-                _ => component.value(&input),
+            let kind = &component.config.kind;
+            let value = if kind.is_external() || matches!(kind, RewardKind::RewardModel(_)) {
+                elsewhere(index).map_err(Cause::Elsewhere).and_then(|answer| {
+                    parts.extend(answer.components.into_iter().map(|part| within(name, part)));
+                    finite(answer.score)
+                })
+            } else {
+                component.value(&input)
             };
             match value {
                 Ok(value) => {
@@ -92,11 +105,16 @@ impl Scorer {
             }
         }
         if reward.is_finite() {
+            values.append(&mut parts);
             RewardOutcome::Scored { reward, components: values }
         } else {
             failed("weighted sum", &Cause::NonFinite(reward))
         }
     }
+}
+
+fn within(component: &str, part: RewardComponent) -> RewardComponent {
+    RewardComponent { name: format!("{component}/{}", part.name), ..part }
 }
 
 fn finite(value: f64) -> Result<f64, Cause> {
@@ -170,7 +188,9 @@ impl Component {
             }
             RewardKind::Json(config) => verifiers::json::verify(config, answer),
             RewardKind::Contains(config) => verifiers::contains::verify(config, answer, input.ground_truth),
-            RewardKind::RewardModel(_) => Err(Cause::Model("a model reads ids, not text".to_owned())),
+            RewardKind::RewardModel(_) | RewardKind::Command(_) | RewardKind::Python(_) | RewardKind::Http(_) => {
+                Err(Cause::Elsewhere("it is scored elsewhere".to_owned()))
+            }
         }
     }
 }

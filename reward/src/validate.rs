@@ -27,7 +27,9 @@ impl RewardConfig {
 
 fn check_component(component: &ComponentConfig) -> Result<(), Error> {
     let check = Check { component: component.name() };
-    check.that(!component.name().is_empty(), "name", &"", "a name")?;
+    // A slash stands between an external component and what it reports beside its score.
+    let is_name = !component.name().is_empty() && !component.name().contains('/');
+    check.that(is_name, "name", &component.name(), "a name without a slash")?;
     check.that(component.weight.is_finite(), "weight", &component.weight, "a finite number")?;
     check_extract(&check, component)?;
     match &component.kind {
@@ -60,6 +62,9 @@ fn check_component(component: &ComponentConfig) -> Result<(), Error> {
             &"",
             "a Hugging Face directory of a sequence classifier with one label",
         ),
+        RewardKind::Command(config) => config.validate(&check),
+        RewardKind::Python(config) => config.validate(&check),
+        RewardKind::Http(config) => config.validate(&check),
         RewardKind::ExactMatch(_) | RewardKind::Math(_) | RewardKind::Json(_) => Ok(()),
     }
 }
@@ -79,9 +84,10 @@ fn check_extract(check: &Check<'_>, component: &ComponentConfig) -> Result<(), E
     let Some(extract) = &component.extract else {
         return Ok(());
     };
-    let reads_text =
-        !matches!(component.kind, RewardKind::Length(_) | RewardKind::Overlong(_) | RewardKind::RewardModel(_));
-    check.that(reads_text, "extract", extract, "none: this kind measures the whole response")?;
+    let measures_all =
+        matches!(component.kind, RewardKind::Length(_) | RewardKind::Overlong(_) | RewardKind::RewardModel(_));
+    let reads_part = !measures_all && !component.kind.is_external();
+    check.that(reads_part, "extract", extract, "none: this kind measures the whole response")?;
     match extract {
         Extract::After(text) | Extract::Tag(text) => {
             check.that(!text.is_empty(), "extract", &"", "a text that is not empty")
@@ -95,12 +101,19 @@ fn check_extract(check: &Check<'_>, component: &ComponentConfig) -> Result<(), E
     }
 }
 
-struct Check<'a> {
+/// Names the component in every finding.
+pub(crate) struct Check<'a> {
     component: &'a str,
 }
 
 impl Check<'_> {
-    fn that(&self, holds: bool, key: &'static str, got: &dyn std::fmt::Debug, expected: &str) -> Result<(), Error> {
+    pub(crate) fn that(
+        &self,
+        holds: bool,
+        key: &'static str,
+        got: &dyn std::fmt::Debug,
+        expected: &str,
+    ) -> Result<(), Error> {
         if holds {
             return Ok(());
         }

@@ -4,16 +4,19 @@ use super::common::compute::ComputeArgs;
 use super::common::engine::{Generator, Naming, Request, SpeculativeArg, as_chat, write_dataset};
 use super::common::output::print;
 use super::common::sampling::SamplingArgs;
+use crate::reward_models::launcher;
 use crate::usage;
 use anyhow::{Result, anyhow};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 use temper_algos::metrics::{best_at_k, maj_at_n, mean_at_n, pass_at_k};
-use temper_reward::{RewardConfig, ScoreInput, Scorer};
-use temper_types::{RewardOutcome, Sample};
+use temper_proto::ScoreRequest;
+use temper_reward::{LocalRewardService, RewardConfig, Scorer};
+use temper_types::{RewardOutcome, Sample, SampleKey};
 
 /// Score a model on prompts with known answers: mean@n, best@n, maj@n and pass@k, by data source.
 ///
@@ -96,7 +99,7 @@ impl Eval {
         if self.n == 0 {
             return Err(usage("--n 0: expected 1 or more"));
         }
-        let scorer = self.scorer()?;
+        let reward = self.reward()?;
         let mut rows = temper_data::prompts::read_prompts(&self.data)?;
         rows.truncate(self.limit.unwrap_or(usize::MAX));
         if rows.is_empty() {
@@ -118,12 +121,11 @@ impl Eval {
         };
         let (mut sources, mut kept) = (BTreeMap::<String, Source>::new(), Vec::new());
         generator.run(&rows, &request, |row, group, result| {
-            let mut samples = Vec::new();
-            for sample in result.samples {
-                let mut sample = generator.to_sample(row, group, &result.worker, sample);
-                sample.outcome = Some(score(&scorer, &sample));
-                samples.push(sample);
-            }
+            let worker = result.worker;
+            let sample = |sample| generator.to_sample(row, group, &worker, sample);
+            let mut samples: Vec<Sample> = result.samples.into_iter().map(sample).collect();
+            let outcomes = reward.outcomes(&samples.iter().map(request_of).collect::<Vec<_>>())?;
+            samples.iter_mut().zip(outcomes).for_each(|(sample, outcome)| sample.outcome = Some(outcome));
             sources.entry(row.data_source.clone()).or_default().add(&samples);
             if self.output.is_some() {
                 kept.extend(samples);
@@ -136,13 +138,15 @@ impl Eval {
         self.report(&sources)
     }
 
-    fn scorer(&self) -> Result<Scorer> {
+    fn reward(&self) -> Result<LocalRewardService> {
         let config = if self.reward.trim_start().starts_with('{') {
             serde_json::from_str::<RewardConfig>(&self.reward).map_err(|e| usage(format!("--reward: {e}")))?
         } else {
             RewardConfig::from_name(&self.reward).map_err(|e| usage(format!("--reward: {e}")))?
         };
-        Scorer::new(config).map_err(|e| usage(format!("--reward: {e}")))
+        let scorer = Scorer::new(config).map_err(|e| usage(format!("--reward: {e}")))?;
+        let service = LocalRewardService::new(scorer, NonZeroUsize::MIN);
+        service.with_external(&launcher()).map_err(|e| usage(format!("--reward: {e}")))
     }
 
     fn report(&self, sources: &BTreeMap<String, Source>) -> Result<()> {
@@ -170,15 +174,24 @@ impl Eval {
     }
 }
 
-fn score(scorer: &Scorer, sample: &Sample) -> RewardOutcome {
-    scorer.score(ScoreInput {
-        data_source: &sample.data_source,
-        response: &sample.response,
-        ground_truth: sample.ground_truth.as_deref(),
-        extra_info: sample.extra_info.as_deref(),
+fn request_of(sample: &Sample) -> ScoreRequest {
+    ScoreRequest {
+        key: SampleKey {
+            prompt_id: sample.prompt_id,
+            group_id: sample.group_id,
+            sample_index: sample.sample_index,
+            epoch: sample.epoch,
+        },
+        data_source: sample.data_source.clone(),
+        prompt: sample.prompt.clone(),
+        response: sample.response.clone(),
+        num_response_tokens: sample.response_token_ids.len(),
+        prompt_token_ids: sample.prompt_token_ids.clone(),
+        response_token_ids: sample.response_token_ids.clone(),
         finish_reason: sample.finish_reason,
-        response_len_tokens: sample.response_token_ids.len(),
-    })
+        ground_truth: sample.ground_truth.clone(),
+        extra_info: sample.extra_info.clone(),
+    }
 }
 
 /// What votes in maj@n: the last line that is not blank.

@@ -4,6 +4,7 @@ use super::check_reward_model::{self, check_directories, check_earlier, check_pa
 use super::render::to_table;
 use super::{ModelSource, Recipe, RecipeError, Source};
 use super::{check_distill, preference_stage};
+use crate::reward_models::launcher;
 use std::collections::BTreeMap;
 use std::path::Path;
 use temper_actor::{ModelConfig, Tokenizer};
@@ -165,6 +166,7 @@ fn check_policy(
     let names: Vec<&str> = recipe.reward.components.iter().map(|c| c.name()).collect();
     stage.check_components(key, &names).map_err(|e| config_error(source, e))?;
     check_directories(recipe, source)?;
+    launcher().check(&recipe.reward).map_err(|e| source.error("reward", e))?;
     check_ground_truth(recipe, source, &format!("{key}.data"), rows)?;
     check_lengths(recipe, source, key, stage)
 }
@@ -215,6 +217,10 @@ fn identity(recipe: &Recipe, data: &Data) -> String {
     let mut table = to_table(recipe);
     for key in ["name", "description", "engine", "placement", "checkpoint", "rollout_timeout_seconds"] {
         table.remove(key);
+    }
+    let components = table.get_mut("reward").and_then(|reward| reward.get_mut("components"));
+    for component in components.and_then(toml::Value::as_array_mut).into_iter().flatten() {
+        component.as_table_mut().and_then(|component| component.remove("workers"));
     }
     let mut hasher = blake3::Hasher::new();
     hasher.update(table.to_string().as_bytes());

@@ -50,6 +50,12 @@ fn mistakes_are_named_with_what_would_be_right() {
         ("{ components = [{ kind = \"number\", extract = \"boxd\" }] }", "extract: unknown variant `boxd`"),
         ("{ components = [{ kind = \"number\", tolerance = inf }] }", "tolerance has no value"),
         ("{ components = [{ kind = \"number\", weight = nan }] }", "weight has no value"),
+        ("{ components = [{ kind = \"command\" }] }", "reward component `command`: missing field `command`"),
+        (
+            "{ components = [{ kind = \"python\", path = \"a.py\", timeout_second = 1 }] }",
+            "reward component `python`: unknown key `timeout_second`, did you mean `timeout_seconds`?",
+        ),
+        ("{ components = [{ kind = \"http\", url = \"http://a\", memory_mb = 1 }] }", "unknown key `memory_mb`"),
         ("{ components = [{ kind = \"regex\" }] }", "reward component `regex`: missing field `pattern`"),
     ] {
         let error = parse(reward).expect_err(reward);
@@ -73,6 +79,22 @@ fn values_out_of_range_are_refused() {
         ("kind = \"overlong\", max_tokens = 10, buffer_tokens = 11", "buffer_tokens = 11: expected 1 or more, at most"),
         ("kind = \"overlong\", max_tokens = 10, buffer_tokens = 5, penalty = -1", "penalty = -1.0"),
         ("kind = \"contains\", text = \"\"", "text = \"\""),
+        ("kind = \"json\", name = \"a/b\"", "name = \"a/b\": expected a name without a slash"),
+        ("kind = \"command\", command = []", "command = []: expected the program and its arguments"),
+        ("kind = \"command\", command = [\"x\"], timeout_seconds = 0", "timeout_seconds = 0.0: expected 0.001 or more"),
+        ("kind = \"command\", command = [\"x\"], cpu_seconds = -1", "cpu_seconds = -1.0"),
+        ("kind = \"command\", command = [\"x\"], memory_mb = 1", "memory_mb = 1: expected 16 or more"),
+        ("kind = \"command\", command = [\"x\"], max_processes = 0", "max_processes = 0"),
+        ("kind = \"command\", command = [\"x\"], workers = 0", "workers = 0"),
+        ("kind = \"command\", command = [\"x\"], max_error_rate = 1.5", "max_error_rate = 1.5: expected 0 to 1"),
+        ("kind = \"command\", command = [\"x\"], error_window = 0", "error_window = 0"),
+        ("kind = \"command\", command = [\"x\"], extract = \"boxed\"", "measures the whole response"),
+        ("kind = \"python\", path = \"\"", "path = \"\": expected a Python file"),
+        (
+            "kind = \"python\", path = \"a.py\", function = \"a b\"",
+            "function = \"a b\": expected the name of a function",
+        ),
+        ("kind = \"http\", url = \"https://a\"", "url = \"https://a\": expected http://HOST[:PORT]/PATH"),
         ("kind = \"json\", extract = { after = \"\" }", "not empty"),
         ("kind = \"json\", extract = { regex = { pattern = \"a\" } }", "extract.group = 1: expected a group below 1"),
         ("kind = \"json\", extract = { regex = { pattern = \"(\" } }", "extract is no regular expression"),
@@ -93,7 +115,9 @@ fn values_out_of_range_are_refused() {
 #[test]
 fn a_configuration_survives_writing_and_reading() {
     let text = "{ components = [{ kind = \"math\", extract = \"boxed\" }, { kind = \"regex\", pattern = \"a\", weight = 0.5, \
-                name = \"r\", extract = { regex = { pattern = \"(b)\", group = 1 } } }, { kind = \"length\", target_tokens = 5 }] }";
+                name = \"r\", extract = { regex = { pattern = \"(b)\", group = 1 } } }, { kind = \"length\", target_tokens = 5 }, \
+                { kind = \"command\", command = [\"a\", \"b\"], timeout_seconds = 1, workers = 3, error_window = 4 }, \
+                { kind = \"python\", path = \"a.py\" }, { kind = \"http\", url = \"http://a:1/b\" }] }";
     let config = parse(text).unwrap();
     let written = serde_json::to_string(&config).unwrap();
     assert_eq!(serde_json::from_str::<RewardConfig>(&written).unwrap(), config);
@@ -112,7 +136,10 @@ fn the_keys_of_every_kind() {
     let mut keys = Vec::new();
     for variant in variants {
         let properties = variant["properties"].as_object().unwrap();
-        let own: Vec<_> = properties.keys().filter(|key| *key != "kind").cloned().collect();
+        // Kinds with shared groups of keys stand in the schema by reference.
+        let referred = variant["$ref"].as_str().map(|path| &schema["$defs"][path.rsplit('/').next().unwrap()]);
+        let referred = referred.and_then(|of| of["properties"].as_object()).into_iter().flat_map(|p| p.keys());
+        let own: Vec<_> = properties.keys().filter(|key| *key != "kind").chain(referred).cloned().collect();
         keys.push(format!("{}: {}", properties["kind"]["const"].as_str().unwrap(), own.join(" ")));
     }
     assert_eq!(
@@ -128,6 +155,10 @@ fn the_keys_of_every_kind() {
             "json: required types",
             "contains: text ignore_case",
             "reward_model: model",
+            "command: command timeout_seconds cpu_seconds memory_mb max_processes workers max_error_rate error_window",
+            "python: path function python start_seconds timeout_seconds cpu_seconds memory_mb max_processes workers \
+             max_error_rate error_window",
+            "http: url timeout_seconds workers max_error_rate error_window",
         ]
     );
 }
