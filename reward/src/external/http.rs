@@ -65,8 +65,8 @@ impl Endpoint {
         let mut stream = self.connect(deadline)?;
         let Endpoint { authority, target, .. } = self;
         let head = format!(
-            "POST {target} HTTP/1.1\r\nHost: {authority}\r\nContent-Type: application/json\r\nAccept: application/json\r\n\
-             Content-Length: {}\r\nConnection: close\r\n\r\n",
+            "POST {target} HTTP/1.1\r\nHost: {authority}\r\nContent-Type: application/json\r\n\
+             Accept: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
             request.line.len()
         );
         let message = [head.as_bytes(), request.line.as_bytes()].concat();

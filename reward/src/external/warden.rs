@@ -22,7 +22,7 @@ use temper_types::RewardComponent;
 /// Environment variable that marks the processes of a worker.
 pub(crate) const MARKER: &str = "TEMPER_REWARD_WORKER";
 /// How long killed processes may take to be gone.
-pub(crate) const KILL_PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const KILL_PATIENCE: Duration = Duration::from_secs(30);
 /// How often limits are looked at while a sample is scored.
 const TICK: Duration = Duration::from_millis(20);
 /// The same while none is.
@@ -247,6 +247,10 @@ impl Warden {
             return Ok(Ok(()));
         }
         self.generation += 1;
+        // What a swarm left dying must not count for the next sample.
+        if let (_reaped, left @ 1..) = proc_tree::kill_below_me(KILL_PATIENCE) {
+            return Ok(Err(format!("cannot start: {left} processes of an earlier sample do not die")));
+        }
         match self.spawn() {
             Ok(program) => self.program = Some(program),
             Err(cause) => return Ok(Err(cause)),
@@ -354,7 +358,7 @@ impl Warden {
         }
     }
 
-    /// Where the program itself has ended, kill what it left behind: that may hold its stdout open, whose end is what is
+    /// Where the program itself has ended, kill what it left behind: that may hold its stdout open, whose end is
     /// waited for.
     fn close_pipes_of_the_dead(&mut self) {
         if self.program.as_mut().is_some_and(Program::has_exited) {

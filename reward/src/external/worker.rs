@@ -16,7 +16,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
 /// How much longer than its own limits a warden may take: it starts and kills processes.
-const WARDEN_PATIENCE: Duration = Duration::from_secs(15);
+const WARDEN_PATIENCE: Duration = Duration::from_secs(90);
 
 /// How to start temper's own binary: the wardens of external rewards are that, in another role.
 #[derive(Debug, Clone, PartialEq, Eq)]
