@@ -188,7 +188,8 @@ pub enum Event {
     Pause,
     /// Issue again.
     Resume,
-    /// Train on these groups, which were all delivered.
+    /// Train on these groups, which were all delivered. Refused while a step is under way, and after a restart until
+    /// the trainer said where it is.
     BeginStep {
         /// Number of the step, above the last one's.
         step: u64,

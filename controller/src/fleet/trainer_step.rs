@@ -15,7 +15,8 @@ pub(super) struct Training {
 
 impl ControlPlane {
     pub(super) fn begin_step(&mut self, step: u64, groups: Vec<Settlement>, out: &mut Outbox) -> Result<(), Fence> {
-        if self.training.is_some() || step <= self.last_step {
+        // An answer that is still awaited is about the steps before this one.
+        if self.training.is_some() || self.is_asking_trainer || step <= self.last_step {
             return Err(Fence::StepRefused);
         }
         let groups: Vec<(Ticket, Settlement)> = groups

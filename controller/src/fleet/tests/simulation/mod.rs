@@ -121,3 +121,10 @@ fn every_planted_bug_is_found_and_named() {
         assert!(expected(fault).contains(&violation.invariant), "{fault:?}: {violation:?}");
     }
 }
+
+/// A step that began before the trainer had said where it is was taken for one of the life before.
+#[test]
+fn a_step_begins_only_after_the_trainer_said_where_it_is() {
+    let report = simulate(64_352, None);
+    assert!(report.violation.is_none(), "{}", describe(64_352, &report));
+}

@@ -170,7 +170,7 @@ impl Conductor {
         let wanted: Vec<GroupId> = groups_of(scenario, version.number).map(|s| s.group).collect();
         let is_ready = wanted.iter().all(|g| self.scored.contains(g) && self.answers.contains_key(g));
         let is_over = version.number >= scenario.num_steps;
-        if is_over || !is_ready || plane.training_step().is_some() {
+        if is_over || !is_ready || plane.training_step().is_some() || plane.is_asking_trainer {
             return None;
         }
         let keep = |group: &GroupId, index: u32| !mix(group.0, u64::from(index)).is_multiple_of(5);

@@ -291,12 +291,14 @@ impl World {
 
     fn controller_hears(&mut self, message: ToController) -> Check {
         self.one_event(message)?;
+        let mut last = None;
         for _ in 0..MAX_TURNS {
             let Some((subject, conductor)) = &mut self.controller else { return Ok(()) };
             let Some(event) = conductor.next(&subject.plane, &self.scenario) else { return Ok(()) };
+            last = Some(event.clone());
             self.one_event(event.into())?;
         }
-        violated("liveness", "the loop never comes to rest".to_owned())
+        violated("liveness", format!("the loop never comes to rest, at last with {last:?}"))
     }
 
     fn one_event(&mut self, message: ToController) -> Check {
