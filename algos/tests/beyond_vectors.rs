@@ -48,6 +48,24 @@ fn a_parameter_that_the_function_does_not_read_is_named() {
 }
 
 #[test]
+fn settings_may_be_written_as_text() {
+    let inputs = json!({"p0": [0.5, -0.5], "g": [[0.1, 0.2]]});
+    let adam = |betas: Value, amsgrad: Value| {
+        let params = json!({"optimizer": "AdamW", "lr": 0.1, "betas": betas, "eps": 1e-8, "weight_decay": 0.01, "amsgrad": amsgrad});
+        json!({"name": "AdamW", "inputs": inputs, "params": params})
+    };
+    let cases = [adam(json!([0.9, 0.99]), json!(true)), adam(json!(["0.9", "0.99"]), json!("True"))];
+    let document = json!({"source": "torch", "function": "torch.optim.AdamW", "cases": cases});
+    let results = temper_algos::eval::eval_file(&document).expect("a known function");
+    assert!(results["cases"][0]["outputs"].get("error").is_none(), "{results}");
+    assert_eq!(results["cases"][0]["outputs"], results["cases"][1]["outputs"]);
+    let none =
+        json!({"source": "torch", "function": "torch.optim.AdamW", "cases": [adam(json!(["a", 1]), json!(false))]});
+    let results = temper_algos::eval::eval_file(&none).expect("a known function");
+    assert!(results["cases"][0]["outputs"]["error"]["message"].as_str().is_some_and(|m| m.contains("betas")));
+}
+
+#[test]
 fn a_parameter_of_a_nested_table_that_the_function_does_not_read_is_named() {
     let inputs = json!({"loss_mat": [[1.0]], "loss_mask": [[1]]});
     let info = json!({"dp_size": 2, "batch_num_tokens": 4, "batch_num_token": 4});

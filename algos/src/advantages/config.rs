@@ -68,7 +68,7 @@ pub struct AdvantageConfig {
     pub f_norm: f64,
     /// No baseline where only the longest row of a group is left (the token baselines).
     pub handle_zero_tail: bool,
-    /// Names of the reward components that gdpo, and trl_grpo where it normalises before it sums, read; empty takes all.
+    /// Names of the reward components that gdpo reads, and trl_grpo where it normalises before it sums; empty: all.
     pub gdpo_reward_keys: Vec<String>,
     /// One weight per such component; empty is all ones.
     pub gdpo_reward_weights: Vec<f64>,

@@ -205,12 +205,7 @@ impl<'a> Case<'a> {
 
     pub(super) fn opt_num(&self, key: &str) -> Result<Option<f64>, Error> {
         let Some(value) = self.param(key) else { return Ok(None) };
-        let value = match value {
-            Value::Bool(flag) => Some(f64::from(u8::from(*flag))),
-            Value::String(text) => number(value).or_else(|| text.parse().ok()),
-            other => number(other),
-        };
-        value.map(Some).ok_or_else(|| self.bad(key, "expected a number"))
+        written(value).map(Some).ok_or_else(|| self.bad(key, "expected a number"))
     }
 
     pub(super) fn flag(&self, key: &str, default: bool) -> Result<bool, Error> {
@@ -227,9 +222,11 @@ impl<'a> Case<'a> {
     /// A list of numbers among the settings; `None` where it is absent or null.
     pub(super) fn numbers(&self, key: &str) -> Result<Option<Vec<f64>>, Error> {
         let Some(value) = self.param(key) else { return Ok(None) };
-        let mut out = Vec::new();
-        self.flatten(key, value, &mut out)?;
-        Ok(Some(out))
+        let items = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
+        let one = |item: &Value| {
+            written(item).ok_or_else(|| self.bad(key, format!("expected a list of numbers, got {item}")))
+        };
+        items.iter().map(one).collect::<Result<Vec<f64>, Error>>().map(Some)
     }
 
     /// Two numbers among the settings.
@@ -268,6 +265,15 @@ fn number(value: &Value) -> Option<f64> {
         },
         _ => None,
     }
+}
+
+/// A setting's number, written as one or as text, a flag's in the spelling of JSON or Python.
+fn written(value: &Value) -> Option<f64> {
+    number(value).or_else(|| match value.as_str()?.trim() {
+        "true" | "True" => Some(1.0),
+        "false" | "False" => Some(0.0),
+        text => text.parse().ok(),
+    })
 }
 
 /// A number as the schema writes it.

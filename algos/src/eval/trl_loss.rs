@@ -181,8 +181,9 @@ fn report_metrics(config: &PolicyLossConfig, batch: &TokenBatch, report: &TrlRep
             metrics.push(("clip_ratio/low_mean", low_mean));
             metrics.push(("clip_ratio/high_mean", high_mean));
             metrics.push(("clip_ratio/region_mean", low_mean + high_mean));
-            metrics.push(("clip_ratio/low_min", low_rows.iter().copied().fold(f64::INFINITY, f64::min)));
-            metrics.push(("clip_ratio/high_max", high_rows.iter().copied().fold(f64::NEG_INFINITY, f64::max)));
+            // Of no row the peer's extremes are NaN, as f64's are of NaN alone.
+            metrics.push(("clip_ratio/low_min", low_rows.iter().copied().fold(f64::NAN, f64::min)));
+            metrics.push(("clip_ratio/high_max", high_rows.iter().copied().fold(f64::NAN, f64::max)));
         }
     }
     metrics
