@@ -200,6 +200,12 @@ const PREFERENCES: &[Entry] = &[
     entry(Kind::Supervised, "sft", "-", "loss_type = \"nll\""),
     entry(Kind::Supervised, "dft", "2508.05629", "loss_type = \"dft\""),
     entry(Kind::Supervised, "value loss", "1707.06347", "kind = \"ppo\", critic.value_loss.cliprange_value"),
+    entry(
+        Kind::Supervised,
+        "value head on the policy's trunk",
+        "OpenRLHF",
+        "critic.backbone = \"shared\", critic.vf_coef",
+    ),
     entry(Kind::Supervised, "reward model", "2307.09288", "kind = \"reward_model\", center_rewards_coefficient"),
     entry(Kind::Supervised, "generalised JSD (gkd)", "2306.13649", "kind = \"distill\": loss.beta, loss.temperature"),
     entry(Kind::Supervised, "top-k forward KL", "verl", "kind = \"distill\": loss.top_k"),

@@ -59,4 +59,4 @@ pub use rollout_correction::{
 pub use schedule::{LrScheduleConfig, ScheduleType};
 pub use selection::{BestOfNConfig, PfPpoConfig};
 pub use sft::{SftLossType, TokenLoss, sft_loss};
-pub use value::{ValueLossConfig, ValueLossInput, ValueLossOutput, value_loss};
+pub use value::{SharedValueLossConfig, ValueLossConfig, ValueLossInput, ValueLossOutput, value_loss};

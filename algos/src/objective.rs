@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 /// The loss of a stage, with its settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "objective", content = "settings", rename_all = "snake_case")]
+#[expect(clippy::large_enum_variant, reason = "a stage has one, which is never moved about")]
 pub enum Objective {
     /// Negative log-likelihood of demonstrations.
     Sft(SftLossType),

@@ -28,6 +28,30 @@ impl Default for ValueLossConfig {
     }
 }
 
+/// The value loss of a head on the policy's own trunk: a part of the policy's loss.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SharedValueLossConfig {
+    /// Weight of the value loss beside the policy's.
+    pub vf_coef: f64,
+    /// The value loss.
+    pub value_loss: ValueLossConfig,
+}
+
+impl SharedValueLossConfig {
+    /// Check every range.
+    ///
+    /// # Errors
+    /// The first setting out of range, by name.
+    pub fn validate(&self) -> Result<(), Error> {
+        let coef = self.vf_coef;
+        if !(coef > 0.0 && coef.is_finite()) {
+            return Err(Error::setting("vf_coef", coef, "a number above 0"));
+        }
+        self.value_loss.validate()
+    }
+}
+
 /// What the value loss reads; all `[T]`.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct ValueLossInput<'a> {

@@ -1,4 +1,5 @@
-//! The critic's part of a policy step: values before the advantages, and its own optimizer steps after them.
+//! The critic's part of a policy step: values before the advantages, and its own optimizer steps after them. A value
+//! head on the policy's trunk has none: it learns in the policy's update.
 
 use crate::packed::Packed;
 use crate::record_row::Columns;
@@ -24,7 +25,8 @@ impl Controller {
         stage.critic.as_ref().is_some_and(|critic| self.state.stage_step < critic.warmup_steps)
     }
 
-    /// The critic's optimizer steps on the returns of a step; gives their metrics, none without a critic.
+    /// The critic's optimizer steps on the returns of a step; gives their metrics, none without a
+    /// critic.
     pub(crate) fn update_critic(
         &mut self,
         stage: &PolicyStage,
@@ -32,6 +34,10 @@ impl Controller {
         samples: &[Sample],
     ) -> Result<Columns, Error> {
         let Some(critic) = &stage.critic else { return Ok(Columns::new()) };
+        let foreseen = ("explained_variance".to_owned(), explained_variance(packed, samples));
+        if critic.is_shared() {
+            return Ok(vec![foreseen]);
+        }
         let learning_rate = self.critic_learning_rate(critic, stage.steps);
         let batches = packed.mini_batches(stage.mini_batches, samples);
         let mut reports = Vec::new();
@@ -48,7 +54,7 @@ impl Controller {
         }
         let mut columns = report_columns(&reports);
         columns.push(("critic_lr".to_owned(), learning_rate));
-        columns.push(("explained_variance".to_owned(), explained_variance(packed, samples)));
+        columns.push(foreseen);
         Ok(columns)
     }
 

@@ -4,10 +4,13 @@ use crate::{Error, MemoryConfig};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use temper_algos::preference::RewardModelConfig;
-use temper_algos::{LrScheduleConfig, ValueLossConfig};
+use temper_algos::{LrScheduleConfig, SharedValueLossConfig, ValueLossConfig};
 use temper_proto::{Backbone, OptimizerConfig, ScalarModelSpec, ScalarRole};
 
-/// The critic of a policy stage: a value head on a backbone of its own.
+/// Weight of the value loss of a head on the policy's trunk, where the recipe names none.
+const VF_COEF: f64 = 0.1;
+
+/// The critic of a policy stage: a value head on a backbone of its own, or on the policy's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct CriticConfig {
@@ -15,8 +18,11 @@ pub struct CriticConfig {
     pub warmup_steps: u64,
     /// Passes over a step's samples, in the stage's mini-batches.
     pub epochs: usize,
-    /// Which weights it starts from.
+    /// Which weights it starts from; `shared`: it is a head on the policy's trunk and learns in the policy's update.
     pub backbone: Backbone,
+    /// Weight of the value loss in that update; absent: 0.1. Only with `backbone = "shared"`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vf_coef: Option<f64>,
     /// Its loss.
     pub value_loss: ValueLossConfig,
     /// Its optimizer.
@@ -31,6 +37,7 @@ impl Default for CriticConfig {
             warmup_steps: 0,
             epochs: 1,
             backbone: Backbone::Policy,
+            vf_coef: None,
             value_loss: ValueLossConfig::default(),
             optimizer: OptimizerConfig { learning_rate: 1e-5, ..OptimizerConfig::default() },
             schedule: LrScheduleConfig::default(),
@@ -41,6 +48,7 @@ impl Default for CriticConfig {
 impl CriticConfig {
     /// Check every range; `key` is its place in the recipe, `steps` the stage's length.
     pub(crate) fn validate(&self, key: &str, steps: u64) -> Result<(), Error> {
+        self.check_shared(key)?;
         if self.epochs == 0 {
             return Err(Error::config(format!("{key}.epochs"), "0 is out of range: expected at least 1"));
         }
@@ -54,11 +62,47 @@ impl CriticConfig {
         self.value_loss.validate().map_err(|e| Error::config(format!("{key}.value_loss"), e))
     }
 
+    /// True where the value head stands on the policy's trunk.
+    pub(crate) fn is_shared(&self) -> bool {
+        self.backbone == Backbone::Shared
+    }
+
+    /// A head on the policy's trunk has nothing of its own to step; a critic has no part in the policy's loss.
+    fn check_shared(&self, key: &str) -> Result<(), Error> {
+        if !self.is_shared() {
+            let problem = "the critic's loss is one of its own: expected `backbone = \"shared\"`, or no vf_coef";
+            return match self.vf_coef {
+                Some(_) => Err(Error::config(format!("{key}.vf_coef"), problem)),
+                None => Ok(()),
+            };
+        }
+        let own = CriticConfig::default();
+        let is_given = [
+            ("warmup_steps", self.warmup_steps != own.warmup_steps),
+            ("epochs", self.epochs != own.epochs),
+            ("optimizer", self.optimizer != own.optimizer),
+            ("schedule", self.schedule != own.schedule),
+        ];
+        if let Some((name, _)) = is_given.into_iter().find(|(_, is_given)| *is_given) {
+            let problem = "the value head shares the policy's trunk and update: expected none, or another backbone";
+            return Err(Error::config(format!("{key}.{name}"), problem));
+        }
+        self.shared_loss().validate().map_err(|e| Error::config(key, e))
+    }
+
+    fn shared_loss(&self) -> SharedValueLossConfig {
+        SharedValueLossConfig { vf_coef: self.vf_coef.unwrap_or(VF_COEF), value_loss: self.value_loss.clone() }
+    }
+
     /// What the trainer is asked for.
     pub(crate) fn spec(&self, seed: u64) -> ScalarModelSpec {
+        let loss_json = match self.is_shared() {
+            true => serde_json::to_string(&self.shared_loss()),
+            false => serde_json::to_string(&self.value_loss),
+        };
         ScalarModelSpec {
             role: ScalarRole::Critic,
-            loss_json: serde_json::to_string(&self.value_loss).expect("a loss is plain data"),
+            loss_json: loss_json.expect("a loss is plain data"),
             optimizer: self.optimizer.clone(),
             backbone: self.backbone,
             seed,

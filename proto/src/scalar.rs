@@ -27,6 +27,8 @@ pub enum Backbone {
     Policy,
     /// The reward model of an earlier stage, its head included.
     RewardModel,
+    /// None of its own: a head on the policy's trunk, which learns in the policy's update.
+    Shared,
 }
 
 /// What a stage asks for beside the policy.
@@ -34,8 +36,8 @@ pub enum Backbone {
 pub struct ScalarModelSpec {
     /// What it is for.
     pub role: ScalarRole,
-    /// The loss as JSON: of `temper_algos::ValueLossConfig` for a critic, of
-    /// `temper_algos::preference::RewardModelConfig` for a reward model.
+    /// The loss as JSON: of `temper_algos::ValueLossConfig` for a critic (`SharedValueLossConfig` on the policy's
+    /// trunk), of `temper_algos::preference::RewardModelConfig` for a reward model.
     pub loss_json: String,
     /// Optimizer; its state starts afresh with the stage.
     pub optimizer: OptimizerConfig,

@@ -19,6 +19,7 @@ mod scalar_model;
 mod scalar_service;
 mod scalar_state;
 mod service;
+mod shared_head;
 mod state_io;
 mod trainer;
 mod weight_service;

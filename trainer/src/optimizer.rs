@@ -61,8 +61,12 @@ pub(crate) fn step(
 }
 
 /// Clipping as torch's `clip_grad_norm_`: scale by `max / (norm + 1e-6)` where that is below 1.
+pub(crate) fn clip_scale(optimizer: &OptimizerConfig, grad_norm: f64) -> f64 {
+    let max_norm = optimizer.max_grad_norm;
+    if max_norm > 0.0 { (max_norm / (grad_norm + 1e-6)).min(1.0) } else { 1.0 }
+}
+
 fn adamw_step(optimizer: &OptimizerConfig, size: StepSize, step: u64) -> AdamWStep {
-    let scale = if optimizer.max_grad_norm > 0.0 { optimizer.max_grad_norm / (size.grad_norm + 1e-6) } else { 1.0 };
     AdamWStep {
         learning_rate: size.learning_rate as f32,
         beta1: optimizer.beta1 as f32,
@@ -70,6 +74,6 @@ fn adamw_step(optimizer: &OptimizerConfig, size: StepSize, step: u64) -> AdamWSt
         eps: optimizer.eps as f32,
         weight_decay: optimizer.weight_decay as f32,
         step,
-        grad_scale: scale.min(1.0) as f32,
+        grad_scale: clip_scale(optimizer, size.grad_norm) as f32,
     }
 }

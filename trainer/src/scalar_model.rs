@@ -7,18 +7,18 @@
 use crate::micro_batch::split;
 use crate::non_finite::keep_batch;
 use crate::optimizer::{self, Moments, StepSize};
+use crate::shared_head::{Columns, SharedHead};
 use crate::trainer::{Trainer, global_counts, sequence_len, unpack};
 use crate::{Error, scalar_state};
 use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use temper_actor::weights_io::WriteOptions;
 use temper_actor::{Head, ModelConfig, OutputGrads, PackedPolicy, ParamStore, Recompute, TrainArena, TrainBatch};
 use temper_algos::preference::{RewardModelConfig, reward_model_loss};
-use temper_algos::{TokenBatch, ValueLossConfig, ValueLossInput, value_loss, widen};
+use temper_algos::{SharedValueLossConfig, TokenBatch, ValueLossConfig, ValueLossInput, value_loss, widen};
 use temper_proto::{
     Backbone, MiniBatch, OptimizerConfig, PreferencePair, ScalarModelSpec, ScalarReport, ScalarRole, TokenSequence,
-    TrainRow,
 };
 use temper_tensor::{DType, Device};
 
@@ -175,6 +175,15 @@ impl Trainer {
     /// A loss that cannot be read or has a setting out of range.
     pub fn begin_scalar_model(&mut self, spec: ScalarModelSpec) -> Result<(), Error> {
         let wrong = |e: serde_json::Error| Error::invalid("the loss of the scalar model", e.to_string());
+        if spec.backbone == Backbone::Shared {
+            if spec.role != ScalarRole::Critic {
+                return Err(Error::invalid("backbone", "only a critic can share the policy's trunk"));
+            }
+            let config: SharedValueLossConfig = serde_json::from_str(&spec.loss_json).map_err(wrong)?;
+            config.validate()?;
+            self.shared_head = Some(SharedHead::new(config, self.config.hidden_size));
+            return Ok(());
+        }
         let loss = match spec.role {
             ScalarRole::Critic => {
                 let config: ValueLossConfig = serde_json::from_str(&spec.loss_json).map_err(wrong)?;
@@ -194,6 +203,7 @@ impl Trainer {
     pub(crate) fn end_scalar_stage(&mut self) {
         self.scalar = None;
         self.critic = None;
+        self.shared_head = None;
         if let Some(model) = &mut self.reward_model {
             model.end_stage();
         }
@@ -217,6 +227,9 @@ impl Trainer {
         let config = self.scalar_config(stage.role)?;
         let body = match (stage.backbone, &self.reward_model) {
             (Backbone::Policy, _) => &self.params,
+            (Backbone::Shared, _) => {
+                return Err(Error::invalid("backbone", "a head on the policy's trunk is no model of its own"));
+            }
             (Backbone::RewardModel, Some(model)) => &model.params,
             (Backbone::RewardModel, None) => {
                 return Err(Error::invalid("backbone", "no earlier stage has trained a reward model"));
@@ -240,17 +253,30 @@ impl Trainer {
     /// A bad sequence, no critic in this stage, or a value that is not finite.
     pub fn values(&mut self, sequences: &[TokenSequence]) -> Result<Vec<Vec<f32>>, Error> {
         self.check_sequences(sequences.iter())?;
-        self.ensure_critic("values")?;
-        let critic = self.critic.as_ref().expect("made above");
+        if self.shared_head.is_none() {
+            self.ensure_critic("values")?;
+        }
         let mut out = Vec::with_capacity(sequences.len());
         for range in split(sequences.iter(), self.limits().0) {
             let part = &sequences[range];
-            let values = critic.read(&value_batch(part.iter()), &mut self.arena);
+            let values = self.values_of(&value_batch(part.iter()));
             out.extend(unpack(part.iter(), &values));
         }
         match out.iter().enumerate().find_map(|(i, row)| Some((i, *row.iter().find(|v| !v.is_finite())?))) {
             Some((sequence, value)) => Err(Error::NonFiniteOutput { what: "a value", sequence, value }),
             None => Ok(out),
+        }
+    }
+
+    fn values_of(&mut self, batch: &TrainBatch) -> Vec<f32> {
+        match (&self.shared_head, &self.critic) {
+            (_, _) if batch.num_targets() == 0 => Vec::new(),
+            (Some(head), _) => {
+                let policy = self.policy.read().unwrap_or_else(PoisonError::into_inner);
+                head.values(&policy, batch, &mut self.arena)
+            }
+            (None, Some(critic)) => critic.read(batch, &mut self.arena),
+            (None, None) => Vec::new(),
         }
     }
 
@@ -260,6 +286,10 @@ impl Trainer {
     /// No critic in this stage, a bad row, or a loss or gradient that is not finite.
     pub fn update_critic(&mut self, batch: &MiniBatch) -> Result<ScalarReport, Error> {
         self.check_sequences(batch.rows.iter().map(|row| &row.sequence))?;
+        if self.shared_head.is_some() {
+            let problem = "the value head is on the policy's trunk: it learns in the policy's update";
+            return Err(Error::invalid("update_critic", problem));
+        }
         let stage = self.ensure_critic("update_critic")?;
         let ScalarLoss::Value(config) = &stage.loss else {
             return Err(Error::invalid("update_critic", "the stage's loss is no value loss"));
@@ -289,7 +319,7 @@ impl Trainer {
             let targets = value_batch(rows.iter().map(|row| &row.sequence));
             let pass = Pass { batch: &targets, recompute, arena: &mut self.arena };
             critic.accumulate(pass, &mut grads, |values| {
-                let columns = CriticColumns::gather(rows);
+                let columns = Columns::gather(rows);
                 let predictions = widen(values);
                 let input = ValueLossInput {
                     batch: TokenBatch::new(&columns.offsets, &columns.mask)?,
@@ -437,27 +467,5 @@ impl CriticSums {
             ("value_mean".to_owned(), self.value_sum / num_active),
         ];
         ScalarReport { loss: self.loss, grad_norm, num_tokens, metrics: metrics.into_iter().collect() }
-    }
-}
-
-/// Per-token arrays of consecutive rows end to end.
-#[derive(Debug, Default)]
-struct CriticColumns {
-    offsets: Vec<usize>,
-    mask: Vec<u8>,
-    old_values: Vec<f64>,
-    returns: Vec<f64>,
-}
-
-impl CriticColumns {
-    fn gather(rows: &[TrainRow]) -> Self {
-        let mut columns = CriticColumns { offsets: vec![0], ..CriticColumns::default() };
-        for row in rows {
-            columns.mask.extend_from_slice(&row.sequence.response_mask);
-            columns.old_values.extend(row.values.iter().map(|v| f64::from(*v)));
-            columns.returns.extend_from_slice(&row.returns);
-            columns.offsets.push(columns.mask.len());
-        }
-        columns
     }
 }

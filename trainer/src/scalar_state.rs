@@ -37,6 +37,9 @@ struct ModelState {
 
 /// Write what there is into an existing directory; nothing where there is no such model.
 pub(crate) fn save(trainer: &Trainer, dir: &Path) -> Result<(), Error> {
+    if let Some(head) = &trainer.shared_head {
+        head.save(dir)?;
+    }
     let mut file = ScalarFile { format: FORMAT, models: BTreeMap::new() };
     let models = [(CRITIC, &trainer.critic), (REWARD_MODEL, &trainer.reward_model)];
     for (name, model) in models.into_iter().filter_map(|(name, model)| Some((name, model.as_ref()?))) {
@@ -66,6 +69,9 @@ pub(crate) fn save(trainer: &Trainer, dir: &Path) -> Result<(), Error> {
 pub(crate) fn restore(trainer: &mut Trainer, dir: &Path) -> Result<(), Error> {
     let path = dir.join(FILE);
     trainer.critic = None;
+    if let Some(head) = &mut trainer.shared_head {
+        head.restore(dir)?;
+    }
     if !path.exists() {
         return Ok(());
     }

@@ -6,6 +6,7 @@ use crate::non_finite::{Place, keep_batch};
 use crate::optimizer::{self, Moments, StepSize};
 use crate::reference::Reference;
 use crate::scalar_model::{ScalarModel, ScalarStage};
+use crate::shared_head::SharedHead;
 use crate::{Error, state_io};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -49,6 +50,8 @@ pub struct Trainer {
     /// The scalar model that the current stage trains.
     pub(crate) scalar: Option<ScalarStage>,
     pub(crate) critic: Option<ScalarModel>,
+    /// A value head on the policy's own trunk, where the stage has one.
+    pub(crate) shared_head: Option<SharedHead>,
     pub(crate) reward_model: Option<ScalarModel>,
     pub(crate) distiller: Option<Distiller>,
 }
@@ -88,6 +91,7 @@ impl Trainer {
             non_finite_dir: None,
             scalar: None,
             critic: None,
+            shared_head: None,
             reward_model: None,
             distiller: None,
         })
@@ -201,8 +205,9 @@ impl Trainer {
         grads.clear(&*self.device);
         let accumulated = accumulate(self, stage, &mut grads);
         let result = accumulated.and_then(|mut report| {
-            report.grad_norm = optimizer::finite_norm(&*self.device, &grads)?;
-            self.apply(stage, batch.learning_rate, report.grad_norm, &grads);
+            let of_head = self.shared_head.as_ref().map_or(Ok(0.0), SharedHead::grad_norm)?;
+            report.grad_norm = optimizer::finite_norm(&*self.device, &grads)?.hypot(of_head);
+            self.apply(stage, batch.learning_rate, report.grad_norm, &grads)?;
             Ok(report)
         });
         self.grads = Some(grads);
@@ -222,6 +227,9 @@ impl Trainer {
         if let Some(out) = &whole {
             report.loss = out.loss;
             metrics = out.metrics;
+        }
+        if let Some(head) = &mut self.shared_head {
+            head.start_update();
         }
         let mut first_token = 0;
         let sequences = batch.rows.iter().map(|row| &row.sequence);
@@ -257,10 +265,21 @@ impl Trainer {
                 d_entropies: &gradients.d_entropies,
                 temperature: batch.temperature,
             };
-            policy.backward(&self.params, tape, outputs, grads);
+            match &mut self.shared_head {
+                Some(head) => {
+                    let d_hidden = head
+                        .accumulate(&policy.hidden(&tape), rows, &counts)
+                        .map_err(|error| error.in_rows_from(first_row))?;
+                    policy.backward_beside(&self.params, tape, (outputs, &d_hidden), grads);
+                }
+                None => policy.backward(&self.params, tape, outputs, grads),
+            }
         }
         name_metrics(&mut report, &metrics);
         report.metrics.extend(whole.into_iter().flat_map(|out| out.reports));
+        if let Some(head) = &self.shared_head {
+            head.report(&counts, &mut report);
+        }
         Ok(report)
     }
 
@@ -283,10 +302,14 @@ impl Trainer {
     }
 
     /// Clip, step every unit, and swap the packed weights.
-    fn apply(&mut self, stage: &Stage, learning_rate: f64, grad_norm: f64, grads: &ParamStore) {
+    fn apply(&mut self, stage: &Stage, learning_rate: f64, grad_norm: f64, grads: &ParamStore) -> Result<(), Error> {
         let size = StepSize { learning_rate, grad_norm };
+        if let Some(head) = &mut self.shared_head {
+            head.step(&stage.optimizer, size)?;
+        }
         optimizer::step(&*self.device, (&stage.optimizer, size), (&mut self.params, grads), &mut self.moments);
         self.repack();
+        Ok(())
     }
 
     fn repack(&mut self) {

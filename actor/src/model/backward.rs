@@ -57,6 +57,32 @@ impl PackedPolicy {
         });
     }
 
+    /// As [`PackedPolicy::backward`], with the gradient that a head beside the model's has for the normed hidden state
+    /// of the target rows ([`PackedPolicy::hidden`]), `[R, D]`.
+    ///
+    /// # Panics
+    /// As [`PackedPolicy::backward`], and if `d_hidden` has another length.
+    pub fn backward_beside(
+        &self,
+        masters: &ParamStore,
+        tape: Tape<'_>,
+        (outputs, d_hidden): (OutputGrads<'_>, &[f32]),
+        grads: &mut ParamStore,
+    ) {
+        if outputs.are_zero() && d_hidden.iter().all(|x| *x == 0.0) {
+            return;
+        }
+        self.backward_through(masters, tape, grads, |batch, arena, grads| {
+            let len = batch.num_targets() * self.dims.model;
+            assert_eq!(d_hidden.len(), len, "one gradient per number of the target rows' hidden state");
+            self.head_backward(masters, (batch, arena), outputs, grads);
+            let mut sum = vec![0.0; len];
+            self.dev.read(arena.targets.d_hidden.view(len), &mut sum);
+            sum.iter_mut().zip(d_hidden).for_each(|(own, beside)| *own += beside);
+            self.dev.write(arena.targets.d_hidden.view_mut(len), &sum);
+        });
+    }
+
     /// Everything below a head; `head` writes the gradient of the target rows' hidden state and adds its weight's.
     pub(super) fn backward_through(
         &self,

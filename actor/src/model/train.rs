@@ -113,6 +113,26 @@ impl PackedPolicy {
         self.target_values(batch, arena)
     }
 
+    /// The normed hidden state of the target rows, which the model's head reads, `[R, D]`: for heads beside it.
+    pub fn hidden(&self, tape: &Tape<'_>) -> Vec<f32> {
+        self.target_hidden(tape.batch, tape.arena)
+    }
+
+    /// The same, keeping nothing.
+    ///
+    /// # Panics
+    /// As [`PackedPolicy::train_forward`].
+    pub fn hidden_only(&self, batch: &TrainBatch, arena: &mut TrainArena) -> Vec<f32> {
+        self.forward_only(batch, arena);
+        self.target_hidden(batch, arena)
+    }
+
+    fn target_hidden(&self, batch: &TrainBatch, arena: &TrainArena) -> Vec<f32> {
+        let mut hidden = vec![0.0; batch.num_targets() * self.dims.model];
+        self.dev.read(arena.targets.hidden.view(hidden.len()), &mut hidden);
+        hidden
+    }
+
     /// All layers through one layer's worth of cache.
     pub(super) fn forward_only(&self, batch: &TrainBatch, arena: &mut TrainArena) {
         let sequences = self.start(batch, KvUse::OneLayer, arena);

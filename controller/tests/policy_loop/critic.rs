@@ -4,7 +4,7 @@ use crate::fakes::{Behaviour, Call, metrics, stage, updates, value};
 use crate::{number, run, samples};
 use serde_json::json;
 use temper_controller::{CriticConfig, Error, PolicyStage, Stage};
-use temper_proto::MiniBatch;
+use temper_proto::{Backbone, MiniBatch};
 
 fn ppo(critic: CriticConfig) -> PolicyStage {
     let algorithm = json!({"advantage": {"adv_estimator": "gae", "gamma": 0.5, "lam": 0.25}});
@@ -65,6 +65,18 @@ fn returns_follow_the_recursion_over_the_critics_values() {
 }
 
 #[test]
+fn a_head_on_the_policys_trunk_learns_in_the_policys_update() {
+    let shared = CriticConfig { backbone: Backbone::Shared, ..CriticConfig::default() };
+    let (dir, calls) = run(ppo(shared), Behaviour::default());
+    assert!(critic_updates(&calls).is_empty());
+    for batch in updates(&calls) {
+        assert!(batch.rows.iter().all(|row| row.returns.len() == row.values.len() && !row.values.is_empty()));
+    }
+    let rows = metrics(dir.path());
+    assert!(rows.iter().all(|row| row.contains_key("explained_variance") && !row.contains_key("critic_lr")));
+}
+
+#[test]
 fn a_critic_stands_exactly_where_values_are_read() {
     let check = |stage: PolicyStage| match Stage::Policy(Box::new(stage)).validate("stage.0") {
         Err(Error::Config { key, problem }) => format!("{key}: {problem}"),
@@ -80,4 +92,19 @@ fn a_critic_stands_exactly_where_values_are_read() {
     assert!(message.starts_with("stage.0.critic.warmup_steps"), "{message}");
     let message = check(ppo(CriticConfig { epochs: 0, ..CriticConfig::default() }));
     assert!(message.starts_with("stage.0.critic.epochs"), "{message}");
+    let own = CriticConfig { vf_coef: Some(0.5), ..CriticConfig::default() };
+    let message = check(ppo(own));
+    assert!(message.starts_with("stage.0.critic.vf_coef") && message.contains("shared"), "{message}");
+    let shared = || CriticConfig { backbone: Backbone::Shared, ..CriticConfig::default() };
+    let optimizer = temper_proto::OptimizerConfig::default();
+    for (name, critic) in [
+        ("warmup_steps", CriticConfig { warmup_steps: 1, ..shared() }),
+        ("epochs", CriticConfig { epochs: 2, ..shared() }),
+        ("optimizer", CriticConfig { optimizer, ..shared() }),
+    ] {
+        let message = check(ppo(critic));
+        assert!(message.starts_with(&format!("stage.0.critic.{name}: ")) && message.contains("trunk"), "{message}");
+    }
+    let message = check(ppo(CriticConfig { vf_coef: Some(-1.0), ..shared() }));
+    assert!(message.starts_with("stage.0.critic") && message.contains("vf_coef"), "{message}");
 }

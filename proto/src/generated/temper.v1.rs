@@ -2637,6 +2637,7 @@ pub enum Backbone {
     Unspecified = 0,
     Policy = 1,
     RewardModel = 2,
+    Shared = 3,
 }
 impl Backbone {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -2648,6 +2649,7 @@ impl Backbone {
             Self::Unspecified => "BACKBONE_UNSPECIFIED",
             Self::Policy => "BACKBONE_POLICY",
             Self::RewardModel => "BACKBONE_REWARD_MODEL",
+            Self::Shared => "BACKBONE_SHARED",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -2656,6 +2658,7 @@ impl Backbone {
             "BACKBONE_UNSPECIFIED" => Some(Self::Unspecified),
             "BACKBONE_POLICY" => Some(Self::Policy),
             "BACKBONE_REWARD_MODEL" => Some(Self::RewardModel),
+            "BACKBONE_SHARED" => Some(Self::Shared),
             _ => None,
         }
     }

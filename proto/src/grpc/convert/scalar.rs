@@ -13,6 +13,7 @@ impl From<ScalarModelSpec> for v1::ScalarModelSpec {
         let backbone = match spec.backbone {
             Backbone::Policy => v1::Backbone::Policy,
             Backbone::RewardModel => v1::Backbone::RewardModel,
+            Backbone::Shared => v1::Backbone::Shared,
         };
         v1::ScalarModelSpec {
             role: role.into(),
@@ -36,6 +37,7 @@ impl TryFrom<v1::ScalarModelSpec> for ScalarModelSpec {
         let backbone = match v1::Backbone::try_from(spec.backbone) {
             Ok(v1::Backbone::Policy) => Backbone::Policy,
             Ok(v1::Backbone::RewardModel) => Backbone::RewardModel,
+            Ok(v1::Backbone::Shared) => Backbone::Shared,
             _ => return Err(ConvertError::new("backbone", "a value of Backbone", spec.backbone)),
         };
         let optimizer = required(spec.optimizer, "optimizer")?.into();
