@@ -3,12 +3,14 @@
 //! Exit codes: 0 done, 1 failed with the cause, 2 bad usage or recipe, 130 interrupted after a clean checkpoint.
 
 mod commands;
+mod control;
 mod env;
 mod kill;
 mod recipe;
 mod reward_models;
 mod runtime;
 mod teachers;
+mod workers;
 
 use clap::{Parser, Subcommand};
 use std::fmt::Display;
@@ -40,6 +42,16 @@ enum Command {
     Algos(commands::algos::Algos),
     Inspect(commands::inspect::Inspect),
     Eval(commands::eval::Eval),
+    Serve(commands::serve::Serve),
+    Status(commands::control::Status),
+    Watch(commands::control::Watch),
+    Workers(commands::control::Workers),
+    Pause(commands::control::Pause),
+    Drain(commands::control::Drain),
+    Resume(commands::control::Resume),
+    Snapshot(commands::control::Snapshot),
+    Set(commands::control::Set),
+    Stop(commands::control::Stop),
 }
 
 /// The user asked for something that cannot be: exit code 2.
@@ -106,6 +118,16 @@ impl Command {
             Command::Algos(command) => command.run(),
             Command::Inspect(command) => command.run(),
             Command::Eval(command) => command.run(),
+            Command::Serve(command) => command.run(),
+            Command::Status(command) => command.run(),
+            Command::Watch(command) => command.run(),
+            Command::Workers(command) => command.run(),
+            Command::Pause(command) => command.run(),
+            Command::Drain(command) => command.run(),
+            Command::Resume(command) => command.run(),
+            Command::Snapshot(command) => command.run(),
+            Command::Set(command) => command.run(),
+            Command::Stop(command) => command.run(),
         }
     }
 }

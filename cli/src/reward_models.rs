@@ -13,7 +13,6 @@ use temper_reward::{
     Launcher, LocalRewardService, ModelScorer, RewardModelConfig, RewardModelSource, Scorer, SequenceScorer,
 };
 use temper_tensor::Device;
-use temper_trainer::LocalTrainerService;
 use temper_types::DType;
 
 /// How the processes of external rewards are started.
@@ -24,7 +23,7 @@ pub fn launcher() -> Launcher {
 /// What reward models are made from.
 pub struct RewardModels<'a> {
     /// Holds the reward model that a stage trains.
-    pub trainer: &'a Arc<LocalTrainerService>,
+    pub trainer: Arc<dyn ScalarModelService>,
     /// What computes.
     pub device: &'a Arc<dyn Device>,
     /// The policy's first directory, for its tokenizer.
@@ -47,7 +46,7 @@ impl RewardModels<'_> {
 
     fn find(&self, config: &RewardModelConfig) -> Result<Arc<dyn SequenceScorer>> {
         match &config.model {
-            RewardModelSource::Trained => Ok(Arc::new(Trained(Arc::clone(self.trainer)))),
+            RewardModelSource::Trained => Ok(Arc::new(Trained(Arc::clone(&self.trainer)))),
             RewardModelSource::Path(dir) => {
                 same_tokenizer(dir, self.policy_dir).context("reward model")?;
                 Ok(Arc::new(ModelScorer::load(self.device, dir, self.dtype)?))
@@ -57,7 +56,7 @@ impl RewardModels<'_> {
 }
 
 /// The reward model that the trainer holds.
-struct Trained(Arc<LocalTrainerService>);
+struct Trained(Arc<dyn ScalarModelService>);
 
 impl SequenceScorer for Trained {
     fn scores(&self, sequences: &[(&[u32], &[u32])]) -> Result<Vec<f32>, String> {

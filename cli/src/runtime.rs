@@ -1,8 +1,10 @@
 //! Assembly: from a checked recipe to the services of one process.
 
-use crate::recipe::{CheckReport, Recipe};
+use crate::control::{LocalControl, write_address};
+use crate::recipe::{CheckReport, PlacementMode, Recipe, Source, render};
 use crate::reward_models::RewardModels;
 use crate::teachers;
+use crate::workers::{Cluster, ClusterSpec, Work};
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -107,8 +109,10 @@ pub struct Runtime {
     pub spec: RunSpec,
     /// Number format that `auto` became.
     pub dtype: DType,
-    /// What computes.
+    /// What computes in this process.
     pub device: Arc<dyn Device>,
+    /// The worker processes, where there are any. They end with it.
+    pub cluster: Option<Cluster>,
 }
 
 /// Load the model and start the services of embedded mode for a run in `run_dir`.
@@ -128,10 +132,78 @@ pub fn embedded(recipe: &Recipe, report: &CheckReport, (model_dir, run_dir): (&P
     let rollout =
         LocalRolloutService::new(Arc::clone(&device), trainer.policy(), recipe.engine.clone(), Arc::new(bytes))?;
     let trainer = Arc::new(LocalTrainerService::new(trainer));
-    let models = RewardModels { trainer: &trainer, device: &device, policy_dir: model_dir, dtype };
+    let models = RewardModels { trainer: trainer.clone(), device: &device, policy_dir: model_dir, dtype };
     let services =
         Services { rollout: Arc::new(rollout), reward: Arc::new(models.reward_service(recipe)?), trainer, text };
-    let spec = RunSpec {
+    let spec = run_spec(recipe, report, (dtype, &format!("{initial}")), model_dir)?;
+    Ok(Runtime { services, spec, dtype, device, cluster: None })
+}
+
+/// Start the services of a recipe where it places them.
+///
+/// # Errors
+/// As [`embedded`], or a worker that does not start.
+pub fn start(
+    recipe: &Recipe,
+    (source, report): (&Source, &CheckReport),
+    dirs: (&Path, &Path),
+    control: &Arc<LocalControl>,
+) -> Result<Runtime> {
+    match recipe.placement.mode {
+        PlacementMode::Embedded => embedded(recipe, report, dirs),
+        PlacementMode::Processes => processes(recipe, (source, report), dirs, control),
+    }
+}
+
+/// Start the workers of a run in `run_dir` in processes of their own, or wait for them to join.
+///
+/// # Errors
+/// A worker that does not start or join, by name and cause.
+pub fn processes(
+    recipe: &Recipe,
+    (source, report): (&Source, &CheckReport),
+    (model_dir, run_dir): (&Path, &Path),
+    control: &Arc<LocalControl>,
+) -> Result<Runtime> {
+    let device = device(recipe.placement.threads);
+    let dtype = recipe.dtype.resolve(device.info().native_bf16);
+    // What this machine chose is what every worker computes in.
+    let resolved = Recipe { dtype: dtype.into(), ..recipe.clone() };
+    let text = Arc::new(LocalText::load(model_dir)?);
+    let placement = &recipe.placement;
+    let spec = ClusterSpec {
+        work: Work {
+            recipe: render(&resolved, source),
+            model_dir: path_text(&model_dir.canonicalize().context("finding the model")?)?,
+            run_dir: path_text(&run_dir.canonicalize().context("finding the run directory")?)?,
+            world: 1,
+        },
+        listen: placement.listen,
+        rollout_workers: placement.rollout_workers,
+        reward_workers: placement.reward_workers,
+        is_local: placement.spawn_workers,
+    };
+    let cluster = Cluster::start(&spec, control)?;
+    write_address(run_dir, cluster.address()).context("writing where the run is controlled")?;
+    let trainer = cluster.trainer()?;
+    let initial = trainer.version().hash;
+    let spec = run_spec(recipe, report, (dtype, &format!("{initial}")), model_dir)?;
+    let services = Services { rollout: cluster.rollout(), reward: cluster.reward(), trainer, text };
+    Ok(Runtime { services, spec, dtype, device, cluster: Some(cluster) })
+}
+
+fn path_text(path: &Path) -> Result<String> {
+    path.to_str().map(str::to_owned).with_context(|| format!("{} is not UTF-8: workers cannot be told", path.display()))
+}
+
+/// The resolved run; `initial` is the hash of the weights that it starts from.
+fn run_spec(
+    recipe: &Recipe,
+    report: &CheckReport,
+    (dtype, initial): (DType, &str),
+    model_dir: &Path,
+) -> Result<RunSpec> {
+    Ok(RunSpec {
         name: recipe.name.clone(),
         seed: recipe.seed,
         identity: format!("{}-{dtype}-{initial}{}", report.identity, teachers::identity(recipe, model_dir)?),
@@ -140,6 +212,5 @@ pub fn embedded(recipe: &Recipe, report: &CheckReport, (model_dir, run_dir): (&P
         validation: recipe.validation.clone(),
         checkpoint: recipe.checkpoint.clone(),
         rollout_timeout_seconds: recipe.rollout_timeout_seconds,
-    };
-    Ok(Runtime { services, spec, dtype, device })
+    })
 }

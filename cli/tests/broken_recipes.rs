@@ -53,6 +53,18 @@ const CASES: &[Case] = &[
         "data = \"demonstration\"",
         &["stage.0.data", "did you mean `demonstrations`?"],
     ),
+    case(
+        "workers in one process",
+        "[placement]",
+        "[placement]\nrollout_workers = 2",
+        &["placement.rollout_workers", "2 workers", "mode = \"processes\""],
+    ),
+    case(
+        "nowhere to join",
+        "[placement]",
+        "[placement]\nmode = \"processes\"\nspawn_workers = false",
+        &["placement.listen", "with a port"],
+    ),
     case("no completions", "demonstration = \"solution\"", "demonstration = \"none\"", &["stage.0.data", "completion"]),
     case(
         "unknown estimator",

@@ -1,17 +1,16 @@
 //! A run that is killed with -9 anywhere and resumed gives the run that was not: weights, metrics, trajectories.
 
 mod common;
+mod run;
 
 use common::{SMALL, recipe, stderr, temper};
+use run::{Outcome, outcome, train};
 use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::Output;
-use temper_controller::{Phase, latest_checkpoint, verify_checkpoint};
-use temper_data::trajectories::read_dataset;
-use temper_types::{Philox, Sample, SampleTimings};
+use temper_controller::{Phase, latest_checkpoint};
+use temper_types::Philox;
 
-const NUM_STEPS: u64 = 10;
 const NUM_KILLS: usize = 20;
 /// Steps at which each phase comes by in the small recipe (4 supervised steps, then 6 of policy optimisation).
 fn steps_with(phase: Phase) -> Vec<u64> {
@@ -45,48 +44,6 @@ fn schedule(seed: u64) -> Vec<(u64, Phase)> {
     let mut points: Vec<(u64, Phase)> = (0..NUM_KILLS).map(point).collect();
     points.sort();
     points
-}
-
-/// Train `recipe` into `run_dir` with further arguments; `kill_at` is `STEP:PHASE`.
-fn train(recipe: &Path, run_dir: &Path, args: &[&str], kill_at: Option<&str>) -> Output {
-    let mut command = temper();
-    command.arg("train").arg(recipe).arg("--run-dir").arg(run_dir).args(args);
-    if let Some(point) = kill_at {
-        command.env("TEMPER_KILL_AT", point);
-    }
-    command.output().expect("the binary starts")
-}
-
-/// Everything that two equal runs have in common.
-#[derive(Debug, PartialEq)]
-struct Outcome {
-    weights: Vec<u8>,
-    metrics: Vec<String>,
-    samples: Vec<Sample>,
-}
-
-fn outcome(run_dir: &Path) -> Outcome {
-    let last = latest_checkpoint(&run_dir.join("checkpoints")).expect("readable").expect("a checkpoint");
-    assert_eq!(last.state.step, NUM_STEPS);
-    verify_checkpoint(&last.path).expect("an intact checkpoint");
-    let metrics = std::fs::read_to_string(run_dir.join("metrics.jsonl")).expect("metrics");
-    let mut samples = read_dataset(&run_dir.join("rollouts")).expect("a dataset");
-    for sample in &mut samples {
-        sample.timings = SampleTimings::default();
-        sample.worker = String::new();
-    }
-    Outcome {
-        weights: std::fs::read(last.model().join("model.safetensors")).expect("weights"),
-        metrics: metrics.lines().map(without_clock).collect(),
-        samples,
-    }
-}
-
-/// A row of metrics without what the clock decides.
-fn without_clock(line: &str) -> String {
-    let mut row: serde_json::Map<String, serde_json::Value> = serde_json::from_str(line).expect("a row");
-    row.retain(|key, _| !key.ends_with("_seconds") && key != "tokens_per_second");
-    serde_json::to_string(&row).expect("plain data")
 }
 
 fn reference(dir: &Path) -> (PathBuf, Outcome) {

@@ -1,6 +1,7 @@
 //! A run from start to end: stages, steps, checkpoints, resume.
 
 use crate::checkpoint::{self, PendingCheckpoint};
+use crate::control::RunControl;
 use crate::preference_step::PreferenceCache;
 use crate::record::Record;
 use crate::{
@@ -18,6 +19,7 @@ use temper_telemetry::MetricsRow;
 use temper_types::PromptRow;
 
 /// The workers of a run, known by what they do.
+#[derive(Clone)]
 pub struct Services {
     /// Generates.
     pub rollout: Arc<dyn RolloutService>,
@@ -56,10 +58,13 @@ pub struct Controller {
     pub(crate) data: BTreeMap<String, Vec<PromptRow>>,
     pub(crate) record: Record,
     pub(crate) preferences: Option<PreferenceCache>,
-    dir: RunDir,
+    pub(crate) dir: RunDir,
     observer: Box<dyn PhaseObserver>,
     sink: StepSink,
-    stop: Arc<AtomicBool>,
+    pub(crate) stop: Arc<AtomicBool>,
+    pub(crate) control: Arc<RunControl>,
+    /// The row of the last step and the checkpoint written after it.
+    pub(crate) last_row: Option<MetricsRow>,
     phase: Phase,
     /// The step that is under way, or was last.
     current_step: u64,
@@ -77,7 +82,9 @@ impl Controller {
         for (name, config) in &spec.data {
             data.insert(name.clone(), load_dataset(&format!("data.{name}"), config)?);
         }
-        let record = Record::open(&dir, &spec.name, &clock)?;
+        let control = Arc::new(RunControl::default());
+        control.begin(&spec.name, spec.stages.iter().map(Stage::steps).sum());
+        let record = Record::open(&dir, &spec.name, (&clock, &control))?;
         let state = RunState::new(&spec.identity);
         Ok(Controller {
             spec,
@@ -91,6 +98,8 @@ impl Controller {
             observer: Box::new(()),
             sink: Box::new(|_| {}),
             stop: Arc::new(AtomicBool::new(false)),
+            control,
+            last_row: None,
             phase: Phase::BeginStage,
             current_step: 0,
             unpublished: true,
@@ -112,6 +121,11 @@ impl Controller {
         self.stop = flag;
     }
 
+    /// The control of this run, for whoever serves it.
+    pub fn control(&self) -> Arc<RunControl> {
+        Arc::clone(&self.control)
+    }
+
     /// Run to the end, or until asked to stop. `resume` goes on from that checkpoint.
     ///
     /// # Errors
@@ -123,6 +137,7 @@ impl Controller {
             let fields = [("step", json!(self.state.step)), ("error", json!(error.to_string()))];
             self.record.event("failed", &fields)?;
         }
+        self.control.end(&result.as_ref().err().map(ToString::to_string).unwrap_or_default());
         result
     }
 
@@ -132,24 +147,30 @@ impl Controller {
             None => self.start()?,
         };
         while let Some(stage) = self.spec.stages.get(self.state.stage).cloned() {
+            let Some(stage) = self.gate(stage, &mut last)? else { return self.interrupted(last) };
             let row = self.step(&stage)?;
             let stage_ended = self.state.stage_step == stage.steps();
             if stage_ended {
                 self.enter_next_stage()?;
             }
             let every = self.spec.checkpoint.every_steps;
-            let stopping = self.stop.load(Ordering::SeqCst);
+            let stopping = self.stop.load(Ordering::SeqCst) || self.control.wants_drain();
+            self.last_row = Some(row);
             if stage_ended || stopping || (every > 0 && self.state.stage_step.is_multiple_of(every)) {
-                last = Some(self.checkpoint(&row)?);
+                last = Some(self.checkpoint()?);
             }
-            if let (true, Some(checkpoint), false) = (stopping, &last, self.is_complete()) {
-                self.record.event("interrupted", &[("step", json!(self.state.step))])?;
-                return Ok(RunOutcome::Interrupted { checkpoint: checkpoint.clone() });
+            if stopping && !self.is_complete() {
+                return self.interrupted(last);
             }
         }
         self.record.event("completed", &[("step", json!(self.state.step))])?;
         let model = last.unwrap_or_else(|| self.dir.checkpoints()).join("model");
         Ok(RunOutcome::Completed { model })
+    }
+
+    fn interrupted(&self, last: Option<PathBuf>) -> Result<RunOutcome, Error> {
+        self.record.event("interrupted", &[("step", json!(self.state.step))])?;
+        Ok(RunOutcome::Interrupted { checkpoint: last.unwrap_or_else(|| self.dir.checkpoints()) })
     }
 
     fn is_complete(&self) -> bool {
@@ -203,6 +224,8 @@ impl Controller {
             Stage::Distill(stage) => self.distill_step(stage)?,
         };
         (self.sink)(&row);
+        self.control.at(stage.name(), self.state.step, self.state.version);
+        self.control.publish("metrics", serde_json::Value::Object(row.to_json()).to_string());
         Ok(row)
     }
 
@@ -220,6 +243,7 @@ impl Controller {
         self.state.stage_step = 0;
         self.state.cursor = temper_data::sampler::PromptCursor::default();
         self.state.kl_coef = None;
+        self.state.settings.clear();
         self.state.pass_rates = Default::default();
         if self.is_complete() { Ok(()) } else { self.begin_stage() }
     }
@@ -268,9 +292,9 @@ impl Controller {
         Ok(())
     }
 
-    fn checkpoint(&mut self, row: &MetricsRow) -> Result<PathBuf, Error> {
+    pub(crate) fn checkpoint(&mut self) -> Result<PathBuf, Error> {
         self.publish(self.state.step)?;
-        self.state.metric = row.get(&self.spec.checkpoint.best_metric);
+        self.state.metric = self.last_row.as_ref().and_then(|row| row.get(&self.spec.checkpoint.best_metric));
         let dir = self.dir.checkpoints();
         let pending = PendingCheckpoint::create(&dir, self.state.step)?;
         self.record.sync()?;
@@ -295,6 +319,7 @@ impl Controller {
     pub(crate) fn enter(&mut self, phase: Phase) {
         self.phase = phase;
         tracing::debug!(step = self.current_step, phase = phase.name(), "phase");
+        self.control.enter(phase.name());
         self.observer.enter(self.current_step, phase);
     }
 

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use temper_proto::ServiceError;
+use temper_types::ErrorCode;
 
 /// Why a run cannot start, go on, or be resumed.
 #[derive(Debug, thiserror::Error)]
@@ -75,6 +76,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// True where a worker is gone: once it is back, the run can go on from its last checkpoint.
+    pub fn is_lost_worker(&self) -> bool {
+        matches!(self, Error::Service { source, .. } if source.code == ErrorCode::Unavailable)
+    }
+
     pub(crate) fn io(operation: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.to_path_buf();
         move |source| Error::Io { operation, path, source }

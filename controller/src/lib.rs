@@ -14,6 +14,7 @@ mod clock;
 mod collect;
 mod components;
 mod config;
+mod control;
 mod controller;
 mod correction;
 mod critic_step;
@@ -23,6 +24,7 @@ mod distill_config;
 mod distill_step;
 mod error;
 pub mod fleet;
+mod gate;
 mod online_preference_step;
 mod packed;
 mod phase;
@@ -46,6 +48,7 @@ pub use clock::{Clock, SystemClock};
 pub use config::{
     CheckpointConfig, DatasetConfig, MemoryConfig, PolicyStage, RunSpec, SftStage, Stage, ValidationConfig,
 };
+pub use control::RunControl;
 pub use controller::{Controller, RunOutcome, Services};
 pub use dataset::load_dataset;
 pub use distill_config::{DistillStage, TeacherConfig};

@@ -1,5 +1,6 @@
 //! What is written while a run goes on: events, metrics, trajectories. One owner for all three.
 
+use crate::control::RunControl;
 use crate::{Clock, Error, RunDir};
 use serde_json::Value;
 use std::sync::Arc;
@@ -21,14 +22,20 @@ pub(crate) struct Record {
     events: EventLog,
     metrics: MetricsLog,
     dataset: DatasetWriter,
+    control: Arc<RunControl>,
 }
 
 impl Record {
-    pub(crate) fn open(dir: &RunDir, run: &str, clock: &Arc<dyn Clock>) -> Result<Self, Error> {
+    pub(crate) fn open(
+        dir: &RunDir,
+        run: &str,
+        (clock, control): (&Arc<dyn Clock>, &Arc<RunControl>),
+    ) -> Result<Self, Error> {
         Ok(Record {
             events: EventLog::open(&dir.events(), Arc::new(EventClock(Arc::clone(clock))))?,
             metrics: MetricsLog::open(&dir.metrics())?,
             dataset: DatasetWriter::open(&dir.rollouts(), run)?,
+            control: Arc::clone(control),
         })
     }
 
@@ -40,7 +47,10 @@ impl Record {
     }
 
     pub(crate) fn event(&self, name: &str, fields: &[(&str, Value)]) -> Result<(), Error> {
-        Ok(self.events.record(name, fields)?)
+        self.events.record(name, fields)?;
+        let object: serde_json::Map<String, Value> = fields.iter().map(|(k, v)| ((*k).to_owned(), v.clone())).collect();
+        self.control.publish(name, Value::Object(object).to_string());
+        Ok(())
     }
 
     pub(crate) fn metrics(&mut self, row: &MetricsRow) -> Result<(), Error> {

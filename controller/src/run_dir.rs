@@ -3,12 +3,13 @@
 use crate::Error;
 use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-/// Paths of one run, and the lock on it for as long as this value lives.
-#[derive(Debug)]
+/// Paths of one run, and the lock on it for as long as this value or a clone of it lives.
+#[derive(Debug, Clone)]
 pub struct RunDir {
     root: PathBuf,
-    _lock: File,
+    _lock: Arc<File>,
 }
 
 impl RunDir {
@@ -32,7 +33,7 @@ impl RunDir {
             };
             return Err(Error::RunDir { path: root.to_path_buf(), problem });
         }
-        Ok(RunDir { root: root.to_path_buf(), _lock: lock })
+        Ok(RunDir { root: root.to_path_buf(), _lock: Arc::new(lock) })
     }
 
     /// The directory itself.

@@ -1,6 +1,7 @@
 //! What the controller must remember to go on where it stopped.
 
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use temper_algos::PassRates;
 use temper_data::sampler::PromptCursor;
 use temper_types::PolicyVersion;
@@ -32,6 +33,9 @@ pub struct RunState {
     /// Running pass rates of the stage's prompts, where a curriculum reads them.
     #[serde(default)]
     pub pass_rates: PassRates,
+    /// Settings of the stage that were changed while it ran.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub settings: BTreeMap<String, String>,
     /// Version last published.
     pub version: PolicyVersion,
     /// Value of the metric by which the best checkpoints are kept, where the last step had it.
@@ -51,6 +55,7 @@ impl RunState {
             next_group_id: 0,
             kl_coef: None,
             pass_rates: PassRates::default(),
+            settings: BTreeMap::new(),
             version: PolicyVersion::default(),
             metric: None,
         }

@@ -8,6 +8,7 @@
 //! Invariants: token ids in, token ids out (only [`TextService`] sees text) · every wait has a deadline · batches are
 //! named by ids, never by arrival · no message holds a tensor, only per-token numbers.
 
+mod control;
 mod distill;
 mod error;
 pub mod grpc;
@@ -19,6 +20,7 @@ mod trainer;
 mod weights;
 mod worker;
 
+pub use control::{Changed, ControlService, RunEvent, RunPhase, RunStatus, Snapshot, WorkerStatus};
 pub use distill::{DistillService, DistillSpec};
 pub use error::{ServiceError, ServiceResult};
 pub use reward::{RewardService, ScoreRequest};

@@ -395,6 +395,23 @@ fn a_server_that_is_gone_is_named_within_the_deadline() {
     assert!(begin.elapsed() < Duration::from_secs(20));
 }
 
+#[test]
+fn a_later_life_at_the_same_address_refuses_calls_for_an_earlier_one() {
+    let (runtime, fake, config) =
+        (GrpcRuntime::start().unwrap(), Arc::new(Fake::default()), TransportConfig::default());
+    let services = ServedServices::new().with(RolloutServer::service(fake, &config)).of_life(2);
+    let server = serve(&runtime, TcpListener::bind("127.0.0.1:0").unwrap(), services, config).unwrap();
+    let address = server.address().to_string();
+    let call = |life: Option<u64>| {
+        let endpoint = Endpoint::connect(&runtime, "peer", &address, config).unwrap();
+        RolloutClient::new(life.map_or(endpoint.clone(), |life| endpoint.to_life(life))).abort_all()
+    };
+    assert_eq!((call(Some(2)), call(None)), (Ok(17), Ok(17)));
+    let error = call(Some(1)).unwrap_err();
+    assert_eq!(error.code, ErrorCode::Unavailable);
+    assert!(error.message.contains("for life 1 of this worker, which is in life 2"), "{error}");
+}
+
 /// Accepts a connection and never says a word, as a stopped process does.
 #[test]
 fn a_peer_that_says_nothing_is_given_up_at_the_deadline() {

@@ -1,5 +1,6 @@
 //! `temper train`: run a recipe.
 
+use crate::control::LocalControl;
 use crate::kill::KillAt;
 use crate::recipe::{CheckReport, Recipe, Source, check, render};
 use crate::runtime::{self, Runtime};
@@ -11,6 +12,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use temper_controller::{CheckpointInfo, Controller, RunDir, RunOutcome, SystemClock, latest_checkpoint};
 use temper_telemetry::{MetricsRow, Progress, read_metrics};
+
+/// A trainer that is lost more often than this ends the run.
+const MAX_RECOVERIES: usize = 1000;
 
 /// Run a recipe: the model gets better, and everything that happened is kept in the run directory.
 ///
@@ -52,7 +56,7 @@ impl Train {
         if resume.is_none() {
             std::fs::write(dir.recipe(), render(&recipe, &source)).context("writing the resolved recipe")?;
         }
-        let outcome = self.drive(&recipe, &report, dir, resume.as_ref())?;
+        let outcome = self.drive(&recipe, (&source, &report), dir, resume)?;
         self.report(&root, &outcome)?;
         match outcome {
             RunOutcome::Completed { .. } => Ok(()),
@@ -92,26 +96,44 @@ impl Train {
     fn drive(
         &self,
         recipe: &Recipe,
-        report: &CheckReport,
+        (source, report): (&Source, &CheckReport),
         dir: RunDir,
-        resume: Option<&CheckpointInfo>,
+        mut resume: Option<CheckpointInfo>,
     ) -> anyhow::Result<RunOutcome> {
         let model_dir = runtime::initial_model(recipe, dir.root())?;
-        let runtime = runtime::embedded(recipe, report, (&model_dir, dir.root()))?;
+        let control = Arc::new(LocalControl::default());
+        let mut runtime = runtime::start(recipe, (source, report), (&model_dir, dir.root()), &control)?;
         announce(&runtime, &report.summary, dir.root());
         let num_steps = recipe.stages.iter().map(temper_controller::Stage::steps).sum();
-        let mut controller = Controller::new(runtime.spec, runtime.services, dir, Arc::new(SystemClock::default()))?;
-        if let Some(kill_at) = KillAt::from_environment()? {
-            controller.observe_phases(Box::new(kill_at));
-        }
-        let mut progress = Progress::stderr(num_steps);
-        controller.observe_steps(Box::new(move |row| {
-            if let Err(error) = progress.step(row) {
-                tracing::warn!(%error, "progress cannot be shown");
+        let stop = stop_flag()?;
+        for _ in 0..MAX_RECOVERIES {
+            let (spec, services) = (runtime.spec.clone(), runtime.services.clone());
+            let mut controller = Controller::new(spec, services, dir.clone(), Arc::new(SystemClock::default()))?;
+            if let Some(kill_at) = KillAt::from_environment()? {
+                controller.observe_phases(Box::new(kill_at));
             }
-        }));
-        controller.stop_on(stop_flag()?);
-        Ok(controller.run(resume)?)
+            let mut progress = Progress::stderr(num_steps);
+            controller.observe_steps(Box::new(move |row| {
+                if let Err(error) = progress.step(row) {
+                    tracing::warn!(%error, "progress cannot be shown");
+                }
+            }));
+            controller.stop_on(Arc::clone(&stop));
+            control.drive(controller.control());
+            match (controller.run(resume.as_ref()), &runtime.cluster) {
+                (Err(error), Some(cluster)) if error.is_lost_worker() => {
+                    eprintln!("{error}\nwaiting for the worker, to go on from the last checkpoint");
+                    runtime.services.trainer = cluster.recover()?;
+                    runtime.services.rollout = cluster.rollout();
+                    runtime.services.reward = cluster.reward();
+                    resume = latest_checkpoint(&dir.checkpoints())?;
+                }
+                (result, _) => return Ok(result?),
+            }
+        }
+        anyhow::bail!(
+            "the trainer was lost {MAX_RECOVERIES} times: giving up; --resume goes on from the last checkpoint"
+        )
     }
 
     fn report(&self, root: &Path, outcome: &RunOutcome) -> anyhow::Result<()> {
@@ -144,6 +166,9 @@ fn announce(runtime: &Runtime, summary: &str, root: &Path) {
     let info = runtime.device.info();
     eprintln!("{summary}");
     eprintln!("compute: {} ({}), {} threads, {}", info.name, info.instruction_set, info.num_threads, runtime.dtype);
+    if let Some(cluster) = &runtime.cluster {
+        eprintln!("workers and control: {}", cluster.address());
+    }
     eprintln!("run directory: {}", root.display());
 }
 

@@ -2,7 +2,7 @@
 
 use super::check_reward_model::{self, check_directories, check_earlier, check_pairs};
 use super::render::to_table;
-use super::{ModelSource, Recipe, RecipeError, Source};
+use super::{ModelSource, PlacementMode, Recipe, RecipeError, Source};
 use super::{check_distill, preference_stage};
 use crate::reward_models::launcher;
 use std::collections::BTreeMap;
@@ -46,6 +46,7 @@ pub fn check(recipe: &Recipe, source: &Source) -> Result<CheckReport, RecipeErro
     if !(timeout > 0.0 && timeout.is_finite()) {
         return Err(source.error("rollout_timeout_seconds", format!("{timeout} is out of range: expected more than 0")));
     }
+    check_placement(recipe, source)?;
     let identity = identity(recipe, &data);
     let num_rows: BTreeMap<String, usize> = data.into_iter().map(|(name, rows)| (name, rows.len())).collect();
     Ok(CheckReport { summary: summary(recipe, &num_rows), num_rows, identity })
@@ -199,6 +200,38 @@ pub(super) fn check_lengths(
     Ok(())
 }
 
+fn check_placement(recipe: &Recipe, source: &Source) -> Result<(), RecipeError> {
+    let placement = &recipe.placement;
+    let counts = [("rollout_workers", placement.rollout_workers), ("reward_workers", placement.reward_workers)];
+    for (key, count) in counts {
+        let key = format!("placement.{key}");
+        if count == 0 {
+            return Err(source.error(&key, "0 is out of range: expected at least 1"));
+        }
+        if placement.mode == PlacementMode::Embedded && count > 1 {
+            let problem = format!("{count} workers need placement.mode = \"processes\"; in one process there is one");
+            return Err(source.error(&key, problem));
+        }
+    }
+    if placement.mode == PlacementMode::Processes && !placement.spawn_workers && placement.listen.port() == 0 {
+        let problem = "workers that are started by hand must know where to join: expected HOST:PORT with a port";
+        return Err(source.error("placement.listen", problem));
+    }
+    Ok(())
+}
+
+/// Where things run, in words.
+fn placement_summary(recipe: &Recipe) -> Option<String> {
+    let p = &recipe.placement;
+    let how = if p.spawn_workers { "started with the run" } else { "started by hand" };
+    (p.mode == PlacementMode::Processes).then(|| {
+        format!(
+            "workers: 1 trainer, {} rollout, {} reward, each in a process of its own, {how}",
+            p.rollout_workers, p.reward_workers
+        )
+    })
+}
+
 fn check_validation(recipe: &Recipe, source: &Source, data: &Data) -> Result<(), RecipeError> {
     let validation = &recipe.validation;
     if validation.data.is_empty() {
@@ -244,6 +277,7 @@ pub fn summary(recipe: &Recipe, num_rows: &BTreeMap<String, usize>) -> String {
     if let Some(rows) = num_rows.get(&recipe.validation.data) {
         lines.push(format!("validation: {rows} held-out prompts x {} samples", recipe.validation.num_samples));
     }
+    lines.extend(placement_summary(recipe));
     lines.join("\n")
 }
 

@@ -56,6 +56,15 @@ impl Source {
         Ok(source)
     }
 
+    /// A recipe from its text, as a run's resolved one; `path` names it in errors, and nothing is read.
+    ///
+    /// # Errors
+    /// A text that cannot be parsed.
+    pub fn from_text(path: &Path, text: &str) -> Result<Self, RecipeError> {
+        let table: Table = text.parse().map_err(|e| syntax(path, text, &e))?;
+        Ok(Source { path: path.to_path_buf(), table, origins: BTreeMap::new() })
+    }
+
     /// Origin of a key, or of the nearest table that holds it.
     pub fn origin(&self, key: &str) -> Origin {
         let mut key = key;

@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use temper_actor::init::InitConfig;
 use temper_controller::{CheckpointConfig, DatasetConfig, Stage, ValidationConfig};
@@ -31,6 +32,8 @@ pub enum PlacementMode {
     /// All in this process.
     #[default]
     Embedded,
+    /// Every worker in a process of its own, joined by gRPC.
+    Processes,
 }
 
 /// Where things run.
@@ -43,11 +46,27 @@ pub struct Placement {
     pub threads: usize,
     /// Threads that score responses. Never changes a number.
     pub reward_threads: usize,
+    /// Rollout engines, each in a process of its own. Never changes a number.
+    pub rollout_workers: usize,
+    /// Reward workers, each in a process of its own. Never changes a number.
+    pub reward_workers: usize,
+    /// Whether the workers are started with the run, or join it: `temper serve ROLE --join ADDR`.
+    pub spawn_workers: bool,
+    /// Where workers join and control commands reach the run; port 0 takes any.
+    pub listen: SocketAddr,
 }
 
 impl Default for Placement {
     fn default() -> Self {
-        Placement { mode: PlacementMode::Embedded, threads: 0, reward_threads: 1 }
+        Placement {
+            mode: PlacementMode::Embedded,
+            threads: 0,
+            reward_threads: 1,
+            rollout_workers: 1,
+            reward_workers: 1,
+            spawn_workers: true,
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+        }
     }
 }
 

@@ -54,7 +54,7 @@ impl Children {
         for (role, count) in wanted {
             for index in 0..*count {
                 let name = format!("{}-{index}", role.name());
-                let child = spawn(*role, &name, address)?;
+                let child = spawn(*role, &name, address, None)?;
                 let running = Running { role: *role, child, started: Instant::now(), starts: 1, failed_starts: 0 };
                 table.running.insert(name, running);
             }
@@ -64,6 +64,14 @@ impl Children {
         let watch = move || watch(&hub_of_watcher, &table_of_watcher, address);
         let watcher = std::thread::Builder::new().name("children".to_owned()).spawn(watch)?;
         Ok(Children { hub: Arc::clone(hub), table, watcher: Some(watcher) })
+    }
+
+    /// Kill a worker; it is started again.
+    pub fn kill(&self, name: &str) {
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(Err(error)) = table.running.get_mut(name).map(|running| running.child.kill()) {
+            tracing::warn!(worker = name, %error, "cannot be killed");
+        }
     }
 
     /// Workers that will not be started again, and why.
@@ -102,11 +110,13 @@ impl Drop for Children {
     }
 }
 
-fn spawn(role: WorkerRole, name: &str, address: SocketAddr) -> anyhow::Result<Child> {
+/// `listen` is where the worker's former life listened: whoever knows it finds the new one there.
+fn spawn(role: WorkerRole, name: &str, address: SocketAddr, listen: Option<&str>) -> anyhow::Result<Child> {
     let program = std::env::current_exe().context("finding the own program")?;
     // A group of its own: Ctrl-C at the terminal is for the controller, which ends its workers in order.
     Command::new(program)
         .args(["serve", role.name(), "--join", &address.to_string(), "--name", name, "--end-with-stdin"])
+        .args(listen.iter().flat_map(|listen| ["--listen", listen]))
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .process_group(0)
@@ -128,7 +138,8 @@ fn watch(hub: &Hub, table: &Mutex<Table>, address: SocketAddr) {
         for (name, cause) in ended {
             tracing::warn!(worker = name, cause, "a worker ended");
             hub.lose(&name, &cause);
-            table.restart(&name, &cause, address);
+            let listen = hub.members().into_iter().find(|m| m.id.name == name).map(|m| m.hello.address);
+            table.restart((&name, &cause), address, listen.as_deref());
         }
         drop(table);
         std::thread::sleep(TICK);
@@ -136,12 +147,12 @@ fn watch(hub: &Hub, table: &Mutex<Table>, address: SocketAddr) {
 }
 
 impl Table {
-    fn restart(&mut self, name: &str, cause: &str, address: SocketAddr) {
+    fn restart(&mut self, (name, cause): (&str, &str), address: SocketAddr, listen: Option<&str>) {
         let Some(running) = self.running.get_mut(name) else { return };
         let is_short = running.started.elapsed() < SHORT_LIFE;
         running.failed_starts = if is_short { running.failed_starts + 1 } else { 0 };
         let is_hopeless = running.failed_starts >= MAX_FAILED_STARTS || running.starts >= MAX_STARTS;
-        let started = if is_hopeless { None } else { spawn(running.role, name, address).ok() };
+        let started = if is_hopeless { None } else { spawn(running.role, name, address, listen).ok() };
         match started {
             Some(child) => {
                 running.child = child;

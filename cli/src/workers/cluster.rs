@@ -3,19 +3,20 @@
 use super::children::Children;
 use super::hub::{Change, Hub, Member, Standing, Work};
 use super::{LEASE, START_TIMEOUT};
+use crate::control::LocalControl;
 use anyhow::{Context, bail};
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use temper_controller::fleet::{FleetReward, FleetRollout};
+use temper_controller::fleet::{FleetConfig, FleetReward, FleetRollout, WorkerPhase, WorkerStatus};
 use temper_proto::grpc::{
-    Endpoint, GrpcRuntime, RewardClient, RolloutClient, ServedServices, ServerHandle, TrainerClient, TransportConfig,
-    WorkerRegistryServer, serve,
+    ControlServer, Endpoint, GrpcRuntime, RewardClient, RolloutClient, ServedServices, ServerHandle, TrainerClient,
+    TransportConfig, WorkerRegistryServer, serve,
 };
-use temper_proto::{RewardService, RolloutService, TrainerService, WorkerRole};
+use temper_proto::{RewardService, RolloutService, ServiceResult, TrainerService, WorkerRole};
 
 /// Which workers a run has.
 #[derive(Debug, Clone)]
@@ -32,16 +33,33 @@ pub struct ClusterSpec {
     pub is_local: bool,
 }
 
+/// Engines as one, and reward workers as one.
+#[derive(Clone)]
+struct Fleets {
+    rollout: Arc<FleetRollout>,
+    reward: Arc<FleetReward>,
+}
+
+impl Fleets {
+    fn new() -> Self {
+        let one_by_one = FleetConfig { max_in_flight: 1, ..FleetConfig::default() };
+        Fleets {
+            rollout: Arc::new(FleetRollout::new(FleetConfig::default())),
+            reward: Arc::new(FleetReward::new(one_by_one)),
+        }
+    }
+}
+
 /// The worker processes of a run. They end when this is dropped.
 pub struct Cluster {
     address: SocketAddr,
     hub: Arc<Hub>,
-    rollout: Arc<FleetRollout>,
-    reward: Arc<FleetReward>,
+    fleets: Arc<Mutex<Fleets>>,
     runtime: GrpcRuntime,
     is_ending: Arc<AtomicBool>,
     joiner: Option<JoinHandle<()>>,
     children: Option<Children>,
+    wanted: [(WorkerRole, usize); 3],
     // Last: workers are told to end by its answers.
     _server: ServerHandle,
 }
@@ -51,11 +69,14 @@ impl Cluster {
     ///
     /// # Errors
     /// A worker that does not start, by name and cause.
-    pub fn start(spec: &ClusterSpec) -> anyhow::Result<Self> {
+    pub fn start(spec: &ClusterSpec, control: &Arc<LocalControl>) -> anyhow::Result<Self> {
         let runtime = GrpcRuntime::start().context("starting the transport")?;
         let hub = Arc::new(Hub::new(spec.work.clone(), LEASE));
         let listener = TcpListener::bind(spec.listen).with_context(|| format!("listening at {}", spec.listen))?;
-        let services = ServedServices::new().with(WorkerRegistryServer::service(hub.clone()));
+        let services = ServedServices::new()
+            .with(WorkerRegistryServer::service(hub.clone()))
+            .with(ControlServer::service(control.clone()));
+        control.know(Arc::clone(&hub));
         let server = serve(&runtime, listener, services, TransportConfig::default()).context("serving workers")?;
         let wanted = [
             (WorkerRole::Trainer, spec.work.world as usize),
@@ -66,16 +87,16 @@ impl Cluster {
         let mut cluster = Cluster {
             address: server.address(),
             hub,
-            rollout: Arc::new(FleetRollout::new(Default::default())),
-            reward: Arc::new(FleetReward::new(Default::default())),
+            fleets: Arc::new(Mutex::new(Fleets::new())),
             runtime,
             is_ending: Arc::default(),
             joiner: None,
             children,
+            wanted,
             _server: server,
         };
         cluster.joiner = Some(cluster.start_joiner()?);
-        cluster.wait_for(&wanted)?;
+        cluster.wait()?;
         Ok(cluster)
     }
 
@@ -86,12 +107,12 @@ impl Cluster {
 
     /// All engines as one.
     pub fn rollout(&self) -> Arc<dyn RolloutService> {
-        self.rollout.clone()
+        self.fleets().rollout
     }
 
     /// All reward workers as one.
     pub fn reward(&self) -> Arc<dyn RewardService> {
-        self.reward.clone()
+        self.fleets().reward
     }
 
     /// The trainer, all its ranks as one.
@@ -105,6 +126,7 @@ impl Cluster {
         let connect = |m: &Member| {
             let config = TransportConfig::default();
             let endpoint = Endpoint::connect(&self.runtime, m.id.name.as_str(), &m.hello.address, config)?;
+            let endpoint = endpoint.to_life(m.id.incarnation);
             anyhow::Ok(Arc::new(TrainerClient::new(endpoint)) as Arc<dyn TrainerService>)
         };
         let mut ranks = ranks.iter().map(connect).collect::<anyhow::Result<Vec<_>>>()?;
@@ -114,21 +136,54 @@ impl Cluster {
         }
     }
 
+    /// The services after a trainer rank was lost: the run goes back to its last checkpoint, so every engine begins a
+    /// new life without what it had, and all wait until every rank serves again.
+    ///
+    /// # Errors
+    /// As [`Cluster::wait`].
+    pub fn recover(&self) -> anyhow::Result<Arc<dyn TrainerService>> {
+        const CAUSE: &str = "the run goes back to its last checkpoint";
+        *self.fleets.lock().unwrap_or_else(PoisonError::into_inner) = Fleets::new();
+        for member in self.hub.members() {
+            if member.hello.role != WorkerRole::Trainer && member.standing != Standing::Lost {
+                self.hub.lose(&member.id.name, CAUSE);
+                self.children.iter().for_each(|children| children.kill(&member.id.name));
+            }
+        }
+        let deadline = Instant::now() + START_TIMEOUT;
+        loop {
+            self.wait()?;
+            // A rank may be gone before the registry knows.
+            match self.trainer() {
+                Ok(trainer) => return Ok(trainer),
+                Err(error) if Instant::now() > deadline => return Err(error),
+                Err(_) => std::thread::sleep(Duration::from_millis(100)),
+            }
+        }
+    }
+
+    fn fleets(&self) -> Fleets {
+        self.fleets.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     fn start_joiner(&self) -> anyhow::Result<JoinHandle<()>> {
         let joiner = Joiner {
             hub: Arc::clone(&self.hub),
             runtime: self.runtime.clone(),
-            rollout: Arc::clone(&self.rollout),
-            reward: Arc::clone(&self.reward),
+            fleets: Arc::clone(&self.fleets),
             is_ending: Arc::clone(&self.is_ending),
         };
         Ok(std::thread::Builder::new().name("joiner".to_owned()).spawn(move || joiner.run())?)
     }
 
-    fn wait_for(&self, wanted: &[(WorkerRole, usize)]) -> anyhow::Result<()> {
+    /// Wait until every worker serves.
+    ///
+    /// # Errors
+    /// A worker that does not start or join, by name and cause.
+    pub fn wait(&self) -> anyhow::Result<()> {
         let deadline = Instant::now() + START_TIMEOUT;
         loop {
-            let missing = self.missing(wanted);
+            let missing = self.missing();
             if missing.is_empty() {
                 return Ok(());
             }
@@ -145,17 +200,17 @@ impl Cluster {
     }
 
     /// How many workers of each role do not serve yet.
-    fn missing(&self, wanted: &[(WorkerRole, usize)]) -> BTreeMap<&'static str, usize> {
-        let members = self.hub.members();
+    fn missing(&self) -> BTreeMap<&'static str, usize> {
+        let (members, fleets) = (self.hub.members(), self.fleets());
         let served = |role| match role {
-            WorkerRole::Rollout => self.rollout.num_workers(),
-            WorkerRole::Reward => self.reward.num_workers(),
+            WorkerRole::Rollout => live(&fleets.rollout.workers()),
+            WorkerRole::Reward => live(&fleets.reward.workers()),
             WorkerRole::Trainer => {
                 members.iter().filter(|m| m.hello.role == role && m.standing == Standing::Ready).count()
             }
         };
         let lacks = |(role, count): &(WorkerRole, usize)| (role.name(), count.saturating_sub(served(*role)));
-        wanted.iter().map(lacks).filter(|(_, n)| *n > 0).collect()
+        self.wanted.iter().map(lacks).filter(|(_, n)| *n > 0).collect()
     }
 }
 
@@ -171,12 +226,15 @@ impl Drop for Cluster {
     }
 }
 
+fn live(workers: &[WorkerStatus]) -> usize {
+    workers.iter().filter(|w| !matches!(w.phase, WorkerPhase::Lost(_))).count()
+}
+
 /// Connects to workers as they come, and lets them go as they end.
 struct Joiner {
     hub: Arc<Hub>,
     runtime: GrpcRuntime,
-    rollout: Arc<FleetRollout>,
-    reward: Arc<FleetReward>,
+    fleets: Arc<Mutex<Fleets>>,
     is_ending: Arc<AtomicBool>,
 }
 
@@ -199,21 +257,29 @@ impl Joiner {
 
     fn join(&self, member: &Member) -> anyhow::Result<()> {
         let name = member.id.name.as_str();
-        let connect = || Endpoint::connect(&self.runtime, name, &member.hello.address, TransportConfig::default());
+        let connect = || {
+            let endpoint = Endpoint::connect(&self.runtime, name, &member.hello.address, TransportConfig::default())?;
+            ServiceResult::Ok(endpoint.to_life(member.id.incarnation))
+        };
+        let fleets = self.fleets.lock().unwrap_or_else(PoisonError::into_inner).clone();
         match member.hello.role {
-            WorkerRole::Rollout => self.rollout.join(name, Arc::new(RolloutClient::new(connect()?))),
-            WorkerRole::Reward => self.reward.join(name, Arc::new(RewardClient::new(connect()?))),
-            WorkerRole::Trainer => {}
-        }
+            WorkerRole::Rollout => fleets.rollout.join(name, Arc::new(RolloutClient::new(connect()?)))?,
+            WorkerRole::Reward => fleets.reward.join(name, Arc::new(RewardClient::new(connect()?)))?,
+            WorkerRole::Trainer => 0,
+        };
         Ok(())
     }
 
     fn leave(&self, member: &Member) {
         tracing::warn!(worker = member.id.name, cause = member.cause, "a worker is lost");
-        match member.hello.role {
-            WorkerRole::Rollout => self.rollout.leave(&member.id.name, &member.cause),
-            WorkerRole::Reward => self.reward.leave(&member.id.name, &member.cause),
-            WorkerRole::Trainer => {}
+        let fleets = self.fleets.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let left = match member.hello.role {
+            WorkerRole::Rollout => fleets.rollout.leave(&member.id.name, &member.cause),
+            WorkerRole::Reward => fleets.reward.leave(&member.id.name, &member.cause),
+            WorkerRole::Trainer => Ok(()),
+        };
+        if let Err(error) = left {
+            tracing::debug!(%error, "a worker that never joined");
         }
     }
 }

@@ -30,6 +30,17 @@ pub enum Standing {
     Lost,
 }
 
+impl Standing {
+    /// Name in commands.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Standing::Starting => "starting",
+            Standing::Ready => "ready",
+            Standing::Lost => "lost",
+        }
+    }
+}
+
 /// One worker, in its last life.
 #[derive(Debug, Clone)]
 pub struct Member {
@@ -89,11 +100,6 @@ impl Hub {
     pub fn end(&self) {
         self.lock().is_ending = true;
         self.changed.notify_all();
-    }
-
-    /// True where the run has ended.
-    pub fn is_ending(&self) -> bool {
-        self.lock().is_ending
     }
 
     /// The worker `name` is gone, in whichever life it was.

@@ -9,7 +9,7 @@ mod hub;
 mod process;
 
 pub use cluster::{Cluster, ClusterSpec};
-pub use hub::Work;
+pub use hub::{Hub, Member, Work};
 pub use process::{ServeOptions, end_with_stdin, serve_worker};
 
 use std::time::Duration;

@@ -58,6 +58,7 @@ pub fn serve_worker(options: &ServeOptions) -> anyhow::Result<()> {
     let beats = Heartbeats::start(Arc::clone(&registry), &assignment)?;
     let (services, version) = build(options.role, &runtime, &assignment)?;
     let config = TransportConfig::default();
+    let services = services.of_life(assignment.id.incarnation);
     let server = serve(&runtime, listener, services, config).context("serving")?;
     tracing::info!(worker = assignment.id.name, address = %server.address(), "serving");
     registry.ready(&assignment.id, version)?;

@@ -203,10 +203,6 @@ pub struct WorkerStatus {
     pub incarnation: u64,
     #[prost(string, tag = "5")]
     pub state: ::prost::alloc::string::String,
-    #[prost(message, optional, tag = "6")]
-    pub version: ::core::option::Option<PolicyVersion>,
-    #[prost(uint64, tag = "7")]
-    pub in_flight: u64,
     #[prost(uint64, tag = "8")]
     pub process_id: u64,
     #[prost(string, tag = "9")]
@@ -429,7 +425,7 @@ pub mod control_service_client {
                 .insert(GrpcMethod::new("temper.v1.ControlService", "Resume"));
             self.inner.unary(req, path, codec).await
         }
-        /// End the run after the current step, with a checkpoint.
+        /// End the run and its workers after the current step, with a checkpoint.
         pub async fn drain(
             &mut self,
             request: impl tonic::IntoRequest<super::Empty>,
@@ -498,28 +494,6 @@ pub mod control_service_client {
                 .insert(GrpcMethod::new("temper.v1.ControlService", "Set"));
             self.inner.unary(req, path, codec).await
         }
-        /// As Drain, and the workers end too.
-        pub async fn stop(
-            &mut self,
-            request: impl tonic::IntoRequest<super::Empty>,
-        ) -> std::result::Result<tonic::Response<super::StatusResponse>, tonic::Status> {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
-            let codec = tonic_prost::ProstCodec::default();
-            let path = http::uri::PathAndQuery::from_static(
-                "/temper.v1.ControlService/Stop",
-            );
-            let mut req = request.into_request();
-            req.extensions_mut()
-                .insert(GrpcMethod::new("temper.v1.ControlService", "Stop"));
-            self.inner.unary(req, path, codec).await
-        }
         /// The workers and their state.
         pub async fn workers(
             &mut self,
@@ -586,7 +560,7 @@ pub mod control_service_server {
             &self,
             request: tonic::Request<super::Empty>,
         ) -> std::result::Result<tonic::Response<super::StatusResponse>, tonic::Status>;
-        /// End the run after the current step, with a checkpoint.
+        /// End the run and its workers after the current step, with a checkpoint.
         async fn drain(
             &self,
             request: tonic::Request<super::Empty>,
@@ -604,11 +578,6 @@ pub mod control_service_server {
             &self,
             request: tonic::Request<super::SetRequest>,
         ) -> std::result::Result<tonic::Response<super::SetResponse>, tonic::Status>;
-        /// As Drain, and the workers end too.
-        async fn stop(
-            &self,
-            request: tonic::Request<super::Empty>,
-        ) -> std::result::Result<tonic::Response<super::StatusResponse>, tonic::Status>;
         /// The workers and their state.
         async fn workers(
             &self,
@@ -981,49 +950,6 @@ pub mod control_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = SetSvc(inner);
-                        let codec = tonic_prost::ProstCodec::default();
-                        let mut grpc = tonic::server::Grpc::new(codec)
-                            .apply_compression_config(
-                                accept_compression_encodings,
-                                send_compression_encodings,
-                            )
-                            .apply_max_message_size_config(
-                                max_decoding_message_size,
-                                max_encoding_message_size,
-                            );
-                        let res = grpc.unary(method, req).await;
-                        Ok(res)
-                    };
-                    Box::pin(fut)
-                }
-                "/temper.v1.ControlService/Stop" => {
-                    #[allow(non_camel_case_types)]
-                    struct StopSvc<T: ControlService>(pub Arc<T>);
-                    impl<T: ControlService> tonic::server::UnaryService<super::Empty>
-                    for StopSvc<T> {
-                        type Response = super::StatusResponse;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
-                            tonic::Status,
-                        >;
-                        fn call(
-                            &mut self,
-                            request: tonic::Request<super::Empty>,
-                        ) -> Self::Future {
-                            let inner = Arc::clone(&self.0);
-                            let fut = async move {
-                                <T as ControlService>::stop(&inner, request).await
-                            };
-                            Box::pin(fut)
-                        }
-                    }
-                    let accept_compression_encodings = self.accept_compression_encodings;
-                    let send_compression_encodings = self.send_compression_encodings;
-                    let max_decoding_message_size = self.max_decoding_message_size;
-                    let max_encoding_message_size = self.max_encoding_message_size;
-                    let inner = self.inner.clone();
-                    let fut = async move {
-                        let method = StopSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -10,6 +10,9 @@ use temper_types::ErrorCode;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Response, Status};
 
+/// Which life of a worker a call is meant for.
+pub(crate) const LIFE_HEADER: &str = "temper-life";
+
 /// Waits and sizes of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TransportConfig {
@@ -47,6 +50,7 @@ pub struct Endpoint {
     name: String,
     channel: Channel,
     config: TransportConfig,
+    life: Option<u64>,
 }
 
 impl Endpoint {
@@ -87,7 +91,14 @@ impl Endpoint {
             Ok(Err(error)) => return Err(unreachable(causes(&error))),
             Err(_) => return Err(unreachable(format!("no answer within {:?}", config.connect_timeout))),
         };
-        Ok(Endpoint { runtime: runtime.clone(), name, channel, config })
+        Ok(Endpoint { runtime: runtime.clone(), name, channel, config, life: None })
+    }
+
+    /// Speak to life `incarnation` of the peer alone: a later one at the same address refuses.
+    #[must_use]
+    pub fn to_life(mut self, incarnation: u64) -> Self {
+        self.life = Some(incarnation);
+        self
     }
 
     /// Name of the peer.
@@ -118,6 +129,9 @@ impl Endpoint {
         let handle = self.runtime.handle().ok_or_else(|| stopping(&self.name, operation))?;
         let mut request = Request::new(message);
         request.set_timeout(deadline);
+        if let Some(life) = self.life {
+            request.metadata_mut().insert(LIFE_HEADER, life.into());
+        }
         let answer = handle.block_on(async { tokio::time::timeout(deadline, send(request)).await });
         match answer {
             Ok(Ok(value)) => Ok(value),

@@ -1,11 +1,13 @@
 //! Blocking clients: the service traits over a connection.
 
+mod control;
 mod reward;
 mod rollout;
 mod trainer;
 mod weights;
 mod worker;
 
+pub use control::{ControlClient, Verb};
 pub use reward::RewardClient;
 pub use rollout::RolloutClient;
 pub use trainer::TrainerClient;

@@ -1,6 +1,7 @@
 //! Between the messages of the traits and those of the wire. What comes from the wire is checked.
 
 mod common;
+mod control;
 mod reward;
 mod rollout;
 mod scalar;

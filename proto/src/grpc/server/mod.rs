@@ -1,18 +1,20 @@
 //! Any implementation of the service traits, on a socket.
 
+mod control;
 mod reward;
 mod rollout;
 mod trainer;
 mod weights;
 mod worker;
 
+pub use control::ControlServer;
 pub use reward::RewardServer;
 pub use rollout::RolloutServer;
 pub use trainer::TrainerServer;
 pub use weights::WeightServer;
 pub use worker::WorkerRegistryServer;
 
-use super::channel::{TransportConfig, encode_error};
+use super::channel::{LIFE_HEADER, TransportConfig, encode_error};
 use super::convert::ConvertError;
 use super::{FILE_DESCRIPTOR_SET, GrpcRuntime, v1};
 use crate::{ServiceError, ServiceResult};
@@ -34,12 +36,20 @@ type HttpResponse = tonic::codegen::http::Response<tonic::body::Body>;
 pub struct ServedServices {
     routes: RoutesBuilder,
     names: Vec<&'static str>,
+    life: Option<u64>,
 }
 
 impl ServedServices {
     /// Nothing yet.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Refuse calls that are meant for another life of this worker.
+    #[must_use]
+    pub fn of_life(mut self, incarnation: u64) -> Self {
+        self.life = Some(incarnation);
+        self
     }
 
     /// Offer a generated service.
@@ -115,8 +125,11 @@ pub fn serve(
     let (stop, stopped) = oneshot::channel::<()>();
     let _entered = handle.enter();
     let incoming = TcpIncoming::from(tokio::net::TcpListener::from_std(listener)?).with_nodelay(Some(true));
+    let life = services.life;
     let routes = with_common(services)?;
+    let fence = move |request: Request<()>| check_life(life, request);
     let server = Server::builder()
+        .layer(tonic::service::InterceptorLayer::new(fence))
         .http2_keepalive_interval(Some(config.keepalive_interval))
         .http2_keepalive_timeout(Some(config.keepalive_timeout))
         .initial_stream_window_size(8 << 20)
@@ -127,6 +140,18 @@ pub fn serve(
         let _ = stopped.await;
     }));
     Ok(ServerHandle { address, stop: Some(stop), runtime: runtime.clone(), task })
+}
+
+/// A call that names another life comes from somebody who does not know yet that it is over.
+fn check_life(life: Option<u64>, request: Request<()>) -> Result<Request<()>, Status> {
+    let meant = request.metadata().get(LIFE_HEADER).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+    match (life, meant) {
+        (Some(life), Some(meant)) if life != meant => {
+            let message = format!("the call is for life {meant} of this worker, which is in life {life}");
+            Err(encode_error(ServiceError::new(ErrorCode::Unavailable, "worker", "call", message)))
+        }
+        _ => Ok(request),
+    }
 }
 
 /// The services, their health, and reflection.

@@ -1,0 +1,228 @@
+//! `temper status`, `watch`, `workers`, `pause`, `drain`, `resume`, `snapshot`, `set`, `stop`: a run under way.
+
+use crate::control::read_address;
+use crate::usage;
+use anyhow::Context;
+use serde_json::json;
+use std::path::PathBuf;
+use temper_proto::RunStatus;
+use temper_proto::grpc::{ControlClient, Endpoint, GrpcRuntime, TransportConfig, Verb};
+
+/// Which run.
+#[derive(clap::Args)]
+pub struct Target {
+    /// HOST:PORT of the run, as it prints when it starts.
+    #[arg(long, value_name = "HOST:PORT")]
+    controller: Option<String>,
+    /// Directory of the run, which knows its address.
+    #[arg(long, value_name = "DIR", conflicts_with = "controller")]
+    run_dir: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+impl Target {
+    fn connect(&self) -> anyhow::Result<ControlClient> {
+        let address = match (&self.controller, &self.run_dir) {
+            (Some(address), _) => address.clone(),
+            (None, Some(dir)) => read_address(dir)
+                .with_context(|| format!("{} is not a run that is controlled over the network", dir.display()))?,
+            (None, None) => return Err(usage("which run? give --controller HOST:PORT or --run-dir DIR")),
+        };
+        let runtime = GrpcRuntime::start().context("starting the transport")?;
+        let endpoint = Endpoint::connect(&runtime, "run", &address, TransportConfig::default())?;
+        Ok(ControlClient::new(endpoint))
+    }
+
+    fn status(&self, verb: Verb) -> anyhow::Result<()> {
+        let status = self.connect()?.call(verb)?;
+        print_status(&status, self.json)
+    }
+}
+
+/// Where a run stands: stage, step, phase, version, last metrics.
+#[derive(clap::Args)]
+pub struct Status {
+    #[command(flatten)]
+    target: Target,
+}
+
+/// Follow a run: one line of JSON per event or row of metrics, until it ends.
+#[derive(clap::Args)]
+pub struct Watch {
+    #[command(flatten)]
+    target: Target,
+}
+
+/// The worker processes of a run and how they stand.
+#[derive(clap::Args)]
+pub struct Workers {
+    #[command(flatten)]
+    target: Target,
+}
+
+/// Let a run wait before its next step; returns when the step under way is done.
+#[derive(clap::Args)]
+pub struct Pause {
+    #[command(flatten)]
+    target: Target,
+}
+
+/// End a run after the step under way, with a checkpoint: `temper train --resume` goes on.
+#[derive(clap::Args)]
+pub struct Drain {
+    #[command(flatten)]
+    target: Target,
+}
+
+/// Let a paused run go on.
+#[derive(clap::Args)]
+pub struct Resume {
+    #[command(flatten)]
+    target: Target,
+}
+
+/// Write a checkpoint after the step under way, or now where the run is paused.
+#[derive(clap::Args)]
+pub struct Snapshot {
+    #[command(flatten)]
+    target: Target,
+}
+
+/// Change a setting of the stage under way from its next step on: learning_rate, temperature or kl_coef.
+///
+/// Checkpoints hold the change, so that a resumed run goes on with it.
+#[derive(clap::Args)]
+pub struct Set {
+    /// The setting and its new value, such as learning_rate=1e-5.
+    #[arg(value_name = "KEY=VALUE")]
+    assignment: String,
+    #[command(flatten)]
+    target: Target,
+}
+
+/// As `drain`: end a run and its workers after the step under way, with a checkpoint.
+#[derive(clap::Args)]
+pub struct Stop {
+    #[command(flatten)]
+    target: Target,
+}
+
+macro_rules! status_verbs {
+    ($($command:ident => $verb:expr),+ $(,)?) => {$(
+        impl $command {
+            /// Call the run and print where it stands.
+            ///
+            /// # Errors
+            /// A run that does not answer.
+            pub fn run(self) -> anyhow::Result<()> {
+                self.target.status($verb)
+            }
+        }
+    )+};
+}
+
+status_verbs! {
+    Status => Verb::Status,
+    Pause => Verb::Pause,
+    Resume => Verb::Resume,
+    Drain => Verb::Drain,
+    Stop => Verb::Drain,
+}
+
+impl Watch {
+    /// Print events until the run ends.
+    ///
+    /// # Errors
+    /// A run that does not answer, or a connection that breaks.
+    pub fn run(self) -> anyhow::Result<()> {
+        let print = |event: temper_proto::RunEvent| {
+            use std::io::Write;
+            let line = format!("{{\"event\":{},\"data\":{}}}\n", json!(event.name), event.json);
+            // A reader that is gone ends the watch.
+            std::io::stdout().lock().write_all(line.as_bytes()).is_ok()
+        };
+        Ok(self.target.connect()?.watch(print)?)
+    }
+}
+
+impl Workers {
+    /// Print one line a worker.
+    ///
+    /// # Errors
+    /// A run that does not answer.
+    pub fn run(self) -> anyhow::Result<()> {
+        let workers = self.target.connect()?.workers()?;
+        if self.target.json {
+            println!("{}", serde_json::to_string_pretty(&workers)?);
+            return Ok(());
+        }
+        if workers.is_empty() {
+            println!("no workers: the run is in one process");
+        }
+        for w in workers {
+            let cause = if w.last_error.is_empty() { String::new() } else { format!("  {}", w.last_error) };
+            println!(
+                "{:<12} {:<8} {:<9} life {} pid {} at {}{cause}",
+                w.name, w.role, w.state, w.incarnation, w.process_id, w.address
+            );
+        }
+        Ok(())
+    }
+}
+
+impl Snapshot {
+    /// Print where the checkpoint is.
+    ///
+    /// # Errors
+    /// A run that does not answer, or has ended.
+    pub fn run(self) -> anyhow::Result<()> {
+        let snapshot = self.target.connect()?.snapshot()?;
+        if self.target.json {
+            println!("{}", json!({"path": snapshot.path, "step": snapshot.step}));
+        } else {
+            println!("step {}: {}", snapshot.step, snapshot.path);
+        }
+        Ok(())
+    }
+}
+
+impl Set {
+    /// Print what it was and from which step the new value counts.
+    ///
+    /// # Errors
+    /// A key that cannot be changed, a value out of range, or a run that does not answer.
+    pub fn run(self) -> anyhow::Result<()> {
+        let expected = || usage(format!("`{}`: expected KEY=VALUE, such as learning_rate=1e-5", self.assignment));
+        let (key, value) = self.assignment.split_once('=').ok_or_else(expected)?;
+        let value: f64 = value.trim().parse().map_err(|_| expected())?;
+        let changed = self.target.connect()?.set(key.trim(), value)?;
+        if self.target.json {
+            println!(
+                "{}",
+                json!({"key": key, "value": value, "previous": changed.previous, "from_step": changed.from_step})
+            );
+        } else {
+            println!("{key}: {} -> {value} from step {}", changed.previous, changed.from_step);
+        }
+        Ok(())
+    }
+}
+
+fn print_status(status: &RunStatus, as_json: bool) -> anyhow::Result<()> {
+    if as_json {
+        println!("{}", serde_json::to_string_pretty(status)?);
+        return Ok(());
+    }
+    println!("{} is {}", status.run, status.state.name());
+    println!("  stage    {}, step {} of {}, phase {}", status.stage, status.step, status.num_steps, status.phase);
+    println!("  version  {}", status.version);
+    if !status.error.is_empty() {
+        println!("  error    {}", status.error);
+    }
+    if !status.metrics_json.is_empty() {
+        println!("  metrics  {}", status.metrics_json);
+    }
+    Ok(())
+}

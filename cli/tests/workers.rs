@@ -1,0 +1,162 @@
+//! A run over worker processes gives the run in one process, whatever becomes of the workers; and it can be controlled.
+
+mod common;
+mod run;
+
+use common::{SMALL, recipe, stderr, temper};
+use run::{outcome, train};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+use temper_types::Philox;
+
+const PROCESSES: [&str; 2] = ["--set", "placement.mode=processes"];
+/// Longest wait for anything that a test waits for.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// The small recipe with more steps, so that there is something to disturb.
+fn longer() -> String {
+    SMALL.replace("steps = 6", "steps = 40").replace("every_steps = 2", "every_steps = 4")
+}
+
+fn start(recipe: &Path, run_dir: &Path, sets: &[&str]) -> Child {
+    let mut command = temper();
+    command.arg("train").arg(recipe).arg("--run-dir").arg(run_dir).args(PROCESSES);
+    sets.iter().for_each(|set| {
+        command.args(["--set", set]);
+    });
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary starts")
+}
+
+/// A control command on the run in `run_dir`.
+fn control(run_dir: &Path, args: &[&str]) -> Output {
+    temper().args(args).arg("--run-dir").arg(run_dir).arg("--json").output().expect("the binary starts")
+}
+
+fn control_json(run_dir: &Path, args: &[&str]) -> Option<serde_json::Value> {
+    let output = control(run_dir, args);
+    output.status.success().then(|| serde_json::from_slice(&output.stdout).expect("JSON"))
+}
+
+/// Wait until `probe` gives something.
+fn until<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(value) = probe() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "waited in vain: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Process of the worker `name`, once it serves in a life other than `before`.
+fn worker(run_dir: &Path, name: &str, before: u64) -> Option<(u64, u64)> {
+    let workers = control_json(run_dir, &["workers"])?;
+    let found = workers.as_array()?.iter().find(|w| w["name"] == name && w["state"] == "ready")?;
+    let (pid, life) = (found["process_id"].as_u64()?, found["incarnation"].as_u64()?);
+    (life != before).then_some((pid, life))
+}
+
+fn signal(pid: u64, name: &str) {
+    let status = Command::new("sh").args(["-c", &format!("kill -{name} {pid}")]).status().expect("a shell");
+    assert!(status.success() || name == "KILL", "kill -{name} {pid}");
+}
+
+fn finish(child: Child) -> Output {
+    let output = child.wait_with_output().expect("the process ends");
+    assert!(output.status.success(), "{}", stderr(&output));
+    output
+}
+
+#[test]
+fn any_number_of_workers_gives_the_bits_of_one_process() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let recipe = recipe(dir.path(), SMALL);
+    let reference = dir.path().join("reference");
+    assert!(train(&recipe, &reference, &[], None).status.success());
+    let expected = outcome(&reference);
+    for workers in 1..=3 {
+        let run_dir = dir.path().join(format!("workers-{workers}"));
+        let (rollout, reward) =
+            (format!("placement.rollout_workers={workers}"), format!("placement.reward_workers={}", 4 - workers));
+        finish(start(&recipe, &run_dir, &[&rollout, &reward]));
+        assert_eq!(outcome(&run_dir), expected, "{workers} rollout workers");
+    }
+}
+
+#[test]
+fn workers_of_every_role_are_killed_and_stopped_and_the_result_stays() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let recipe = recipe(dir.path(), &longer());
+    let reference = dir.path().join("reference");
+    assert!(train(&recipe, &reference, &[], None).status.success());
+    let run_dir = dir.path().join("killed");
+    let child = start(&recipe, &run_dir, &["placement.rollout_workers=2", "placement.reward_workers=2"]);
+    let names = ["rollout-0", "trainer-0", "reward-1", "rollout-1", "trainer-0", "reward-0"];
+    let noise = Philox::new(3);
+    let mut lives = std::collections::BTreeMap::new();
+    let mut kills = 0;
+    for (index, name) in names.into_iter().enumerate() {
+        let before = lives.get(name).copied().unwrap_or(0);
+        let found = until(name, || match worker(&run_dir, name, before) {
+            Some(found) => Some(Some(found)),
+            // The run may be over before every worker had its turn.
+            None => is_complete(&run_dir).then_some(None),
+        });
+        let Some((pid, life)) = found else { break };
+        std::thread::sleep(Duration::from_millis(noise.below(300, index as u64, 0)));
+        signal(pid, "KILL");
+        lives.insert(name, life);
+        kills += 1;
+    }
+    assert!(kills >= 4, "only {kills} kills before the run was over");
+    finish(child);
+    assert_eq!(run::whole_outcome(&run_dir), run::whole_outcome(&reference));
+}
+
+fn is_complete(run_dir: &Path) -> bool {
+    std::fs::read_to_string(run_dir.join("events.jsonl")).is_ok_and(|text| text.contains("\"completed\""))
+}
+
+#[test]
+fn a_run_is_paused_changed_saved_and_drained_while_it_runs() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let recipe = recipe(dir.path(), &longer().replace("steps = 40", "steps = 4000"));
+    let run_dir = dir.path().join("run");
+    let child = start(&recipe, &run_dir, &[]);
+    until("the second stage", || {
+        let status = control_json(&run_dir, &["status"])?;
+        (status["step"].as_u64()? > 5).then_some(())
+    });
+    let paused = control_json(&run_dir, &["pause"]).expect("it pauses");
+    assert_eq!(paused["state"], "paused");
+    let step = paused["step"].as_u64().expect("a step");
+    let snapshot = control_json(&run_dir, &["snapshot"]).expect("it saves");
+    assert_eq!(snapshot["step"].as_u64(), Some(step));
+    assert!(Path::new(snapshot["path"].as_str().expect("a path")).join("MANIFEST").is_file());
+    let set = control_json(&run_dir, &["set", "learning_rate=0.00025"]).expect("it changes");
+    assert_eq!((set["previous"].as_f64(), set["from_step"].as_u64()), (Some(1e-3), Some(step + 1)));
+    let refused = control(&run_dir, &["set", "clip=1"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(stderr(&refused).contains("what can: learning_rate, temperature"), "{}", stderr(&refused));
+    assert_eq!(control_json(&run_dir, &["status"]).expect("it answers")["step"].as_u64(), Some(step), "it waits");
+    assert_eq!(control_json(&run_dir, &["resume"]).expect("it goes on")["state"], "running");
+    until("a step with the new rate", || {
+        let metrics = std::fs::read_to_string(run_dir.join("metrics.jsonl")).ok()?;
+        let row: serde_json::Value = serde_json::from_str(metrics.lines().last()?).ok()?;
+        (row["step"].as_u64()? > step && row["lr"].as_f64()? <= 2.5e-4).then_some(())
+    });
+    assert!(control(&run_dir, &["drain"]).status.success());
+    let output = child.wait_with_output().expect("the process ends");
+    assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
+}
+
+#[test]
+fn a_worker_without_a_controller_says_so() {
+    let output = temper().args(["serve", "rollout", "--join", "no address"]).output().expect("the binary starts");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("`no address` is no HOST:PORT"), "{}", stderr(&output));
+    let output = temper().args(["status", "--run-dir", "nowhere"]).output().expect("the binary starts");
+    assert!(stderr(&output).contains("not a run that is controlled over the network"), "{}", stderr(&output));
+}
