@@ -1,11 +1,17 @@
 //! Distillation: the update of a policy on its divergence from a frozen teacher.
 
-use crate::micro_batch::{split, train_batch};
-use crate::trainer::{Stage, sequence_len, unpack};
+use crate::division::spread;
+use crate::exchange::{Own, add_up, own_rows};
+use crate::micro_batch::train_batch;
+use crate::store::Store;
+use crate::trainer::{SharedPolicy, Stage, sequence_len, unpack};
+use crate::weights::Pass;
 use crate::{Error, LocalTrainerService, Trainer};
+use std::cell::RefCell;
+use std::ops::Range;
 use std::path::Path;
-use std::sync::{Arc, PoisonError};
-use temper_actor::{CheckpointReader, Distillation, Head, ModelConfig, PackedPolicy, ParamStore, TrainArena};
+use std::sync::{Arc, PoisonError, RwLock};
+use temper_actor::{CheckpointReader, Distillation, Head, ModelConfig, PackedPolicy, TrainArena};
 use temper_algos::distill::DistillConfig;
 use temper_proto::{DistillService, DistillSpec, MiniBatch, ServiceResult, TrainRow, UpdateReport};
 use temper_tensor::{DistillStats, Divergence};
@@ -13,7 +19,7 @@ use temper_tensor::{DistillStats, Divergence};
 /// The teacher of a stage, with activations of its own.
 #[derive(Debug)]
 pub(crate) struct Distiller {
-    teacher: PackedPolicy,
+    teacher: SharedPolicy,
     arena: TrainArena,
     config: DistillConfig,
 }
@@ -27,7 +33,8 @@ impl Distiller {
     }
 
     fn check_lengths(&self, rows: &[TrainRow]) -> Result<(), Error> {
-        let longest = self.teacher.config().max_position_embeddings;
+        let teacher = self.teacher.read().unwrap_or_else(PoisonError::into_inner);
+        let longest = teacher.config().max_position_embeddings;
         match rows.iter().position(|row| sequence_len(&row.sequence) > longest) {
             Some(index) => {
                 let length = sequence_len(&rows[index].sequence);
@@ -62,7 +69,8 @@ impl Trainer {
         Ok(())
     }
 
-    fn load_teacher(&self, dir: &Path) -> Result<PackedPolicy, Error> {
+    /// One packed teacher for all ranks of a process.
+    fn load_teacher(&self, dir: &Path) -> Result<SharedPolicy, Error> {
         let config = ModelConfig::load(dir)?;
         let what = || format!("teacher {}", dir.display());
         if config.head != Head::CausalLm {
@@ -75,7 +83,11 @@ impl Trainer {
         }
         let reader = CheckpointReader::open(dir)?;
         reader.validate(&config)?;
-        Ok(PackedPolicy::load(&self.device, &config, &reader, self.dtype)?)
+        let load = || PackedPolicy::load(&self.device, &config, &reader, self.dtype);
+        match &self.ranks {
+            None => Ok(Arc::new(RwLock::new(load()?))),
+            Some(ranks) => ranks.hand_on(ranks.leads().then(load).transpose()?),
+        }
     }
 
     /// One optimizer step on the divergence from the teacher. On an error no weight has changed.
@@ -99,32 +111,64 @@ impl Trainer {
         distiller: &mut Distiller,
         stage: &Stage,
         batch: &MiniBatch,
-        grads: &mut ParamStore,
+        grads: &mut Store,
     ) -> Result<UpdateReport, Error> {
         let num_tokens = batch.rows.iter().map(|row| sequence_len(&row.sequence) as u64).sum();
         let mut report = UpdateReport { num_tokens, ..UpdateReport::default() };
+        let own = own_rows(self.ranks.as_ref(), &batch.rows, stage.max_micro_batch_tokens);
+        let (mut sums, mut log_probs) = (Sums::default(), Vec::new());
+        let failed = {
+            let grads = RefCell::new(grads);
+            self.each_round(
+                &own,
+                |trainer, range| {
+                    let mut grads = grads.borrow_mut();
+                    trainer.distill_pass(
+                        distiller,
+                        stage,
+                        (batch, &own, range),
+                        (&mut sums, &mut log_probs, &mut **grads),
+                    )
+                },
+                |trainer| trainer.idle_pass(&trainer.policy, &trainer.weights, &mut grads.borrow_mut()),
+            )?
+        };
+        let lists = self.settle(failed.map(|()| vec![sums.loss, sums.entropy, sums.reverse_kl]))?;
+        let total = add_up(&lists);
+        let count = batch.global.num_tokens.max(1) as f64;
+        report.log_probs = spread(&own.indices, log_probs, batch.rows.len());
+        report.loss = total[0] / count;
+        report.entropy = total[1] / count;
+        report.metrics.insert("kl".to_owned(), total[2] / count);
+        Ok(report)
+    }
+
+    /// Forward of both and backward of one micro-batch.
+    fn distill_pass(
+        &mut self,
+        distiller: &mut Distiller,
+        stage: &Stage,
+        (batch, own, range): (&MiniBatch, &Own<'_, TrainRow>, Range<usize>),
+        (sums, log_probs, grads): (&mut Sums, &mut Vec<Vec<f32>>, &mut Store),
+    ) -> Result<(), Error> {
+        let (rows, places) = (&own.items[range.clone()], &own.indices[range]);
         let divergence = distiller.divergence();
         let count = batch.global.num_tokens.max(1) as f64;
-        let mut sums = Sums::default();
-        for range in split(batch.rows.iter().map(|row| &row.sequence), stage.max_micro_batch_tokens) {
-            let (first_row, rows) = (range.start, &batch.rows[range]);
-            let train = train_batch(rows.iter().map(|row| &row.sequence));
-            let teacher = distiller.teacher.teach(&train, &mut distiller.arena);
-            let shared = Arc::clone(&self.policy);
-            let policy = shared.read().unwrap_or_else(PoisonError::into_inner);
-            let tape = policy.train_forward(&train, stage.recompute, &mut self.arena);
-            let stats = policy.log_probs(&tape, batch.temperature);
-            report.log_probs.extend(unpack(rows.iter().map(|row| &row.sequence), &stats.log_probs));
-            let weights: Vec<f32> = masks(rows).map(|on| if on { (1.0 / count) as f32 } else { 0.0 }).collect();
-            let temperature = distiller.config.temperature as f32;
-            let loss = Distillation { teacher, divergence, temperature, weights: &weights };
-            let distilled = policy.backward_distilled(&self.params, tape, loss, grads);
-            sums.add(rows, first_row, (&distilled, &stats.entropies))?;
-        }
-        report.loss = sums.loss / count;
-        report.entropy = sums.entropy / count;
-        report.metrics.insert("kl".to_owned(), sums.reverse_kl / count);
-        Ok(report)
+        let train = train_batch(rows.iter().map(|row| &row.sequence));
+        let teacher = distiller.teacher.read().unwrap_or_else(PoisonError::into_inner);
+        let teacher = teacher.teach(&train, &mut distiller.arena);
+        let shared = Arc::clone(&self.policy);
+        let policy = shared.read().unwrap_or_else(PoisonError::into_inner);
+        let tape = policy.train_forward(&train, stage.recompute, &mut self.arena);
+        let stats = policy.log_probs(&tape, batch.temperature);
+        log_probs.extend(unpack(rows.iter().map(|row| &row.sequence), &stats.log_probs));
+        let weights: Vec<f32> = masks(rows).map(|on| if on { (1.0 / count) as f32 } else { 0.0 }).collect();
+        let temperature = distiller.config.temperature as f32;
+        let loss = Distillation { teacher, divergence, temperature, weights: &weights };
+        let mut pass = Pass::new((&*self.device, self.ranks.as_ref()), &self.weights.masters, grads);
+        let distilled = policy.backward_distilled(tape, loss, &mut pass);
+        pass.finish()?;
+        sums.add(rows, places, (&distilled, &stats.entropies))
     }
 }
 
@@ -134,11 +178,11 @@ fn masks(rows: &[TrainRow]) -> impl Iterator<Item = bool> {
 }
 
 impl Sums {
-    /// Add the unmasked tokens of a micro-batch whose first row is `first_row` of the mini-batch.
+    /// Add the unmasked tokens of a micro-batch whose rows stand at `places` of the mini-batch.
     fn add(
         &mut self,
         rows: &[TrainRow],
-        first_row: usize,
+        places: &[usize],
         (distilled, entropies): (&DistillStats, &[f32]),
     ) -> Result<(), Error> {
         let numbers = distilled.divergences.iter().zip(&distilled.reverse_kls).zip(entropies);
@@ -146,7 +190,13 @@ impl Sums {
             if !divergence.is_finite() {
                 let (row, token) = place_of(rows, index);
                 let (operation, name, value) = ("distill", "divergence", *divergence);
-                let cause = temper_algos::Error::NonFinite { operation, name, row: first_row + row, token, value };
+                let cause = temper_algos::Error::NonFinite {
+                    operation,
+                    name,
+                    row: places.get(row).copied().unwrap_or(row),
+                    token,
+                    value,
+                };
                 return Err(cause.into());
             }
             self.loss += divergence;

@@ -44,6 +44,15 @@ pub enum Error {
         /// What came out.
         value: f32,
     },
+    /// A rank was lost, or ranks disagree.
+    #[error(transparent)]
+    Collective(#[from] temper_collective::Error),
+    /// Other ranks could not do their part of an update. No weight has changed.
+    #[error("trainer ranks {ranks:?} failed")]
+    OtherRanks {
+        /// Which ones.
+        ranks: Vec<usize>,
+    },
     /// A model file cannot be read or written.
     #[error(transparent)]
     Actor(#[from] temper_actor::Error),
@@ -92,10 +101,10 @@ impl Error {
         matches!(self, Error::Objective(temper_algos::Error::NonFinite { .. }) | Error::NonFiniteGradient { .. })
     }
 
-    /// The error of a micro-batch that begins at `first` row of the mini-batch, with rows counted in the latter.
-    pub(crate) fn in_rows_from(mut self, first: usize) -> Self {
+    /// The error of rows that stand at `places` of the mini-batch, with rows counted in the latter.
+    pub(crate) fn in_rows(mut self, places: &[usize]) -> Self {
         if let Error::Objective(temper_algos::Error::NonFinite { row, .. }) = &mut self {
-            *row += first;
+            *row = places.get(*row).copied().unwrap_or(*row);
         }
         self
     }
@@ -108,6 +117,8 @@ impl Error {
             | Error::NonFiniteBatch { .. }
             | Error::NonFiniteOutput { .. } => ErrorCode::NonFinite,
             Error::Objective(_) => ErrorCode::InvalidArgument,
+            Error::Collective(_) => ErrorCode::Unavailable,
+            Error::OtherRanks { .. } => ErrorCode::Cancelled,
             Error::Actor(_) | Error::Io { .. } | Error::State { .. } | Error::WrongWeights { .. } => {
                 ErrorCode::DataLoss
             }

@@ -5,15 +5,24 @@
 //! and their part of a checkpoint. Takes losses from `temper-algos` only; knows nothing of prompts, rewards or the
 //! loop.
 //!
+//! A trainer may be one of several ranks ([`Ranks`], [`TrainerGroup`]): each works on its own rows and holds its
+//! shards. What every rank computes whole, with identical bits: an objective over a whole mini-batch, once the rows'
+//! log-probs are shared.
+//!
 //! Invariants: only this crate changes weights · an update happens whole or not at all: a loss or gradient that is not
 //! finite stops before the first parameter moves, with the mini-batch saved · the packed weights that engines read are
 //! swapped at the end of an update, under a write lock.
 
 mod distill;
+mod division;
 mod error;
+mod exchange;
+mod group;
+mod memory;
 mod micro_batch;
 mod non_finite;
 mod optimizer;
+mod ranks;
 mod reference;
 mod scalar_model;
 mod scalar_service;
@@ -21,9 +30,14 @@ mod scalar_state;
 mod service;
 mod shared_head;
 mod state_io;
+mod store;
 mod trainer;
 mod weight_service;
+mod weights;
 
 pub use error::Error;
+pub use group::{TrainerGroup, load_local_ranks};
+pub use memory::{Memory, update_bytes_sent};
+pub use ranks::{ProcessRole, ProcessShare, Ranks, Sharding};
 pub use service::LocalTrainerService;
 pub use trainer::{SharedPolicy, Trainer};

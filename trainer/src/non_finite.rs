@@ -5,11 +5,13 @@ use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 use temper_proto::{MiniBatch, TrainRow};
 
-/// Where such a mini-batch goes: a directory, made when it is needed, and the step that the update belongs to.
+/// Where such a mini-batch goes: a directory, made when it is needed, the step that the update belongs to, and the rank
+/// that saves it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Place<'a> {
     pub(crate) dir: &'a Path,
     pub(crate) step: u64,
+    pub(crate) rank: usize,
 }
 
 /// `error` as it stands, or, where it says that a number was not finite, with the file that now holds the mini-batch.
@@ -17,6 +19,10 @@ pub(crate) fn keep_batch(error: Error, batch: &MiniBatch, place: Option<Place<'_
     let (true, Some(place)) = (error.is_non_finite(), place) else {
         return error;
     };
+    if place.rank > 0 && matches!(error, Error::NonFiniteGradient { .. }) {
+        // The gradient is everybody's: the first rank saves the mini-batch and says what was wrong.
+        return Error::OtherRanks { ranks: vec![0] };
+    }
     let saved = match save(&error, batch, place) {
         Ok(path) => format!("the mini-batch was saved to {}", path.display()),
         Err(cause) => format!("the mini-batch was not saved: {cause}"),
@@ -26,7 +32,11 @@ pub(crate) fn keep_batch(error: Error, batch: &MiniBatch, place: Option<Place<'_
 
 fn save(error: &Error, batch: &MiniBatch, place: Place<'_>) -> Result<PathBuf, Error> {
     std::fs::create_dir_all(place.dir).map_err(Error::io("create", place.dir))?;
-    let path = place.dir.join(format!("step-{}.json", place.step));
+    let name = match place.rank {
+        0 => format!("step-{}.json", place.step),
+        rank => format!("step-{}-rank-{rank}.json", place.step),
+    };
+    let path = place.dir.join(name);
     let document = json!({
         "step": place.step,
         "error": error.to_string(),

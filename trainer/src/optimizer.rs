@@ -1,6 +1,7 @@
-//! One AdamW step over a whole model, shared by the policy and the models with a scalar head.
+//! Sizes and state of AdamW's steps, shared by the policy and the models with a scalar head.
 
 use crate::Error;
+use crate::store::Store;
 use temper_actor::{ParamStore, TensorSlot};
 use temper_proto::OptimizerConfig;
 use temper_tensor::{AdamWStep, Device};
@@ -8,8 +9,8 @@ use temper_tensor::{AdamWStep, Device};
 /// First and second moments, and how many updates they have seen.
 #[derive(Debug)]
 pub(crate) struct Moments {
-    pub(crate) first: ParamStore,
-    pub(crate) second: ParamStore,
+    pub(crate) first: Store,
+    pub(crate) second: Store,
     pub(crate) num_updates: u64,
 }
 
@@ -38,35 +39,13 @@ pub(crate) fn finite_norm(device: &dyn Device, grads: &ParamStore) -> Result<f64
     Err(named.unwrap_or(Error::NonFiniteGradient { tensor: "all tensors together".to_owned(), sum_squares: sum }))
 }
 
-/// Clip and step every unit; moments begin at 0 where there are none.
-pub(crate) fn step(
-    device: &dyn Device,
-    (optimizer, size): (&OptimizerConfig, StepSize),
-    (params, grads): (&mut ParamStore, &ParamStore),
-    moments: &mut Option<Moments>,
-) {
-    let moments = moments.get_or_insert_with(|| Moments {
-        first: params.zeros_like(device),
-        second: params.zeros_like(device),
-        num_updates: 0,
-    });
-    moments.num_updates += 1;
-    let step = adamw_step(optimizer, size, moments.num_updates);
-    let units = params.units_mut().iter_mut().zip(grads.units());
-    let states = moments.first.units_mut().iter_mut().zip(moments.second.units_mut());
-    for ((param, grad), (first, second)) in units.zip(states) {
-        let pair = (first.buffer_mut().all_mut(), second.buffer_mut().all_mut());
-        device.adamw(step, grad.buffer().all(), param.buffer_mut().all_mut(), pair);
-    }
-}
-
 /// Clipping as torch's `clip_grad_norm_`: scale by `max / (norm + 1e-6)` where that is below 1.
 pub(crate) fn clip_scale(optimizer: &OptimizerConfig, grad_norm: f64) -> f64 {
     let max_norm = optimizer.max_grad_norm;
     if max_norm > 0.0 { (max_norm / (grad_norm + 1e-6)).min(1.0) } else { 1.0 }
 }
 
-fn adamw_step(optimizer: &OptimizerConfig, size: StepSize, step: u64) -> AdamWStep {
+pub(crate) fn adamw_step(optimizer: &OptimizerConfig, size: StepSize, step: u64) -> AdamWStep {
     AdamWStep {
         learning_rate: size.learning_rate as f32,
         beta1: optimizer.beta1 as f32,

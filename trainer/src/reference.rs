@@ -1,29 +1,32 @@
 //! The policy that a KL or a preference is measured against: its own weights, moved only when asked.
 
+use crate::store::Store;
+use crate::trainer::SharedPolicy;
+use crate::weights::{pack, repack};
 use crate::{Error, Trainer};
 use std::sync::PoisonError;
-use temper_actor::{PackedPolicy, ParamStore};
 
 /// Weights of the reference, and the same packed.
 #[derive(Debug)]
 pub(crate) struct Reference {
-    pub(crate) params: ParamStore,
-    pub(crate) packed: PackedPolicy,
+    pub(crate) masters: Store,
+    pub(crate) packed: SharedPolicy,
 }
 
 impl Trainer {
-    /// Make `params` the reference.
-    pub(crate) fn set_reference(&mut self, params: ParamStore) {
-        let mut packed = PackedPolicy::new(&self.device, &params, &self.config, self.dtype);
+    /// Make `masters` the reference.
+    pub(crate) fn set_reference(&mut self, masters: Store) -> Result<(), Error> {
         let masked = self.policy.read().unwrap_or_else(PoisonError::into_inner).masked_ids().to_vec();
-        packed.set_masked_ids(masked);
-        self.reference = Some(Reference { params, packed });
+        let ranks = self.ranks.as_ref();
+        let packed = pack((&self.device, ranks), &masters, (&self.config, self.dtype), &masked)?;
+        self.reference = Some(Reference { masters, packed });
+        Ok(())
     }
 
     /// Move the reference towards the policy: `reference = alpha * policy + (1 - alpha) * reference`, in f32.
     ///
     /// # Errors
-    /// A stage without a reference, or `alpha` out of range.
+    /// A stage without a reference, `alpha` out of range, or a lost rank.
     pub fn mix_reference(&mut self, alpha: f64) -> Result<(), Error> {
         if !(alpha > 0.0 && alpha <= 1.0) {
             return Err(Error::invalid("mix_reference", format!("alpha is {alpha}: expected more than 0, at most 1")));
@@ -31,8 +34,7 @@ impl Trainer {
         let Some(reference) = &mut self.reference else {
             return Err(Error::invalid("mix_reference", "this stage keeps no reference policy"));
         };
-        reference.params.lerp_from(&*self.device, &self.params, (1.0 - alpha) as f32);
-        reference.packed.repack(&reference.params);
-        Ok(())
+        reference.masters.lerp_from(&*self.device, &self.weights.masters, (1.0 - alpha) as f32);
+        repack(&*self.device, self.ranks.as_ref(), &reference.masters, &reference.packed)
     }
 }

@@ -4,21 +4,28 @@
 //! A critic's value at a response token is read where the policy reads the token's log-prob: at the row before it. A
 //! score is read at the last token of a sequence. Heads are computed in f32.
 
-use crate::micro_batch::split;
+use crate::division::spread;
+use crate::exchange::{add_up, own_pairs, own_rows, own_sequences};
 use crate::non_finite::keep_batch;
-use crate::optimizer::{self, Moments, StepSize};
+use crate::optimizer::StepSize;
 use crate::shared_head::{Columns, SharedHead};
-use crate::trainer::{Trainer, global_counts, sequence_len, unpack};
-use crate::{Error, scalar_state};
+use crate::store::Store;
+use crate::trainer::{SharedPolicy, Trainer, global_counts, sequence_len, unpack};
+use crate::weights::{Pass, Weights, master_ranks, pack, repack};
+use crate::{Error, Ranks, scalar_state};
+use std::cell::RefCell;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, PoisonError};
 use temper_actor::weights_io::WriteOptions;
-use temper_actor::{Head, ModelConfig, OutputGrads, PackedPolicy, ParamStore, Recompute, TrainArena, TrainBatch};
+use temper_actor::{Head, ModelConfig, OutputGrads, ParamStore, TrainArena, TrainBatch};
 use temper_algos::preference::{RewardModelConfig, reward_model_loss};
-use temper_algos::{SharedValueLossConfig, TokenBatch, ValueLossConfig, ValueLossInput, value_loss, widen};
+use temper_algos::{
+    GlobalCounts, SharedValueLossConfig, TokenBatch, ValueLossConfig, ValueLossInput, value_loss, widen,
+};
 use temper_proto::{
     Backbone, MiniBatch, OptimizerConfig, PreferencePair, ScalarModelSpec, ScalarReport, ScalarRole, TokenSequence,
+    TrainRow,
 };
 use temper_tensor::{DType, Device};
 
@@ -26,10 +33,8 @@ use temper_tensor::{DType, Device};
 #[derive(Debug)]
 pub(crate) struct ScalarModel {
     pub(crate) config: ModelConfig,
-    pub(crate) params: ParamStore,
-    pub(crate) moments: Option<Moments>,
-    packed: PackedPolicy,
-    grads: Option<ParamStore>,
+    pub(crate) weights: Weights,
+    packed: SharedPolicy,
 }
 
 /// The scalar model of the current stage.
@@ -48,69 +53,56 @@ enum ScalarLoss {
     BradleyTerry(RewardModelConfig),
 }
 
-/// Sequences of one micro-batch with the rows whose scalars are wanted.
-struct Pass<'a> {
-    batch: &'a TrainBatch,
-    recompute: Recompute,
-    arena: &'a mut TrainArena,
-}
-
 impl ScalarModel {
-    pub(crate) fn new(device: &Arc<dyn Device>, params: ParamStore, config: ModelConfig, dtype: DType) -> Self {
-        let packed = PackedPolicy::new(device, &params, &config, dtype);
-        ScalarModel { config, params, moments: None, packed, grads: None }
-    }
-
-    /// Optimizer state and gradients are of no use after the stage.
-    fn end_stage(&mut self) {
-        self.moments = None;
-        self.grads = None;
+    /// A model with these masters, packed once per process.
+    pub(crate) fn new(
+        on: (&Arc<dyn Device>, Option<&Ranks>),
+        masters: Store,
+        config: ModelConfig,
+        dtype: DType,
+    ) -> Result<Self, Error> {
+        let packed = pack(on, &masters, (&config, dtype), &[])?;
+        Ok(ScalarModel { config, weights: Weights::new(masters), packed })
     }
 
     fn read(&self, batch: &TrainBatch, arena: &mut TrainArena) -> Vec<f32> {
-        if batch.num_targets() == 0 { Vec::new() } else { self.packed.values_only(batch, arena) }
+        let packed = self.packed.read().unwrap_or_else(PoisonError::into_inner);
+        if batch.num_targets() == 0 { Vec::new() } else { packed.values_only(batch, arena) }
     }
 
     /// Forward, loss and backward of one micro-batch; gradients add up in `grads`.
-    fn accumulate(
+    fn pass(
         &self,
-        pass: Pass<'_>,
-        grads: &mut ParamStore,
+        (trainer, batch): (&mut Trainer, &TrainBatch),
+        grads: &mut Store,
         loss: impl FnOnce(&[f32]) -> Result<Vec<f32>, Error>,
     ) -> Result<(), Error> {
-        if pass.batch.num_targets() == 0 {
-            return loss(&[]).map(drop);
+        if batch.num_targets() == 0 {
+            loss(&[])?;
+            return trainer.idle_pass(&self.packed, &self.weights, grads);
         }
-        let mut tape = self.packed.train_forward(pass.batch, pass.recompute, pass.arena);
-        let values = self.packed.values(&mut tape);
+        let recompute = trainer.limits().1;
+        let packed = self.packed.read().unwrap_or_else(PoisonError::into_inner);
+        let mut tape = packed.train_forward(batch, recompute, &mut trainer.arena);
+        let values = packed.values(&mut tape);
         let d_values = loss(&values)?;
-        self.packed.backward(&self.params, tape, OutputGrads::Values { d_values: &d_values }, grads);
-        Ok(())
-    }
-
-    fn take_grads(&mut self, device: &dyn Device) -> ParamStore {
-        let mut grads = self.grads.take().unwrap_or_else(|| self.params.zeros_like(device));
-        grads.clear(device);
-        grads
+        let on = (&*trainer.device, trainer.ranks.as_ref());
+        let mut pass = Pass::new(on, &self.weights.masters, grads);
+        packed.backward_units(tape, OutputGrads::Values { d_values: &d_values }, &mut pass);
+        pass.finish()
     }
 
     /// One step with the gradients that were gathered, or none where they are not finite. Gives their norm.
     fn step(
         &mut self,
-        device: &dyn Device,
+        (dev, ranks): (&dyn Device, Option<&Ranks>),
         (optimizer, learning_rate): (&OptimizerConfig, f64),
-        gathered: (ParamStore, Result<(), Error>),
+        grads: &Store,
     ) -> Result<f64, Error> {
-        let (grads, accumulated) = gathered;
-        let result = accumulated.and_then(|()| {
-            let grad_norm = optimizer::finite_norm(device, &grads)?;
-            let size = StepSize { learning_rate, grad_norm };
-            optimizer::step(device, (optimizer, size), (&mut self.params, &grads), &mut self.moments);
-            self.packed.repack(&self.params);
-            Ok(grad_norm)
-        });
-        self.grads = Some(grads);
-        result
+        let grad_norm = Weights::grad_norm(dev, ranks, grads)?;
+        self.weights.step((dev, ranks), (optimizer, StepSize { learning_rate, grad_norm }), grads)?;
+        repack(dev, ranks, &self.weights.masters, &self.packed)?;
+        Ok(grad_norm)
     }
 }
 
@@ -205,7 +197,7 @@ impl Trainer {
         self.critic = None;
         self.shared_head = None;
         if let Some(model) = &mut self.reward_model {
-            model.end_stage();
+            model.weights.end_stage();
         }
     }
 
@@ -226,17 +218,22 @@ impl Trainer {
     fn make_scalar_model(&self, stage: &ScalarStage) -> Result<ScalarModel, Error> {
         let config = self.scalar_config(stage.role)?;
         let body = match (stage.backbone, &self.reward_model) {
-            (Backbone::Policy, _) => &self.params,
+            (Backbone::Policy, _) => &self.weights.masters,
             (Backbone::Shared, _) => {
                 return Err(Error::invalid("backbone", "a head on the policy's trunk is no model of its own"));
             }
-            (Backbone::RewardModel, Some(model)) => &model.params,
+            (Backbone::RewardModel, Some(model)) => &model.weights.masters,
             (Backbone::RewardModel, None) => {
                 return Err(Error::invalid("backbone", "no earlier stage has trained a reward model"));
             }
         };
-        let params = ParamStore::init_on(&*self.device, &config, body, stage.seed);
-        Ok(ScalarModel::new(&self.device, params, config, self.dtype))
+        let (device, ranks) = (&*self.device, self.ranks.as_ref());
+        let made = body.with_whole(device, ranks, |body| Ok(ParamStore::init_on(device, &config, body, stage.seed)))?;
+        let masters = match master_ranks(ranks) {
+            None => Store::Whole(made),
+            keeps => Store::of(device, made, keeps)?,
+        };
+        ScalarModel::new((&self.device, ranks), masters, config, self.dtype)
     }
 
     fn ensure_critic(&mut self, operation: &'static str) -> Result<ScalarStage, Error> {
@@ -247,7 +244,7 @@ impl Trainer {
         Ok(stage)
     }
 
-    /// The critic's values of every response token.
+    /// The critic's values of every response token; one of several ranks answers for its own rows.
     ///
     /// # Errors
     /// A bad sequence, no critic in this stage, or a value that is not finite.
@@ -256,12 +253,14 @@ impl Trainer {
         if self.shared_head.is_none() {
             self.ensure_critic("values")?;
         }
+        let own = own_sequences(self.ranks.as_ref(), sequences, self.limits().0);
         let mut out = Vec::with_capacity(sequences.len());
-        for range in split(sequences.iter(), self.limits().0) {
-            let part = &sequences[range];
+        for range in &own.micro_batches {
+            let part = &own.items[range.clone()];
             let values = self.values_of(&value_batch(part.iter()));
             out.extend(unpack(part.iter(), &values));
         }
+        let out = spread(&own.indices, out, sequences.len());
         match out.iter().enumerate().find_map(|(i, row)| Some((i, *row.iter().find(|v| !v.is_finite())?))) {
             Some((sequence, value)) => Err(Error::NonFiniteOutput { what: "a value", sequence, value }),
             None => Ok(out),
@@ -294,48 +293,49 @@ impl Trainer {
         let ScalarLoss::Value(config) = &stage.loss else {
             return Err(Error::invalid("update_critic", "the stage's loss is no value loss"));
         };
+        let before = self.ranks.as_ref().map(Ranks::counts);
         let mut critic = self.critic.take().expect("made above");
-        let mut sums = CriticSums::default();
-        let gathered = self.accumulate_critic(&mut critic, config, batch, &mut sums);
-        let stepped = critic.step(&*self.device, (&stage.optimizer, batch.learning_rate), gathered);
+        let mut grads = critic.weights.take_grads(&*self.device, self.ranks.as_ref());
+        let gathered = self.accumulate_critic(&critic, config, batch, &mut grads);
+        let stepped = gathered.and_then(|sums| {
+            let on = (&*self.device, self.ranks.as_ref());
+            Ok((critic.step(on, (&stage.optimizer, batch.learning_rate), &grads)?, sums))
+        });
+        critic.weights.keep_grads(grads);
         self.critic = Some(critic);
-        let grad_norm = stepped.map_err(|error| keep_batch(error, batch, self.non_finite_place()))?;
-        Ok(sums.report(grad_norm, batch))
+        let (grad_norm, sums) = stepped.map_err(|error| keep_batch(error, batch, self.non_finite_place()))?;
+        let mut report = sums.report(grad_norm, batch);
+        report.metrics.extend(self.communication(before.as_ref()));
+        Ok(report)
     }
 
     fn accumulate_critic(
         &mut self,
-        critic: &mut ScalarModel,
+        critic: &ScalarModel,
         config: &ValueLossConfig,
         batch: &MiniBatch,
-        sums: &mut CriticSums,
-    ) -> (ParamStore, Result<(), Error>) {
-        let mut grads = critic.take_grads(&*self.device);
-        let (max_tokens, recompute) = self.limits();
+        grads: &mut Store,
+    ) -> Result<CriticSums, Error> {
+        let own = own_rows(self.ranks.as_ref(), &batch.rows, self.limits().0);
         let counts = global_counts(batch);
-        let micro_batches = split(batch.rows.iter().map(|row| &row.sequence), max_tokens);
-        let result = micro_batches.into_iter().try_for_each(|range| {
-            let rows = &batch.rows[range];
-            let targets = value_batch(rows.iter().map(|row| &row.sequence));
-            let pass = Pass { batch: &targets, recompute, arena: &mut self.arena };
-            critic.accumulate(pass, &mut grads, |values| {
-                let columns = Columns::gather(rows);
-                let predictions = widen(values);
-                let input = ValueLossInput {
-                    batch: TokenBatch::new(&columns.offsets, &columns.mask)?,
-                    predictions: &predictions,
-                    old_values: &columns.old_values,
-                    returns: &columns.returns,
-                };
-                let out = value_loss(config, &input, &counts)?;
-                sums.loss += out.loss;
-                sums.num_clipped += out.num_clipped;
-                let active = predictions.iter().zip(&columns.mask).filter(|(_, m)| **m == 1);
-                sums.value_sum += active.map(|(v, _)| v).sum::<f64>();
-                Ok(narrow(&out.d_predictions))
-            })
-        });
-        (grads, result)
+        let mut sums = CriticSums::default();
+        let failed = {
+            let grads = RefCell::new(grads);
+            self.each_round(
+                &own,
+                |trainer, range| {
+                    let rows = &own.items[range];
+                    let targets = value_batch(rows.iter().map(|row| &row.sequence));
+                    critic.pass((trainer, &targets), &mut grads.borrow_mut(), |values| {
+                        sums.add(config, (rows, values), &counts)
+                    })
+                },
+                |trainer| trainer.idle_pass(&critic.packed, &critic.weights, &mut grads.borrow_mut()),
+            )?
+        };
+        let lists = self.settle(failed.map(|()| vec![sums.loss, sums.num_clipped, sums.value_sum]))?;
+        let total = add_up(&lists);
+        Ok(CriticSums { loss: total[0], num_clipped: total[1], value_sum: total[2] })
     }
 
     /// One optimizer step of the reward model on pairs. On an error no weight has changed.
@@ -352,50 +352,57 @@ impl Trainer {
             Some(model) => model,
             None => self.make_scalar_model(&stage)?,
         };
-        let mut report = ScalarReport::default();
-        let gathered = self.accumulate_pairs(&mut model, config, pairs, &mut report);
-        let stepped = model.step(&*self.device, (&stage.optimizer, learning_rate), gathered);
+        let before = self.ranks.as_ref().map(Ranks::counts);
+        let mut grads = model.weights.take_grads(&*self.device, self.ranks.as_ref());
+        let gathered = self.accumulate_pairs(&model, config, pairs, &mut grads);
+        let stepped = gathered.and_then(|mut report| {
+            let on = (&*self.device, self.ranks.as_ref());
+            report.grad_norm = model.step(on, (&stage.optimizer, learning_rate), &grads)?;
+            Ok(report)
+        });
+        model.weights.keep_grads(grads);
         self.reward_model = Some(model);
-        report.grad_norm = stepped?;
+        let mut report = stepped?;
+        report.metrics.extend(self.communication(before.as_ref()));
         Ok(report)
     }
 
     fn accumulate_pairs(
         &mut self,
-        model: &mut ScalarModel,
+        model: &ScalarModel,
         config: &RewardModelConfig,
         pairs: &[PreferencePair],
-        report: &mut ScalarReport,
-    ) -> (ParamStore, Result<(), Error>) {
-        let mut grads = model.take_grads(&*self.device);
+        grads: &mut Store,
+    ) -> Result<ScalarReport, Error> {
+        let max_tokens = self.limits().0;
+        let own = own_pairs(self.ranks.as_ref(), pairs, |part| split_pairs(part, max_tokens));
+        let num_pairs = pairs.len();
+        let mut sums = [0.0; 3];
+        let failed = {
+            let grads = RefCell::new(grads);
+            self.each_round(
+                &own,
+                |trainer, range| {
+                    let (part, places) = (&own.items[range.clone()], &own.indices[range]);
+                    let targets = score_batch(part.iter().flat_map(|pair| [&pair.chosen, &pair.rejected]));
+                    model.pass((trainer, &targets), &mut grads.borrow_mut(), |scores| {
+                        check_scores(scores, places)?;
+                        pair_loss(config, (part, scores), num_pairs as u64, &mut sums)
+                    })
+                },
+                |trainer| trainer.idle_pass(&model.packed, &model.weights, &mut grads.borrow_mut()),
+            )?
+        };
+        let total = add_up(&self.settle(failed.map(|()| sums.to_vec()))?);
+        let mut report = ScalarReport { loss: total[0], ..ScalarReport::default() };
         report.num_tokens = pairs.iter().map(|pair| pair_len(pair) as u64).sum();
-        let (max_tokens, recompute) = self.limits();
-        let (mut num_correct, mut margin_sum) = (0, 0.0);
-        let result = split_pairs(pairs, max_tokens).into_iter().try_for_each(|range| {
-            let first = range.start;
-            let part = &pairs[range];
-            let targets = score_batch(part.iter().flat_map(|pair| [&pair.chosen, &pair.rejected]));
-            let pass = Pass { batch: &targets, recompute, arena: &mut self.arena };
-            model.accumulate(pass, &mut grads, |scores| {
-                let (chosen, rejected): (Vec<f64>, Vec<f64>) =
-                    scores.chunks_exact(2).map(|pair| (f64::from(pair[0]), f64::from(pair[1]))).unzip();
-                check_scores(scores, 2 * first)?;
-                let margins: Vec<f64> = part.iter().map(|pair| pair.margin).collect();
-                let out = reward_model_loss(config, &chosen, &rejected, Some(&margins), pairs.len() as u64)?;
-                report.loss += out.loss;
-                num_correct += out.num_correct;
-                margin_sum += out.margin_sum;
-                let d = out.d_chosen.iter().zip(&out.d_rejected).flat_map(|(c, r)| [*c, *r]);
-                Ok(narrow(&d.collect::<Vec<f64>>()))
-            })
-        });
-        let num_pairs = pairs.len().max(1) as f64;
-        report.metrics.insert("accuracy".to_owned(), num_correct as f64 / num_pairs);
-        report.metrics.insert("margin_mean".to_owned(), margin_sum / num_pairs);
-        (grads, result)
+        let num_pairs = num_pairs.max(1) as f64;
+        report.metrics.insert("accuracy".to_owned(), total[1] / num_pairs);
+        report.metrics.insert("margin_mean".to_owned(), total[2] / num_pairs);
+        Ok(report)
     }
 
-    /// The reward model's score of every sequence, finite or not.
+    /// The reward model's score of every sequence, finite or not; one of several ranks answers for its own.
     ///
     /// # Errors
     /// A bad sequence, or no reward model.
@@ -408,22 +415,26 @@ impl Trainer {
         }
         let missing = || Error::invalid("scores", "no stage has trained a reward model");
         let model = self.reward_model.as_ref().ok_or_else(missing)?;
+        let own = own_sequences(self.ranks.as_ref(), sequences, self.limits().0);
         let mut out = Vec::with_capacity(sequences.len());
-        for range in split(sequences.iter(), self.limits().0) {
-            out.extend(model.read(&score_batch(sequences[range].iter()), &mut self.arena));
+        for range in &own.micro_batches {
+            out.extend(model.read(&score_batch(own.items[range.clone()].iter()), &mut self.arena));
         }
-        Ok(out)
+        Ok(spread(&own.indices, out, sequences.len()))
     }
 
-    /// Write the reward model, where there is one, as a Hugging Face directory; tells whether it did.
+    /// Write the reward model, where there is one, as a Hugging Face directory; tells whether there is. The first rank
+    /// writes.
     ///
     /// # Errors
-    /// A file that cannot be written.
+    /// A file that cannot be written, or a lost rank.
     pub fn save_reward_model(&self, dir: &Path) -> Result<bool, Error> {
         let Some(model) = &self.reward_model else { return Ok(false) };
         let options = WriteOptions { side_files_from: Some(&self.side_files_from), ..WriteOptions::default() };
-        model.params.save(&*self.device, dir, &model.config, &options)?;
-        Ok(true)
+        let saved = model.weights.masters.on_first(&*self.device, self.ranks.as_ref(), |store| {
+            Ok(store.save(&*self.device, dir, &model.config, &options)?)
+        });
+        self.or_give_up(saved.map(drop)).map(|()| true)
     }
 
     /// Load a reward model that was written by [`Trainer::save_reward_model`].
@@ -443,27 +454,72 @@ fn name(role: ScalarRole) -> &'static str {
     }
 }
 
-fn check_scores(scores: &[f32], first: usize) -> Result<(), Error> {
+/// Two scores a pair, whose pairs stand at `places` of the call.
+fn check_scores(scores: &[f32], places: &[usize]) -> Result<(), Error> {
     match scores.iter().position(|score| !score.is_finite()) {
-        Some(at) => Err(Error::NonFiniteOutput { what: "a score", sequence: first + at, value: scores[at] }),
+        Some(at) => {
+            let sequence = 2 * places.get(at / 2).copied().unwrap_or(0) + at % 2;
+            Err(Error::NonFiniteOutput { what: "a score", sequence, value: scores[at] })
+        }
         None => Ok(()),
     }
+}
+
+/// The loss of some pairs and its gradient; loss, correct pairs and margins add up in `sums`.
+fn pair_loss(
+    config: &RewardModelConfig,
+    (pairs, scores): (&[PreferencePair], &[f32]),
+    num_pairs: u64,
+    sums: &mut [f64; 3],
+) -> Result<Vec<f32>, Error> {
+    let (chosen, rejected): (Vec<f64>, Vec<f64>) =
+        scores.chunks_exact(2).map(|pair| (f64::from(pair[0]), f64::from(pair[1]))).unzip();
+    let margins: Vec<f64> = pairs.iter().map(|pair| pair.margin).collect();
+    let out = reward_model_loss(config, &chosen, &rejected, Some(&margins), num_pairs)?;
+    sums[0] += out.loss;
+    sums[1] += out.num_correct as f64;
+    sums[2] += out.margin_sum;
+    let d = out.d_chosen.iter().zip(&out.d_rejected).flat_map(|(c, r)| [*c, *r]);
+    Ok(narrow(&d.collect::<Vec<f64>>()))
 }
 
 /// What a mini-batch of the critic adds up.
 #[derive(Debug, Default)]
 struct CriticSums {
     loss: f64,
-    num_clipped: usize,
+    num_clipped: f64,
     value_sum: f64,
 }
 
 impl CriticSums {
+    /// The loss of some rows and its gradient.
+    fn add(
+        &mut self,
+        config: &ValueLossConfig,
+        (rows, values): (&[TrainRow], &[f32]),
+        counts: &GlobalCounts,
+    ) -> Result<Vec<f32>, Error> {
+        let columns = Columns::gather(rows);
+        let predictions = widen(values);
+        let input = ValueLossInput {
+            batch: TokenBatch::new(&columns.offsets, &columns.mask)?,
+            predictions: &predictions,
+            old_values: &columns.old_values,
+            returns: &columns.returns,
+        };
+        let out = value_loss(config, &input, counts)?;
+        self.loss += out.loss;
+        self.num_clipped += out.num_clipped as f64;
+        let active = predictions.iter().zip(&columns.mask).filter(|(_, m)| **m == 1);
+        self.value_sum += active.map(|(v, _)| v).sum::<f64>();
+        Ok(narrow(&out.d_predictions))
+    }
+
     fn report(&self, grad_norm: f64, batch: &MiniBatch) -> ScalarReport {
         let num_active = batch.global.num_tokens.max(1) as f64;
         let num_tokens = batch.rows.iter().map(|row| sequence_len(&row.sequence) as u64).sum();
         let metrics = [
-            ("value_clipfrac".to_owned(), self.num_clipped as f64 / num_active),
+            ("value_clipfrac".to_owned(), self.num_clipped / num_active),
             ("value_mean".to_owned(), self.value_sum / num_active),
         ];
         ScalarReport { loss: self.loss, grad_norm, num_tokens, metrics: metrics.into_iter().collect() }

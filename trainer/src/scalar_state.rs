@@ -4,12 +4,14 @@
 use crate::Error;
 use crate::optimizer::Moments;
 use crate::scalar_model::ScalarModel;
+use crate::store::Store;
 use crate::trainer::Trainer;
+use crate::weights::{content_hash, load_store, master_ranks};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
+use temper_actor::ModelConfig;
 use temper_actor::weights_io::WriteOptions;
-use temper_actor::{CheckpointReader, ModelConfig, ParamStore};
 use temper_proto::ScalarRole;
 
 const FILE: &str = "scalar.json";
@@ -37,27 +39,32 @@ struct ModelState {
 
 /// Write what there is into an existing directory; nothing where there is no such model.
 pub(crate) fn save(trainer: &Trainer, dir: &Path) -> Result<(), Error> {
-    if let Some(head) = &trainer.shared_head {
+    let is_first = trainer.ranks.as_ref().is_none_or(|ranks| ranks.rank() == 0);
+    if let Some(head) = trainer.shared_head.as_ref().filter(|_| is_first) {
         head.save(dir)?;
     }
     let mut file = ScalarFile { format: FORMAT, models: BTreeMap::new() };
+    let ranks = trainer.ranks.as_ref();
     let models = [(CRITIC, &trainer.critic), (REWARD_MODEL, &trainer.reward_model)];
     for (name, model) in models.into_iter().filter_map(|(name, model)| Some((name, model.as_ref()?))) {
-        let write = |store: &ParamStore, part: &str| {
-            store.save(&*trainer.device, &dir.join(part), &model.config, &WriteOptions::default())
+        let device = &*trainer.device;
+        let write = |store: &Store, part: &str| {
+            store.on_first(device, ranks, |store| {
+                Ok(store.save(device, &dir.join(part), &model.config, &WriteOptions::default())?)
+            })
         };
         if name == CRITIC {
-            write(&model.params, CRITIC)?;
+            write(&model.weights.masters, CRITIC)?;
         }
-        if let Some(moments) = &model.moments {
+        if let Some(moments) = &model.weights.moments {
             write(&moments.first, &format!("{name}_exp_avg"))?;
             write(&moments.second, &format!("{name}_exp_avg_sq"))?;
         }
-        let hash = model.params.content_hash(&*trainer.device).to_string();
-        let num_updates = model.moments.as_ref().map(|moments| moments.num_updates);
+        let hash = content_hash(device, ranks, &model.weights.masters)?.to_string();
+        let num_updates = model.weights.moments.as_ref().map(|moments| moments.num_updates);
         file.models.insert(name.to_owned(), ModelState { hash, num_updates });
     }
-    if file.models.is_empty() {
+    if file.models.is_empty() || ranks.is_some_and(|ranks| ranks.rank() > 0) {
         return Ok(());
     }
     let path = dir.join(FILE);
@@ -91,11 +98,11 @@ pub(crate) fn restore(trainer: &mut Trainer, dir: &Path) -> Result<(), Error> {
             (REWARD_MODEL, None) => return Err(fail("the checkpoint has no reward_model directory".to_owned())),
             (other, _) => return Err(fail(format!("unknown model `{other}`"))),
         };
-        let got = model.params.content_hash(&*trainer.device).to_string();
+        let got = content_hash(&*trainer.device, trainer.ranks.as_ref(), &model.weights.masters)?.to_string();
         if got != state.hash {
             return Err(fail(format!("the weights of `{name}` hash to {got}: expected {}", state.hash)));
         }
-        model.moments = load_moments(trainer, dir, (name, &model.config), state.num_updates)?;
+        model.weights.moments = load_moments(trainer, dir, (name, &model.config), state.num_updates)?;
         let place = if name == CRITIC { &mut trainer.critic } else { &mut trainer.reward_model };
         *place = Some(model);
     }
@@ -105,8 +112,9 @@ pub(crate) fn restore(trainer: &mut Trainer, dir: &Path) -> Result<(), Error> {
 /// A model of `role` in a Hugging Face directory, on this trainer's backbone.
 pub(crate) fn load_model(trainer: &Trainer, role: ScalarRole, dir: &Path) -> Result<ScalarModel, Error> {
     let config = trainer.scalar_config(role)?;
-    let params = load_store(trainer, dir, &config)?;
-    Ok(ScalarModel::new(&trainer.device, params, config, trainer.dtype))
+    let ranks = trainer.ranks.as_ref();
+    let (masters, _) = load_store(&*trainer.device, &config, dir, master_ranks(ranks))?;
+    ScalarModel::new((&trainer.device, ranks), masters, config, trainer.dtype)
 }
 
 fn load_moments(
@@ -116,12 +124,8 @@ fn load_moments(
     num_updates: Option<u64>,
 ) -> Result<Option<Moments>, Error> {
     let Some(num_updates) = num_updates else { return Ok(None) };
-    let first = load_store(trainer, &dir.join(format!("{name}_exp_avg")), config)?;
-    let second = load_store(trainer, &dir.join(format!("{name}_exp_avg_sq")), config)?;
+    let load = |part: String| load_store(&*trainer.device, config, &dir.join(part), trainer.ranks.as_ref());
+    let (first, _) = load(format!("{name}_exp_avg"))?;
+    let (second, _) = load(format!("{name}_exp_avg_sq"))?;
     Ok(Some(Moments { first, second, num_updates }))
-}
-
-fn load_store(trainer: &Trainer, dir: &Path, config: &ModelConfig) -> Result<ParamStore, Error> {
-    let reader = CheckpointReader::open(dir)?;
-    Ok(ParamStore::load(&*trainer.device, config, &reader)?)
 }

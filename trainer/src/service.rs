@@ -1,9 +1,8 @@
 //! The trainer as a service in the same process.
 
-use crate::{Error, Trainer, state_io};
+use crate::Trainer;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use temper_actor::weights_io::WriteOptions;
 use temper_proto::{
     LogProbs, MiniBatch, PolicyRole, ServiceResult, StageSpec, TokenSequence, TrainerService, UpdateReport,
 };
@@ -44,7 +43,7 @@ impl TrainerService for LocalTrainerService {
     }
 
     fn publish(&self, number: u64) -> ServiceResult<PolicyVersion> {
-        Ok(self.lock().publish(number))
+        self.lock().publish(number).map_err(|e| e.into_service("publish"))
     }
 
     fn version(&self) -> PolicyVersion {
@@ -52,14 +51,11 @@ impl TrainerService for LocalTrainerService {
     }
 
     fn save_model(&self, dir: &Path) -> ServiceResult<()> {
-        let trainer = self.lock();
-        let options = WriteOptions { side_files_from: Some(&trainer.side_files_from), ..WriteOptions::default() };
-        let saved = trainer.params.save(&*trainer.device, dir, &trainer.config, &options);
-        saved.map_err(|e| Error::from(e).into_service("save_model"))
+        self.lock().save_model(dir).map_err(|e| e.into_service("save_model"))
     }
 
     fn save_state(&self, dir: &Path) -> ServiceResult<()> {
-        state_io::save(&self.lock(), dir).map_err(|e| e.into_service("save_state"))
+        self.lock().save_state(dir).map_err(|e| e.into_service("save_state"))
     }
 
     fn restore(&self, model_dir: &Path, state_dir: &Path, version: PolicyVersion) -> ServiceResult<()> {

@@ -33,7 +33,7 @@ pub(crate) struct SharedHead {
 struct Sums {
     loss: f64,
     value_sum: f64,
-    num_clipped: usize,
+    num_clipped: f64,
 }
 
 /// In a checkpoint: numbers as the bits of their f64, so that they come back as they were.
@@ -94,7 +94,7 @@ impl SharedHead {
         };
         let out = value_loss(&self.config.value_loss, &input, counts)?;
         self.sums.loss += out.loss;
-        self.sums.num_clipped += out.num_clipped;
+        self.sums.num_clipped += out.num_clipped as f64;
         let active = predictions.iter().zip(&columns.mask).filter(|(_, mask)| **mask == 1);
         self.sums.value_sum += active.map(|(v, _)| v).sum::<f64>();
         let width = self.params.len() - 1;
@@ -110,6 +110,20 @@ impl SharedHead {
         Ok(d_hidden)
     }
 
+    /// What was added up: sums, then the gradient.
+    pub(crate) fn numbers(&self) -> Vec<f64> {
+        let Sums { loss, value_sum, num_clipped } = self.sums;
+        [&[loss, value_sum, num_clipped], &self.grads[..]].concat()
+    }
+
+    /// Replace it by that of all ranks.
+    pub(crate) fn take_in(&mut self, numbers: &[f64]) {
+        if let Some(([loss, value_sum, num_clipped], grads)) = numbers.split_first_chunk() {
+            self.sums = Sums { loss: *loss, value_sum: *value_sum, num_clipped: *num_clipped };
+            self.grads.copy_from_slice(grads);
+        }
+    }
+
     /// Norm of the gradient that was added up.
     pub(crate) fn grad_norm(&self) -> Result<f64, Error> {
         let norm = total_norm(&self.grads);
@@ -123,7 +137,7 @@ impl SharedHead {
         report.loss += self.config.vf_coef * self.sums.loss;
         report.metrics.extend([
             ("value_loss".to_owned(), self.sums.loss),
-            ("value_clipfrac".to_owned(), self.sums.num_clipped as f64 / num_tokens),
+            ("value_clipfrac".to_owned(), self.sums.num_clipped / num_tokens),
             ("value_mean".to_owned(), self.sums.value_sum / num_tokens),
         ]);
     }

@@ -1,13 +1,13 @@
 //! The trainer's part of a checkpoint: `trainer.json`, and moments and reference as tensors under their weights' names.
 
 use crate::optimizer::Moments;
+use crate::store::Store;
 use crate::trainer::Trainer;
-use crate::{Error, scalar_state};
+use crate::weights::{load_store, master_ranks};
+use crate::{Error, Ranks, scalar_state};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use temper_actor::weights_io::WriteOptions;
-use temper_actor::{CheckpointReader, ParamStore};
-use temper_types::ContentHash;
 
 const FILE: &str = "trainer.json";
 const FORMAT: u32 = 1;
@@ -29,15 +29,18 @@ struct StateFile {
 /// Write the state into an existing directory.
 pub(crate) fn save(trainer: &Trainer, dir: &Path) -> Result<(), Error> {
     let mut file = StateFile { format: FORMAT, num_updates: None, hashes: Default::default() };
-    if let Some(moments) = &trainer.moments {
+    if let Some(moments) = &trainer.weights.moments {
         file.num_updates = Some(moments.num_updates);
         save_store(trainer, dir, (FIRST, &moments.first), &mut file)?;
         save_store(trainer, dir, (SECOND, &moments.second), &mut file)?;
     }
     if let Some(reference) = &trainer.reference {
-        save_store(trainer, dir, (REFERENCE, &reference.params), &mut file)?;
+        save_store(trainer, dir, (REFERENCE, &reference.masters), &mut file)?;
     }
     scalar_state::save(trainer, dir)?;
+    if trainer.ranks.as_ref().is_some_and(|ranks| ranks.rank() > 0) {
+        return Ok(());
+    }
     let path = dir.join(FILE);
     let text = serde_json::to_string_pretty(&file).expect("a state is plain data");
     std::fs::write(&path, text + "\n").map_err(Error::io("write", &path))
@@ -52,38 +55,42 @@ pub(crate) fn restore(trainer: &mut Trainer, dir: &Path) -> Result<(), Error> {
     if file.format != FORMAT {
         return Err(fail(format!("format {}: this binary reads format {FORMAT}", file.format)));
     }
-    trainer.moments = match file.num_updates {
+    let ranks = trainer.ranks.as_ref();
+    trainer.weights.moments = match file.num_updates {
         Some(num_updates) => {
-            let first = load_store(trainer, dir, FIRST, &file)?;
-            let second = load_store(trainer, dir, SECOND, &file)?;
+            let first = load_part(trainer, dir, (FIRST, ranks), &file)?;
+            let second = load_part(trainer, dir, (SECOND, ranks), &file)?;
             Some(Moments { first, second, num_updates })
         }
         None => None,
     };
     if trainer.reference.is_some() {
-        let params = load_store(trainer, dir, REFERENCE, &file)?;
-        trainer.set_reference(params);
+        let masters = load_part(trainer, dir, (REFERENCE, master_ranks(ranks)), &file)?;
+        trainer.set_reference(masters)?;
     }
     scalar_state::restore(trainer, dir)
 }
 
-fn save_store(
-    trainer: &Trainer,
-    dir: &Path,
-    (name, store): (&str, &ParamStore),
-    file: &mut StateFile,
-) -> Result<(), Error> {
-    let (device, config) = (&*trainer.device, &trainer.config);
-    store.save(device, &dir.join(name), config, &WriteOptions::default())?;
-    file.hashes.insert(name.to_owned(), store.content_hash(device).to_string());
+/// Written by the first rank; the others take part in gathering it where it is sharded.
+fn save_store(trainer: &Trainer, dir: &Path, (name, store): (&str, &Store), file: &mut StateFile) -> Result<(), Error> {
+    let (device, config, ranks) = (&*trainer.device, &trainer.config, trainer.ranks.as_ref());
+    let hash = store.on_first(device, ranks, |store| {
+        store.save(device, &dir.join(name), config, &WriteOptions::default())?;
+        Ok(store.content_hash(device).to_string())
+    })?;
+    file.hashes.extend(hash.map(|hash| (name.to_owned(), hash)));
     Ok(())
 }
 
-fn load_store(trainer: &Trainer, dir: &Path, name: &str, file: &StateFile) -> Result<ParamStore, Error> {
+/// Read a directory, of which this rank keeps its shard where there are `ranks`.
+fn load_part(
+    trainer: &Trainer,
+    dir: &Path,
+    (name, ranks): (&str, Option<&Ranks>),
+    file: &StateFile,
+) -> Result<Store, Error> {
     let path = dir.join(name);
-    let reader = CheckpointReader::open(&path)?;
-    let store = ParamStore::load(&*trainer.device, &trainer.config, &reader)?;
-    let got: ContentHash = store.content_hash(&*trainer.device);
+    let (store, got) = load_store(&*trainer.device, &trainer.config, &path, ranks)?;
     match file.hashes.get(name) {
         Some(expected) if *expected == got.to_string() => Ok(store),
         Some(expected) => {

@@ -1,18 +1,24 @@
 //! The trainer itself: masters, gradients, moments, and one update.
 
 use crate::distill::Distiller;
-use crate::micro_batch::{Columns, check, split, train_batch};
+use crate::division::{divide, spread};
+use crate::exchange::{Own, add_up, merge_metrics, metric_numbers, own_rows, own_sequences};
+use crate::micro_batch::{Columns, check, train_batch};
 use crate::non_finite::{Place, keep_batch};
-use crate::optimizer::{self, Moments, StepSize};
+use crate::optimizer::StepSize;
 use crate::reference::Reference;
 use crate::scalar_model::{ScalarModel, ScalarStage};
 use crate::shared_head::SharedHead;
-use crate::{Error, state_io};
+use crate::store::Store;
+use crate::weights::{Pass, Weights, content_hash, load_store, master_ranks, pack, repack};
+use crate::{Error, Memory, Ranks, state_io};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
-use temper_actor::{CheckpointReader, ModelConfig, OutputGrads, PackedPolicy, ParamStore, Recompute, TrainArena};
+use temper_actor::weights_io::WriteOptions;
+use temper_actor::{ModelConfig, OutputGrads, PackedPolicy, Recompute, TrainArena};
 use temper_algos::{GlobalCounts, LossMetrics, Objective, ObjectiveInput, ObjectiveOutput, Scope, TokenBatch, widen};
+use temper_collective::Counts;
 use temper_proto::{
     LogProbs, MiniBatch, OptimizerConfig, PolicyRole, StageSpec, TokenSequence, TrainRow, UpdateReport,
 };
@@ -21,6 +27,11 @@ use temper_types::PolicyVersion;
 
 /// The packed weights of the process: written by the trainer at the end of an update, read by everyone.
 pub type SharedPolicy = Arc<RwLock<PackedPolicy>>;
+
+/// Metric of an update: bytes of values that all ranks together sent each other.
+pub(crate) const COMMUNICATION_BYTES: &str = "communication_bytes";
+/// Metric of an update: seconds that the rank which spent the most time in collectives spent there, waits included.
+pub(crate) const COMMUNICATION_SECONDS: &str = "communication_seconds";
 
 /// What the current stage asks for.
 #[derive(Debug)]
@@ -36,13 +47,13 @@ pub(crate) struct Stage {
 pub struct Trainer {
     pub(crate) device: Arc<dyn Device>,
     pub(crate) config: ModelConfig,
-    pub(crate) params: ParamStore,
+    pub(crate) weights: Weights,
+    /// The others, where this trainer is one of several ranks.
+    pub(crate) ranks: Option<Ranks>,
     pub(crate) side_files_from: PathBuf,
-    pub(crate) moments: Option<Moments>,
     pub(crate) reference: Option<Reference>,
     pub(crate) dtype: DType,
     pub(crate) policy: SharedPolicy,
-    grads: Option<ParamStore>,
     pub(crate) arena: TrainArena,
     stage: Option<Stage>,
     max_micro_batch_tokens: usize,
@@ -56,7 +67,16 @@ pub struct Trainer {
     pub(crate) distiller: Option<Distiller>,
 }
 
+/// What the micro-batches of the policy add up.
+#[derive(Debug, Default)]
+struct PolicySums {
+    loss: f64,
+    metrics: LossMetrics,
+    log_probs: Vec<Vec<f32>>,
+}
+
 /// Gradient of one micro-batch's outputs.
+#[derive(Debug, Default)]
 struct OutputGradients {
     d_log_probs: Vec<f32>,
     d_entropies: Vec<f32>,
@@ -68,23 +88,32 @@ impl Trainer {
     /// # Errors
     /// A file that is missing or damaged, by name and tensor.
     pub fn load(device: Arc<dyn Device>, model_dir: &Path, dtype: DType, masked_ids: Vec<u32>) -> Result<Self, Error> {
+        Self::load_rank(device, (model_dir, dtype), masked_ids, None)
+    }
+
+    /// As [`Trainer::load`], as one of several ranks: all of them load together.
+    ///
+    /// # Errors
+    /// As [`Trainer::load`]; a lost rank.
+    pub fn load_rank(
+        device: Arc<dyn Device>,
+        (model_dir, dtype): (&Path, DType),
+        masked_ids: Vec<u32>,
+        ranks: Option<Ranks>,
+    ) -> Result<Self, Error> {
         let config = ModelConfig::load(model_dir)?;
-        let reader = CheckpointReader::open(model_dir)?;
-        reader.validate(&config)?;
-        let params = ParamStore::load(&*device, &config, &reader)?;
-        let mut policy = PackedPolicy::new(&device, &params, &config, dtype);
-        policy.set_masked_ids(masked_ids);
-        policy.version = PolicyVersion { number: 0, hash: params.content_hash(&*device) };
+        let (masters, hash) = load_store(&*device, &config, model_dir, master_ranks(ranks.as_ref()))?;
+        let policy = pack((&device, ranks.as_ref()), &masters, (&config, dtype), &masked_ids)?;
+        policy.write().unwrap_or_else(PoisonError::into_inner).version = PolicyVersion { number: 0, hash };
         Ok(Trainer {
             device,
             config,
-            params,
+            weights: Weights::new(masters),
+            ranks,
             side_files_from: model_dir.to_path_buf(),
-            moments: None,
             reference: None,
             dtype,
-            policy: Arc::new(RwLock::new(policy)),
-            grads: None,
+            policy,
             arena: TrainArena::new(),
             stage: None,
             max_micro_batch_tokens: 4096,
@@ -115,18 +144,18 @@ impl Trainer {
     /// Begin a stage: objective, fresh optimizer state, and, where it is needed, the current weights as the reference.
     ///
     /// # Errors
-    /// An objective that cannot be read or has a setting out of range.
+    /// An objective that cannot be read or has a setting out of range; a lost rank.
     pub fn begin_stage(&mut self, spec: StageSpec) -> Result<(), Error> {
         let what = || format!("objective of stage `{}`", spec.name);
         let objective: Objective =
             serde_json::from_str(&spec.objective_json).map_err(|e| Error::invalid(what(), e.to_string()))?;
         objective.validate()?;
-        self.moments = None;
+        self.weights.moments = None;
         self.reference = None;
         self.distiller = None;
         self.end_scalar_stage();
         if spec.needs_reference {
-            self.set_reference(self.params.duplicate(&*self.device));
+            self.set_reference(self.weights.masters.duplicate(&*self.device))?;
         }
         self.max_micro_batch_tokens = spec.max_micro_batch_tokens;
         self.stage = Some(Stage {
@@ -138,7 +167,8 @@ impl Trainer {
         Ok(())
     }
 
-    /// Log-probs and entropies of every response token.
+    /// Log-probs and entropies of every response token. One of several ranks answers for its own rows, and gives no
+    /// numbers for the others.
     ///
     /// # Errors
     /// A bad sequence, or a reference that this stage does not keep.
@@ -149,24 +179,29 @@ impl Trainer {
         temperature: f32,
     ) -> Result<LogProbs, Error> {
         self.check_sequences(sequences.iter())?;
-        let shared = Arc::clone(&self.policy);
-        let current = shared.read().unwrap_or_else(PoisonError::into_inner);
-        let policy = match (role, &self.reference) {
-            (PolicyRole::Policy, _) => &*current,
-            (PolicyRole::Reference, Some(reference)) => &reference.packed,
+        let packed = match (role, &self.reference) {
+            (PolicyRole::Policy, _) => Arc::clone(&self.policy),
+            (PolicyRole::Reference, Some(reference)) => Arc::clone(&reference.packed),
             (PolicyRole::Reference, None) => {
                 return Err(Error::invalid("log_probs", "this stage keeps no reference policy"));
             }
         };
+        let policy = packed.read().unwrap_or_else(PoisonError::into_inner);
         let mut out = LogProbs::default();
-        for range in split(sequences.iter(), self.max_micro_batch_tokens) {
-            let part = &sequences[range];
+        let own = own_sequences(self.ranks.as_ref(), sequences, self.max_micro_batch_tokens);
+        for range in &own.micro_batches {
+            let part = &own.items[range.clone()];
             let stats = policy.score_only(&train_batch(part.iter()), temperature, &mut self.arena);
             out.log_probs.extend(unpack(part.iter(), &stats.log_probs));
             out.entropies.extend(unpack(part.iter(), &stats.entropies));
             out.sum_pi_squared.extend(unpack(part.iter(), &stats.sum_squares));
         }
-        Ok(out)
+        let spread = |column| spread(&own.indices, column, sequences.len());
+        Ok(LogProbs {
+            log_probs: spread(out.log_probs),
+            entropies: spread(out.entropies),
+            sum_pi_squared: spread(out.sum_pi_squared),
+        })
     }
 
     /// One optimizer step over a mini-batch. On an error no weight has changed.
@@ -181,7 +216,7 @@ impl Trainer {
     pub(crate) fn update_with(
         &mut self,
         batch: &MiniBatch,
-        accumulate: impl FnOnce(&mut Self, &Stage, &mut ParamStore) -> Result<UpdateReport, Error>,
+        accumulate: impl FnOnce(&mut Self, &Stage, &mut Store) -> Result<UpdateReport, Error>,
     ) -> Result<UpdateReport, Error> {
         let stage = self.stage.take().ok_or_else(|| Error::invalid("update", "no stage has begun"))?;
         let result = self.update_in(&stage, batch, accumulate);
@@ -191,155 +226,245 @@ impl Trainer {
 
     /// Where a mini-batch goes that gave numbers that are not finite.
     pub(crate) fn non_finite_place(&self) -> Option<Place<'_>> {
-        self.non_finite_dir.as_deref().map(|dir| Place { dir, step: self.version().number + 1 })
+        let rank = self.ranks.as_ref().map_or(0, Ranks::rank);
+        self.non_finite_dir.as_deref().map(|dir| Place { dir, step: self.version().number + 1, rank })
     }
 
     fn update_in(
         &mut self,
         stage: &Stage,
         batch: &MiniBatch,
-        accumulate: impl FnOnce(&mut Self, &Stage, &mut ParamStore) -> Result<UpdateReport, Error>,
+        accumulate: impl FnOnce(&mut Self, &Stage, &mut Store) -> Result<UpdateReport, Error>,
     ) -> Result<UpdateReport, Error> {
         self.check_sequences(batch.rows.iter().map(|row| &row.sequence))?;
-        let mut grads = self.grads.take().unwrap_or_else(|| self.params.zeros_like(&*self.device));
-        grads.clear(&*self.device);
+        let before = self.ranks.as_ref().map(Ranks::counts);
+        let mut grads = self.weights.take_grads(&*self.device, self.ranks.as_ref());
         let accumulated = accumulate(self, stage, &mut grads);
         let result = accumulated.and_then(|mut report| {
+            let on = (&*self.device, self.ranks.as_ref());
             let of_head = self.shared_head.as_ref().map_or(Ok(0.0), SharedHead::grad_norm)?;
-            report.grad_norm = optimizer::finite_norm(&*self.device, &grads)?.hypot(of_head);
-            self.apply(stage, batch.learning_rate, report.grad_norm, &grads)?;
+            report.grad_norm = Weights::grad_norm(on.0, on.1, &grads)?.hypot(of_head);
+            let size = StepSize { learning_rate: batch.learning_rate, grad_norm: report.grad_norm };
+            if let Some(head) = &mut self.shared_head {
+                head.step(&stage.optimizer, size)?;
+            }
+            self.weights.step(on, (&stage.optimizer, size), &grads)?;
+            repack(on.0, on.1, &self.weights.masters, &self.policy)?;
+            report.metrics.extend(self.communication(before.as_ref()));
             Ok(report)
         });
-        self.grads = Some(grads);
+        self.weights.keep_grads(grads);
         result
     }
 
+    /// What this rank has sent since `before`, and how long that took; nothing where there are no other ranks.
+    pub(crate) fn communication(&self, before: Option<&Counts>) -> Vec<(String, f64)> {
+        let (Some(ranks), Some(before)) = (&self.ranks, before) else { return Vec::new() };
+        let total = ranks.counts().since(before).total();
+        let numbers =
+            [(COMMUNICATION_BYTES, total.bytes_sent as f64), (COMMUNICATION_SECONDS, total.elapsed.as_secs_f64())];
+        numbers.map(|(name, value)| (name.to_owned(), value)).to_vec()
+    }
+
     /// Forward and backward of every micro-batch; gradients add up in `grads`.
-    fn accumulate(&mut self, stage: &Stage, batch: &MiniBatch, grads: &mut ParamStore) -> Result<UpdateReport, Error> {
+    fn accumulate(&mut self, stage: &Stage, batch: &MiniBatch, grads: &mut Store) -> Result<UpdateReport, Error> {
         let num_tokens = batch.rows.iter().map(|row| sequence_len(&row.sequence) as u64).sum();
-        let counts = global_counts(batch);
+        let mut report = UpdateReport { num_tokens, ..UpdateReport::default() };
         let whole = match stage.objective.scope() {
-            Scope::MiniBatch => Some(self.whole_batch_gradients(stage, batch, &counts)?),
+            Scope::MiniBatch => Some(self.whole_batch_gradients(stage, batch)?),
             Scope::Token | Scope::Sequence => None,
         };
-        let mut report = UpdateReport { num_tokens, ..UpdateReport::default() };
-        let mut metrics = LossMetrics::default();
-        if let Some(out) = &whole {
-            report.loss = out.loss;
-            metrics = out.metrics;
-        }
+        let own = own_rows(self.ranks.as_ref(), &batch.rows, stage.max_micro_batch_tokens);
+        let mut sums = PolicySums::default();
         if let Some(head) = &mut self.shared_head {
             head.start_update();
         }
-        let mut first_token = 0;
-        let sequences = batch.rows.iter().map(|row| &row.sequence);
-        for range in split(sequences, stage.max_micro_batch_tokens) {
-            let (first_row, rows) = (range.start, &batch.rows[range]);
-            let num_tokens: usize = rows.iter().map(|row| row.sequence.response_token_ids.len()).sum();
-            let tokens = first_token..first_token + num_tokens;
-            first_token = tokens.end;
-            let shared = Arc::clone(&self.policy);
-            let policy = shared.read().unwrap_or_else(PoisonError::into_inner);
-            let train = train_batch(rows.iter().map(|row| &row.sequence));
-            let tape = policy.train_forward(&train, stage.recompute, &mut self.arena);
-            let stats = policy.log_probs(&tape, batch.temperature);
-            report.log_probs.extend(unpack(rows.iter().map(|row| &row.sequence), &stats.log_probs));
-            let gradients = match &whole {
-                Some(out) => slice_gradients(out, tokens),
-                None => {
-                    let says = PolicyStats {
-                        log_probs: &stats.log_probs,
-                        entropies: &stats.entropies,
-                        sum_pi_squared: &stats.sum_squares,
-                    };
-                    let out = evaluate(&stage.objective, rows, says, &counts)
-                        .map_err(|error| error.in_rows_from(first_row))?;
-                    report.loss += out.loss;
-                    metrics.merge(&out.metrics);
-                    let all = 0..num_tokens;
-                    slice_gradients(&out, all)
-                }
-            };
-            let outputs = OutputGrads::LogProbs {
-                d_log_probs: &gradients.d_log_probs,
-                d_entropies: &gradients.d_entropies,
-                temperature: batch.temperature,
-            };
-            match &mut self.shared_head {
-                Some(head) => {
-                    let d_hidden = head
-                        .accumulate(&policy.hidden(&tape), rows, &counts)
-                        .map_err(|error| error.in_rows_from(first_row))?;
-                    policy.backward_beside(&self.params, tape, (outputs, &d_hidden), grads);
-                }
-                None => policy.backward(&self.params, tape, outputs, grads),
-            }
+        let failed = {
+            let grads = std::cell::RefCell::new(&mut *grads);
+            self.each_round(
+                &own,
+                |trainer, range| {
+                    let mut grads = grads.borrow_mut();
+                    trainer.policy_pass(stage, (batch, &own, range), whole.as_ref(), (&mut sums, &mut **grads))
+                },
+                |trainer| trainer.idle_pass(&trainer.policy, &trainer.weights, &mut grads.borrow_mut()),
+            )?
+        };
+        let of_policy = [&[sums.loss], &metric_numbers(&sums.metrics)[..]].concat();
+        let of_head = self.shared_head.as_ref().map_or_else(Vec::new, SharedHead::numbers);
+        let lists = self.settle(failed.map(|()| [&of_policy[..], &of_head].concat()))?;
+        let total = add_up(&lists);
+        if let Some(head) = &mut self.shared_head {
+            head.take_in(&total[of_policy.len()..]);
         }
+        report.log_probs = spread(&own.indices, sums.log_probs, batch.rows.len());
+        let metrics = match &whole {
+            Some(out) => {
+                report.loss = out.loss;
+                out.metrics
+            }
+            None => {
+                report.loss = total[0];
+                merge_metrics(lists.iter().map(|list| &list[1..]))
+            }
+        };
         name_metrics(&mut report, &metrics);
         report.metrics.extend(whole.into_iter().flat_map(|out| out.reports));
         if let Some(head) = &self.shared_head {
-            head.report(&counts, &mut report);
+            head.report(&global_counts(batch), &mut report);
         }
         Ok(report)
     }
 
-    /// The objective over the whole mini-batch at once, from log-probs that keep no activations.
-    fn whole_batch_gradients(
+    /// Forward, loss and backward of one micro-batch of the policy.
+    fn policy_pass(
         &mut self,
         stage: &Stage,
-        batch: &MiniBatch,
-        counts: &GlobalCounts,
-    ) -> Result<ObjectiveOutput, Error> {
+        (batch, own, range): (&MiniBatch, &Own<'_, TrainRow>, Range<usize>),
+        whole: Option<&ObjectiveOutput>,
+        (sums, grads): (&mut PolicySums, &mut Store),
+    ) -> Result<(), Error> {
+        let (rows, places) = (&own.items[range.clone()], &own.indices[range]);
+        let shared = Arc::clone(&self.policy);
+        let policy = shared.read().unwrap_or_else(PoisonError::into_inner);
+        let train = train_batch(rows.iter().map(|row| &row.sequence));
+        let tape = policy.train_forward(&train, stage.recompute, &mut self.arena);
+        let stats = policy.log_probs(&tape, batch.temperature);
+        sums.log_probs.extend(unpack(rows.iter().map(|row| &row.sequence), &stats.log_probs));
+        let gradients = match whole {
+            Some(out) => pick_gradients(out, &batch.rows, places),
+            None => {
+                let says = PolicyStats {
+                    log_probs: &stats.log_probs,
+                    entropies: &stats.entropies,
+                    sum_pi_squared: &stats.sum_squares,
+                };
+                let out = evaluate(&stage.objective, rows, says, &global_counts(batch))
+                    .map_err(|error| error.in_rows(places))?;
+                sums.loss += out.loss;
+                sums.metrics.merge(&out.metrics);
+                slice_gradients(&out, 0..stats.log_probs.len())
+            }
+        };
+        let outputs = OutputGrads::LogProbs {
+            d_log_probs: &gradients.d_log_probs,
+            d_entropies: &gradients.d_entropies,
+            temperature: batch.temperature,
+        };
+        let d_hidden = match &mut self.shared_head {
+            Some(head) => Some(
+                head.accumulate(&policy.hidden(&tape), rows, &global_counts(batch))
+                    .map_err(|error| error.in_rows(places))?,
+            ),
+            None => None,
+        };
+        let mut pass = Pass::new((&*self.device, self.ranks.as_ref()), &self.weights.masters, grads);
+        match d_hidden {
+            Some(d_hidden) => policy.backward_beside(tape, (outputs, &d_hidden), &mut pass),
+            None => policy.backward_units(tape, outputs, &mut pass),
+        }
+        pass.finish()
+    }
+
+    /// Take part in a backward of the other ranks.
+    pub(crate) fn idle_pass(&self, packed: &SharedPolicy, weights: &Weights, grads: &mut Store) -> Result<(), Error> {
+        let mut pass = Pass::new((&*self.device, self.ranks.as_ref()), &weights.masters, grads);
+        packed.read().unwrap_or_else(PoisonError::into_inner).visit_units(&mut pass);
+        pass.finish()
+    }
+
+    /// The objective over the whole mini-batch at once, from log-probs that keep no activations.
+    fn whole_batch_gradients(&mut self, stage: &Stage, batch: &MiniBatch) -> Result<ObjectiveOutput, Error> {
         let sequences: Vec<TokenSequence> = batch.rows.iter().map(|row| row.sequence.clone()).collect();
-        let stats = self.log_probs(PolicyRole::Policy, &sequences, batch.temperature)?;
-        let (log_probs, entropies) = (stats.log_probs.concat(), stats.entropies.concat());
+        let mut stats = self.log_probs(PolicyRole::Policy, &sequences, batch.temperature)?;
+        if let Some(ranks) = &self.ranks {
+            share_rows(ranks, &sequences, &mut stats.log_probs)?;
+            share_rows(ranks, &sequences, &mut stats.entropies)?;
+            share_rows(ranks, &sequences, &mut stats.sum_pi_squared)?;
+        }
         let says = PolicyStats {
-            log_probs: &log_probs,
-            entropies: &entropies,
+            log_probs: &stats.log_probs.concat(),
+            entropies: &stats.entropies.concat(),
             sum_pi_squared: &stats.sum_pi_squared.concat(),
         };
-        evaluate(&stage.objective, &batch.rows, says, counts)
-    }
-
-    /// Clip, step every unit, and swap the packed weights.
-    fn apply(&mut self, stage: &Stage, learning_rate: f64, grad_norm: f64, grads: &ParamStore) -> Result<(), Error> {
-        let size = StepSize { learning_rate, grad_norm };
-        if let Some(head) = &mut self.shared_head {
-            head.step(&stage.optimizer, size)?;
-        }
-        optimizer::step(&*self.device, (&stage.optimizer, size), (&mut self.params, grads), &mut self.moments);
-        self.repack();
-        Ok(())
-    }
-
-    fn repack(&mut self) {
-        self.policy.write().unwrap_or_else(PoisonError::into_inner).repack(&self.params);
+        evaluate(&stage.objective, &batch.rows, says, &global_counts(batch))
     }
 
     /// Hash the weights and name them.
-    pub fn publish(&mut self, number: u64) -> PolicyVersion {
-        let version = PolicyVersion { number, hash: self.params.content_hash(&*self.device) };
-        self.policy.write().unwrap_or_else(PoisonError::into_inner).version = version;
-        version
+    ///
+    /// # Errors
+    /// A lost rank.
+    pub fn publish(&mut self, number: u64) -> Result<PolicyVersion, Error> {
+        let hash = content_hash(&*self.device, self.ranks.as_ref(), &self.weights.masters)?;
+        self.set_version(PolicyVersion { number, hash })
     }
 
-    /// Load weights and state of a checkpoint into the stage that has begun.
+    /// Every process of ranks has its own packed weights to name.
+    fn set_version(&mut self, version: PolicyVersion) -> Result<PolicyVersion, Error> {
+        self.policy.write().unwrap_or_else(PoisonError::into_inner).version = version;
+        self.ranks.as_ref().map_or(Ok(()), Ranks::fence)?;
+        Ok(version)
+    }
+
+    /// Write the weights as a Hugging Face directory: the first rank does, and the others let it have their shards.
+    ///
+    /// # Errors
+    /// A file that cannot be written, or a lost rank.
+    pub fn save_model(&self, dir: &Path) -> Result<(), Error> {
+        let options = WriteOptions { side_files_from: Some(&self.side_files_from), ..WriteOptions::default() };
+        let saved = self.weights.masters.on_first(&*self.device, self.ranks.as_ref(), |store| {
+            Ok(store.save(&*self.device, dir, &self.config, &options)?)
+        });
+        self.or_give_up(saved.map(drop))
+    }
+
+    /// Write all that resume needs beside the model, as [`Trainer::save_model`] does.
+    ///
+    /// # Errors
+    /// As [`Trainer::save_model`].
+    pub fn save_state(&self, dir: &Path) -> Result<(), Error> {
+        self.or_give_up(state_io::save(self, dir))
+    }
+
+    /// Load weights and state of a checkpoint into the stage that has begun. Every rank reads it, and keeps its part.
     ///
     /// # Errors
     /// A damaged file, or weights that do not hash to `version`.
     pub fn restore(&mut self, model_dir: &Path, state_dir: &Path, version: PolicyVersion) -> Result<(), Error> {
-        let reader = CheckpointReader::open(model_dir)?;
-        reader.validate(&self.config)?;
-        let params = ParamStore::load(&*self.device, &self.config, &reader)?;
-        let got = params.content_hash(&*self.device);
+        let restored = self.restore_parts(model_dir, state_dir, version);
+        self.or_give_up(restored)
+    }
+
+    fn restore_parts(&mut self, model_dir: &Path, state_dir: &Path, version: PolicyVersion) -> Result<(), Error> {
+        let ranks = master_ranks(self.ranks.as_ref());
+        let (masters, got) = load_store(&*self.device, &self.config, model_dir, ranks)?;
         if got != version.hash {
             return Err(Error::WrongWeights { path: model_dir.to_path_buf(), expected: version.hash, got });
         }
-        self.params = params;
+        self.weights.masters = masters;
         state_io::restore(self, state_dir)?;
-        self.repack();
-        self.policy.write().unwrap_or_else(PoisonError::into_inner).version = version;
-        Ok(())
+        repack(&*self.device, self.ranks.as_ref(), &self.weights.masters, &self.policy)?;
+        self.set_version(version).map(drop)
+    }
+
+    /// A rank that fails alone leaves no other one waiting.
+    pub(crate) fn or_give_up(&self, result: Result<(), Error>) -> Result<(), Error> {
+        if let (Err(error), Some(ranks)) = (&result, &self.ranks)
+            && !matches!(error, Error::Collective(_))
+        {
+            ranks.give_up();
+        }
+        result
+    }
+
+    /// Bytes of the policy's masters, gradients and moments on this rank, as they are allocated now.
+    pub fn memory(&self) -> Memory {
+        self.weights.memory()
+    }
+
+    /// What this rank has sent and received; none where it is alone.
+    pub fn counts(&self) -> Option<Counts> {
+        self.ranks.as_ref().map(Ranks::counts)
     }
 
     /// Memory limits of the current stage.
@@ -406,6 +531,40 @@ fn evaluate(
         sum_pi_squared: Some(&widen(says.sum_pi_squared)[..]),
     };
     Ok(objective.evaluate(&input, counts)?)
+}
+
+/// Every row's numbers, of which this rank has those of its own rows.
+fn share_rows(ranks: &Ranks, sequences: &[TokenSequence], rows: &mut [Vec<f32>]) -> Result<(), Error> {
+    let own: Vec<f64> = rows.iter().flatten().map(|x| f64::from(*x)).collect();
+    let lists = ranks.world_lists(&own)?;
+    for (indices, list) in divide(sequences.iter(), ranks.world()).into_iter().zip(lists) {
+        let mut rest = &list[..];
+        for index in indices {
+            let len = sequences[index].response_token_ids.len();
+            let Some((row, tail)) = rest.split_at_checked(len) else { continue };
+            rows[index] = row.iter().map(|x| *x as f32).collect();
+            rest = tail;
+        }
+    }
+    Ok(())
+}
+
+/// The gradients of some rows out of those of a whole mini-batch.
+fn pick_gradients(out: &ObjectiveOutput, rows: &[TrainRow], places: &[usize]) -> OutputGradients {
+    let mut starts = Vec::with_capacity(rows.len());
+    let mut end = 0;
+    for row in rows {
+        starts.push(end);
+        end += row.sequence.response_token_ids.len();
+    }
+    let mut picked = OutputGradients::default();
+    for place in places {
+        let start = starts[*place];
+        let one = slice_gradients(out, start..start + rows[*place].sequence.response_token_ids.len());
+        picked.d_log_probs.extend(one.d_log_probs);
+        picked.d_entropies.extend(one.d_entropies);
+    }
+    picked
 }
 
 fn slice_gradients(out: &ObjectiveOutput, tokens: Range<usize>) -> OutputGradients {

@@ -12,7 +12,8 @@ const PIECE: u64 = 1 << 18;
 impl WeightService for LocalTrainerService {
     fn manifest(&self) -> ServiceResult<WeightManifest> {
         let trainer = self.lock();
-        let unit_lens = trainer.params.units().iter().map(|unit| unit.buffer().len() as u64).collect();
+        let shapes = trainer.weights.masters.shapes();
+        let unit_lens = (0..shapes.num_units()).map(|unit| shapes.unit_len(unit) as u64).collect();
         Ok(WeightManifest { version: trainer.version(), unit_lens })
     }
 
@@ -38,13 +39,17 @@ fn read(trainer: &Trainer, version: PolicyVersion, range: WeightRange, values: &
     }
     let outside = || {
         let WeightRange { unit, start, len } = range;
-        let problem = format!("{len} elements from {start} are not all inside of it");
+        let problem = format!("{len} elements from {start} are not all inside of what is held");
         Error::invalid(format!("range of unit {unit}"), problem).into_service("pull")
     };
-    let unit = trainer.params.units().get(range.unit as usize).ok_or_else(outside)?;
-    let end = range.start.checked_add(range.len).filter(|end| *end <= unit.buffer().len() as u64);
-    let end = end.ok_or_else(outside)?;
+    let masters = &trainer.weights.masters;
+    let index = usize::try_from(range.unit).ok().filter(|unit| *unit < masters.num_units()).ok_or_else(outside)?;
+    let end = range.start.checked_add(range.len).ok_or_else(outside)?;
+    let (wanted, held) = (range.start as usize..end as usize, masters.held(index));
+    if wanted.start < held.start || wanted.end > held.end {
+        return Err(outside());
+    }
     values.resize(range.len as usize, 0.0);
-    trainer.device.read(unit.buffer().view(range.start as usize..end as usize), values);
+    trainer.device.read(masters.view(index, wanted), values);
     Ok(())
 }

@@ -217,9 +217,9 @@ fn one_update(run: &Run, recompute: bool, threads: usize) -> Trainer {
 #[test]
 fn recomputation_and_threads_change_no_bit() {
     let run = fixture("llama", "ppo_actor");
-    let expected = one_update(&run, false, 1).publish(1);
-    assert_eq!(one_update(&run, true, 1).publish(1), expected);
-    assert_eq!(one_update(&run, false, 3).publish(1), expected);
+    let expected = one_update(&run, false, 1).publish(1).expect("a version");
+    assert_eq!(one_update(&run, true, 1).publish(1).expect("a version"), expected);
+    assert_eq!(one_update(&run, false, 3).publish(1).expect("a version"), expected);
 }
 
 #[test]
@@ -341,7 +341,7 @@ fn a_batch_that_is_not_finite_is_saved() {
     trainer.begin_stage(stage(&run, 20, false)).expect("a stage");
     let last = mini_batch(&run).rows.len() - 1;
     for (version, bad, text) in [(4, f64::NAN, "NaN"), (5, f64::INFINITY, "inf"), (6, 1e300, "300")] {
-        trainer.publish(version);
+        trainer.publish(version).expect("a version");
         let mut batch = mini_batch(&run);
         batch.rows[last].advantages[0] = bad;
         let error = trainer.update(&batch).expect_err("not finite").to_string();

@@ -5,8 +5,9 @@ use super::batch::TrainBatch;
 use super::layer_grad::UnitGrad;
 use super::layout::HeadRanges;
 use super::packed::PackedPolicy;
-use super::params::ParamStore;
+use super::params::{ParamStore, Unit};
 use super::train::Tape;
+use super::units::{BackwardUnits, WholeUnits};
 use std::ops::Range;
 use temper_tensor::{LmHeadGrad, NormGrad};
 
@@ -31,7 +32,7 @@ pub enum OutputGrads<'a> {
 
 impl OutputGrads<'_> {
     /// True where every number is exactly zero: groups whose rewards are all equal, say, and no KL or entropy term.
-    fn are_zero(&self) -> bool {
+    pub(super) fn are_zero(&self) -> bool {
         let zero = |values: &[f32]| values.iter().all(|x| *x == 0.0);
         match self {
             OutputGrads::LogProbs { d_log_probs, d_entropies, .. } => zero(d_log_probs) && zero(d_entropies),
@@ -52,30 +53,29 @@ impl PackedPolicy {
         if outputs.are_zero() {
             return;
         }
-        self.backward_through(masters, tape, grads, |batch, arena, grads| {
-            self.head_backward(masters, (batch, arena), outputs, grads);
-        });
+        assert_eq!(masters.layout.units, self.layout.units, "masters of another model");
+        assert_eq!(grads.layout.units, self.layout.units, "gradients of another model");
+        self.backward_units(tape, outputs, &mut WholeUnits { masters, grads });
     }
 
-    /// As [`PackedPolicy::backward`], with the gradient that a head beside the model's has for the normed hidden state
-    /// of the target rows ([`PackedPolicy::hidden`]), `[R, D]`.
+    /// As [`PackedPolicy::backward_units`], with the gradient that a head beside the model's has for the normed hidden
+    /// state of the target rows ([`PackedPolicy::hidden`]), `[R, D]`.
     ///
     /// # Panics
     /// As [`PackedPolicy::backward`], and if `d_hidden` has another length.
     pub fn backward_beside(
         &self,
-        masters: &ParamStore,
         tape: Tape<'_>,
         (outputs, d_hidden): (OutputGrads<'_>, &[f32]),
-        grads: &mut ParamStore,
+        units: &mut dyn BackwardUnits,
     ) {
         if outputs.are_zero() && d_hidden.iter().all(|x| *x == 0.0) {
-            return;
+            return self.visit_units(units);
         }
-        self.backward_through(masters, tape, grads, |batch, arena, grads| {
+        self.backward_through(tape, units, |batch, arena, units| {
             let len = batch.num_targets() * self.dims.model;
             assert_eq!(d_hidden.len(), len, "one gradient per number of the target rows' hidden state");
-            self.head_backward(masters, (batch, arena), outputs, grads);
+            self.head_backward((batch, arena), outputs, units);
             let mut sum = vec![0.0; len];
             self.dev.read(arena.targets.d_hidden.view(len), &mut sum);
             sum.iter_mut().zip(d_hidden).for_each(|(own, beside)| *own += beside);
@@ -86,18 +86,16 @@ impl PackedPolicy {
     /// Everything below a head; `head` writes the gradient of the target rows' hidden state and adds its weight's.
     pub(super) fn backward_through(
         &self,
-        masters: &ParamStore,
         tape: Tape<'_>,
-        grads: &mut ParamStore,
-        head: impl FnOnce(&TrainBatch, &mut TrainArena, &mut ParamStore),
+        units: &mut dyn BackwardUnits,
+        head: impl FnOnce(&TrainBatch, &mut TrainArena, &mut dyn BackwardUnits),
     ) {
-        assert_eq!(masters.layout.units, self.layout.units, "masters of another model");
-        assert_eq!(grads.layout.units, self.layout.units, "gradients of another model");
         let Tape { arena, batch, sequences, recompute } = tape;
         let (dev, t, d) = (&*self.dev, batch.num_rows(), batch.num_rows() * self.dims.model);
         arena.reserve_grads(self, t, batch.num_targets());
-        head(batch, arena, grads);
-        self.final_norm_backward(batch, arena, grads);
+        head(batch, arena, units);
+        self.final_norm_backward(batch, arena, units.grad(self.layout.final_unit()));
+        units.close(self.layout.final_unit());
         let lists = sequences.lists(batch);
         let rows = lists.rows(batch);
         let mut parts = arena.train_parts();
@@ -110,11 +108,13 @@ impl PackedPolicy {
                     0
                 }
             };
-            let (masters, grads) = (&masters.units[1 + index], &mut grads.units[1 + index]);
+            let (masters, grads) = units.open(1 + index);
             self.layer_backward(index, rows, (&mut parts, saved), &mut UnitGrad { dev, masters, grads });
+            units.close(1 + index);
         }
-        let table = grads.units[0].view_mut(&self.layout.embed);
+        let table = units.grad(0).view_mut(&self.layout.embed);
         dev.embed_grad(&batch.token_ids, parts.grads.x.view(d), table);
+        units.close(0);
     }
 
     /// Unit and range of the LM head's weight.
@@ -126,12 +126,11 @@ impl PackedPolicy {
     }
 
     /// The head: its weight's gradient, and that of the target rows' hidden state.
-    fn head_backward(
+    pub(super) fn head_backward(
         &self,
-        masters: &ParamStore,
         (batch, arena): (&TrainBatch, &mut TrainArena),
         outputs: OutputGrads<'_>,
-        grads: &mut ParamStore,
+        units: &mut dyn BackwardUnits,
     ) {
         let (dev, last, len) = (&*self.dev, self.layout.final_unit(), batch.num_targets() * self.dims.model);
         let mut d_hidden = std::mem::take(&mut arena.targets.d_hidden);
@@ -140,9 +139,9 @@ impl PackedPolicy {
                 assert_eq!(d_log_probs.len(), batch.num_targets(), "one gradient per target row");
                 let (unit, range) = self.lm_head_place();
                 let forward = self.target_head(batch, arena, temperature);
-                let weight = masters.units[unit].view(range);
-                let args = LmHeadGrad { forward, weight, d_log_probs, d_entropies };
-                dev.lm_head_grad(args, d_hidden.view_mut(len), grads.units[unit].view_mut(range));
+                let (masters, grads) = units.open(unit);
+                let args = LmHeadGrad { forward, weight: masters.view(range), d_log_probs, d_entropies };
+                dev.lm_head_grad(args, d_hidden.view_mut(len), grads.view_mut(range));
             }
             OutputGrads::Values { d_values } => {
                 assert_eq!(d_values.len(), batch.num_targets(), "one gradient per target row");
@@ -152,7 +151,8 @@ impl PackedPolicy {
                 let (packed, targets) = (self.scalar_head(), &mut arena.targets);
                 dev.write(targets.scalars.view_mut(d_values.len()), d_values);
                 let dy = targets.scalars.view(d_values.len());
-                let mut unit = UnitGrad { dev, masters: &masters.units[last], grads: &mut grads.units[last] };
+                let (masters, grads) = units.open(last);
+                let mut unit = UnitGrad { dev, masters, grads };
                 unit.project((range, packed), targets.hidden.view(len), dy, d_hidden.view_mut(len));
             }
         }
@@ -160,7 +160,7 @@ impl PackedPolicy {
     }
 
     /// The final norm over the target rows, whose gradients then start the residual stream's.
-    fn final_norm_backward(&self, batch: &TrainBatch, arena: &mut TrainArena, grads: &mut ParamStore) {
+    fn final_norm_backward(&self, batch: &TrainBatch, arena: &mut TrainArena, grads: &mut Unit) {
         let (dev, d, r) = (&*self.dev, self.dims.model, batch.num_targets());
         let targets = &mut arena.targets;
         dev.fill(targets.d_x.view_mut(r * d), 0.0);
@@ -171,7 +171,7 @@ impl PackedPolicy {
             dy: targets.d_hidden.view(r * d),
             shape: self.norm_shape(r),
         };
-        let d_weight = grads.units[self.layout.final_unit()].view_mut(&self.layout.final_norm);
+        let d_weight = grads.view_mut(&self.layout.final_norm);
         dev.rms_norm_grad(args, targets.d_x.view_mut(r * d), d_weight);
         let len = batch.num_rows() * d;
         dev.fill(arena.grads.x.view_mut(len), 0.0);

@@ -3,8 +3,8 @@
 use super::arena::TrainArena;
 use super::batch::TrainBatch;
 use super::packed::PackedPolicy;
-use super::params::ParamStore;
 use super::train::Tape;
+use super::units::BackwardUnits;
 use temper_tensor::{DistillHead, DistillStats, Divergence, PackedLinear, View};
 
 /// A teacher's final hidden rows at the targets of a batch, with its head.
@@ -38,39 +38,38 @@ impl PackedPolicy {
         TeacherRows { hidden, head: self.lm_head() }
     }
 
-    /// Add the gradients of the weighted sum of divergences to `grads`; the divergences of the target rows.
+    /// Add the gradients of the weighted sum of divergences to those of `units`; the divergences of the target rows.
     ///
     /// # Panics
     /// As [`PackedPolicy::backward`]; if the teacher has another vocabulary or saw another batch.
     pub fn backward_distilled(
         &self,
-        masters: &ParamStore,
         tape: Tape<'_>,
         loss: Distillation<'_>,
-        grads: &mut ParamStore,
+        units: &mut dyn BackwardUnits,
     ) -> DistillStats {
         let mut stats = DistillStats::default();
-        self.backward_through(masters, tape, grads, |batch, arena, grads| {
-            stats = self.divergence_backward(masters, (batch, arena), loss, grads);
+        self.backward_through(tape, units, |batch, arena, units| {
+            stats = self.divergence_backward((batch, arena), loss, units);
         });
         stats
     }
 
     fn divergence_backward(
         &self,
-        masters: &ParamStore,
         (batch, arena): (&TrainBatch, &mut TrainArena),
         loss: Distillation<'_>,
-        grads: &mut ParamStore,
+        units: &mut dyn BackwardUnits,
     ) -> DistillStats {
         assert_eq!(loss.weights.len(), batch.num_targets(), "one weight per target row");
         let len = batch.num_targets() * self.dims.model;
         let mut d_hidden = std::mem::take(&mut arena.targets.d_hidden);
         let (unit, range) = self.lm_head_place();
+        let (masters, grads) = units.open(unit);
         let args = DistillHead {
             hidden: arena.targets.hidden.view(len),
             head: self.lm_head(),
-            weight: masters.units[unit].view(range),
+            weight: masters.view(range),
             teacher_hidden: loss.teacher.hidden,
             teacher_head: loss.teacher.head,
             masked_ids: self.masked_ids(),
@@ -78,7 +77,7 @@ impl PackedPolicy {
             divergence: loss.divergence,
             weights: loss.weights,
         };
-        let stats = self.dev.lm_head_distill(args, d_hidden.view_mut(len), grads.units[unit].view_mut(range));
+        let stats = self.dev.lm_head_distill(args, d_hidden.view_mut(len), grads.view_mut(range));
         arena.targets.d_hidden = d_hidden;
         stats
     }

@@ -1,6 +1,7 @@
 //! The hash that names weights.
 
-use super::params::ParamStore;
+use super::params::{ParamStore, Unit};
+use std::collections::BTreeMap;
 use temper_tensor::Device;
 use temper_types::ContentHash;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
@@ -14,22 +15,40 @@ impl ParamStore {
     /// each tensor's name, shape and leaves, and over all tensors in the order of their names (root). It does not
     /// depend on how tensors lie in units, and whoever holds some ranges can prove them by their leaves.
     pub fn content_hash(&self, dev: &dyn Device) -> ContentHash {
-        let mut tensors: Vec<_> = self.tensors().collect();
-        tensors.sort_unstable_by(|a, b| a.1.name.cmp(&b.1.name));
-        let mut root = Xxh3::new();
-        let mut staging = Staging::default();
-        for (unit, slot) in tensors {
+        let mut hasher = WeightHasher::default();
+        self.units.iter().for_each(|unit| hasher.add(dev, unit));
+        hasher.finish()
+    }
+}
+
+/// [`ParamStore::content_hash`], unit by unit.
+#[derive(Debug, Default)]
+pub struct WeightHasher {
+    nodes: BTreeMap<String, u128>,
+    staging: Staging,
+}
+
+impl WeightHasher {
+    /// Take in a unit; the order of units does not matter.
+    pub fn add(&mut self, dev: &dyn Device, unit: &Unit) {
+        for slot in unit.slots() {
             let mut node = Xxh3::new();
             update_sized(&mut node, slot.name.as_bytes());
             update_sized(&mut node, &slot.shape.iter().flat_map(|n| (*n as u64).to_le_bytes()).collect::<Vec<_>>());
-            let values = self.units[unit].view(&slot.range);
+            let values = unit.view(&slot.range);
             for start in (0..values.len()).step_by(LEAF_ELEMENTS) {
                 let end = values.len().min(start + LEAF_ELEMENTS);
-                let leaf = staging.hash(dev, values.slice(start..end));
+                let leaf = self.staging.hash(dev, values.slice(start..end));
                 node.update(&leaf.to_le_bytes());
             }
-            root.update(&node.digest128().to_le_bytes());
+            self.nodes.insert(slot.name.clone(), node.digest128());
         }
+    }
+
+    /// The hash of what was taken in.
+    pub fn finish(&self) -> ContentHash {
+        let mut root = Xxh3::new();
+        self.nodes.values().for_each(|node| root.update(&node.to_le_bytes()));
         ContentHash(root.digest128().to_le_bytes())
     }
 }
@@ -41,7 +60,7 @@ fn update_sized(hasher: &mut Xxh3, bytes: &[u8]) {
 }
 
 /// Host memory for one leaf.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Staging {
     values: Vec<f32>,
     bytes: Vec<u8>,

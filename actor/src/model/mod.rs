@@ -32,13 +32,16 @@ mod params;
 mod params_io;
 mod scratch;
 mod train;
+mod units;
 
 pub use arena::{Recompute, TrainArena};
 pub use backward::OutputGrads;
 pub use batch::TrainBatch;
 pub use distill::{Distillation, TeacherRows};
 pub use generate::{Batch, Workspace};
+pub use hash::WeightHasher;
 pub use layout::TensorSlot;
 pub use packed::PackedPolicy;
 pub use params::{ParamStore, Unit};
 pub use train::Tape;
+pub use units::{BackwardUnits, UnitShapes, WholeUnits};

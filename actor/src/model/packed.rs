@@ -126,7 +126,7 @@ impl PackedPolicy {
         Self::assemble(dev, config, dtype, (layout, units))
     }
 
-    fn assemble<U: Borrow<Unit>, E>(
+    pub(super) fn assemble<U: Borrow<Unit>, E>(
         dev: &Arc<dyn Device>,
         config: &ModelConfig,
         dtype: DType,
@@ -174,19 +174,30 @@ impl PackedPolicy {
     /// If `params` is a store of another model.
     pub fn repack(&mut self, params: &ParamStore) {
         assert_eq!(params.layout.units, self.layout.units, "masters of another model");
+        params.units.iter().for_each(|unit| self.repack_unit(unit));
+    }
+
+    /// Take new values of one unit in place, as [`PackedPolicy::repack`] does with all.
+    ///
+    /// # Panics
+    /// If it is a unit of another model.
+    pub fn repack_unit(&mut self, unit: &Unit) {
+        assert_eq!(unit.layout.units[unit.index], self.layout.units[unit.index], "a unit of another model");
         let dev = &*self.dev;
-        let first = params.unit(0);
-        dev.copy(first.view(&self.layout.embed), self.embed.all_mut());
-        for (layer, unit) in self.layers.iter_mut().zip(&params.units[1..]) {
-            repack_layer(dev, layer, unit);
-        }
-        let last = params.unit(self.layout.final_unit());
-        dev.copy(last.view(&self.layout.final_norm), self.final_norm.all_mut());
-        match (&mut self.head, &self.layout.head) {
-            (PackedHead::Lm(head), HeadRanges::Untied(range)) => dev.repack(last.view(range), head),
-            (PackedHead::Lm(head), _) => dev.repack(first.view(&self.layout.embed), head),
-            (PackedHead::Scalar(head), HeadRanges::Scalar(range)) => repack_projection(dev, head, last, range),
-            (PackedHead::Scalar(_), _) => unreachable!("a scalar head has a scalar layout"),
+        if unit.index == 0 {
+            dev.copy(unit.view(&self.layout.embed), self.embed.all_mut());
+            if let (PackedHead::Lm(head), HeadRanges::Tied) = (&mut self.head, &self.layout.head) {
+                dev.repack(unit.view(&self.layout.embed), head);
+            }
+        } else if unit.index < self.layout.final_unit() {
+            repack_layer(dev, &mut self.layers[unit.index - 1], unit);
+        } else {
+            dev.copy(unit.view(&self.layout.final_norm), self.final_norm.all_mut());
+            match (&mut self.head, &self.layout.head) {
+                (PackedHead::Lm(head), HeadRanges::Untied(range)) => dev.repack(unit.view(range), head),
+                (PackedHead::Scalar(head), HeadRanges::Scalar(range)) => repack_projection(dev, head, unit, range),
+                _ => {}
+            }
         }
     }
 

@@ -1,7 +1,7 @@
 //! Gradients of a divergence from a teacher of another family and width against central differences.
 
 use crate::support::Fixture;
-use temper_actor::{Distillation, ParamStore, Recompute, TrainArena, TrainBatch};
+use temper_actor::{Distillation, ParamStore, Recompute, TrainArena, TrainBatch, WholeUnits};
 use temper_tensor::Divergence;
 
 const TEMPERATURE: f32 = 0.8;
@@ -27,7 +27,11 @@ impl Pair {
         let teacher = self.teacher.policy.teach(&self.batch, &mut teacher_arena);
         let tape = self.student.policy.train_forward(&self.batch, recompute, &mut arena);
         let loss = Distillation { teacher, divergence, temperature: TEMPERATURE, weights: &self.weights };
-        let stats = self.student.policy.backward_distilled(&self.student.params, tape, loss, grads);
+        let stats = self.student.policy.backward_distilled(
+            tape,
+            loss,
+            &mut WholeUnits { masters: &self.student.params, grads },
+        );
         stats.divergences.iter().zip(&self.weights).map(|(d, w)| d * f64::from(*w)).sum()
     }
 

@@ -87,8 +87,8 @@ impl Collective {
         self.core.counters.read()
     }
 
-    /// The group of some of this group's ranks, ascending, of which this rank is one. `channel` tells groups of the same
-    /// ranks apart; operations of different groups may overlap in time. Nothing is sent.
+    /// The group of some of this group's ranks, ascending, of which this rank is one. `channel` tells groups of the
+    /// same ranks apart; operations of different groups may overlap in time. Nothing is sent.
     ///
     /// # Errors
     /// Ranks out of order or out of range, or without this rank.

@@ -299,7 +299,9 @@ mod tests {
         }
 
         #[test]
-        fn damaged_frames_are_no_message_and_no_panic(frame in prop::collection::vec(any::<u8>(), 0..60), cut in 0..30usize) {
+        fn damaged_frames_are_no_message_and_no_panic(
+            frame in prop::collection::vec(any::<u8>(), 0..60), cut in 0..30usize,
+        ) {
             let _ = read_message(&mut &frame[..]);
             let place = Place { sequence: 1, operation: Operation::Barrier };
             let whole = encode(&Message::Data { group: 0, place, payload: Payload::F32(vec![1.0; 3]) });

@@ -146,7 +146,7 @@ impl Grpo {
             temperature: 1.0,
             learning_rate: OptimizerConfig::default().learning_rate,
         })?;
-        let version = parts.trainer.publish(step + 1);
+        let version = parts.trainer.publish(step + 1)?;
         parts.service.set_version(version)?;
         let reward_mean = rewards.iter().sum::<f64>() / rewards.len() as f64;
         let train_s = train_begin.elapsed().as_secs_f64();

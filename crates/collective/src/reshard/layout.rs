@@ -8,8 +8,8 @@ use std::ops::Range;
 pub enum Split {
     /// Every rank holds all of it: norms, and what is small.
     Whole,
-    /// By rows, `granule` of them at once (a head's): query, key, value, gate and up projections, vocabulary. With fewer
-    /// granules than ranks, neighbouring ranks hold the same one.
+    /// By rows, `granule` of them at once (a head's): query, key, value, gate and up projections, vocabulary. With
+    /// fewer granules than ranks, neighbouring ranks hold the same one.
     Rows {
         /// Rows that stay together.
         granule: usize,
@@ -50,7 +50,8 @@ pub enum Layout {
         /// Number of ranks.
         world: usize,
     },
-    /// Every unit is cut into contiguous shards, by [`shard_ranges`]. Consecutive groups of `shards` ranks hold the same.
+    /// Every unit is cut into contiguous shards, by [`shard_ranges`]. Consecutive groups of `shards` ranks hold the
+    /// same.
     Fsdp {
         /// Number of ranks.
         world: usize,

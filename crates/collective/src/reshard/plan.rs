@@ -106,8 +106,8 @@ fn pieces(wanted: &Held, held: &[Held]) -> Vec<Range<usize>> {
     out
 }
 
-/// Divide `len` elements over `holders` so that the most loaded of them has as little as possible. The receiver's number
-/// decides between equals, so that receivers do not all begin with the same source.
+/// Divide `len` elements over `holders` so that the most loaded of them has as little as possible. The receiver's
+/// number decides between equals, so that receivers do not all begin with the same source.
 fn shares(
     len: usize,
     holders: impl Iterator<Item = usize>,
