@@ -10,6 +10,7 @@ mod recipe;
 mod reward_models;
 mod runtime;
 mod teachers;
+mod trainer_ranks;
 mod workers;
 
 use clap::{Parser, Subcommand};

@@ -3,8 +3,8 @@
 use crate::control::{LocalControl, write_address};
 use crate::recipe::{CheckReport, PlacementMode, Recipe, Source, render};
 use crate::reward_models::RewardModels;
-use crate::teachers;
 use crate::workers::{Cluster, ClusterSpec, Work};
+use crate::{teachers, trainer_ranks};
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,7 +13,6 @@ use temper_controller::{RunSpec, Services};
 use temper_proto::{ServiceError, ServiceResult, TextService};
 use temper_rollout::{LocalRolloutService, TokenByteTable};
 use temper_tensor::{CpuConfig, CpuDevice, Device};
-use temper_trainer::{LocalTrainerService, Trainer};
 use temper_types::{DType, ErrorCode, PromptContent};
 
 /// The compute device of the process.
@@ -125,14 +124,14 @@ pub fn embedded(recipe: &Recipe, report: &CheckReport, (model_dir, run_dir): (&P
     let text = Arc::new(LocalText::load(model_dir)?);
     let vocab_size = temper_actor::ModelConfig::load(model_dir)?.vocab_size;
     let masked = text.tokenizer().missing_ids(vocab_size);
-    let mut trainer = Trainer::load(Arc::clone(&device), model_dir, dtype, masked)?;
-    trainer.save_non_finite_to(run_dir.join("non_finite"));
-    let initial = trainer.version().hash;
+    let trainer = trainer_ranks::load(recipe, (&device, dtype), (model_dir, run_dir), &masked)?;
+    let initial = trainer.version.hash;
     let bytes = text.token_byte_table(vocab_size);
     let rollout =
-        LocalRolloutService::new(Arc::clone(&device), trainer.policy(), recipe.engine.clone(), Arc::new(bytes))?;
-    let trainer = Arc::new(LocalTrainerService::new(trainer));
-    let models = RewardModels { trainer: trainer.clone(), device: &device, policy_dir: model_dir, dtype };
+        LocalRolloutService::new(Arc::clone(&device), trainer.policy, recipe.engine.clone(), Arc::new(bytes))?;
+    let trainer = trainer.service;
+    let scorer = Arc::clone(&trainer);
+    let models = RewardModels { trainer: scorer, device: &device, policy_dir: model_dir, dtype };
     let services =
         Services { rollout: Arc::new(rollout), reward: Arc::new(models.reward_service(recipe)?), trainer, text };
     let spec = run_spec(recipe, report, (dtype, &format!("{initial}")), model_dir)?;
@@ -206,7 +205,12 @@ fn run_spec(
     Ok(RunSpec {
         name: recipe.name.clone(),
         seed: recipe.seed,
-        identity: format!("{}-{dtype}-{initial}{}", report.identity, teachers::identity(recipe, model_dir)?),
+        identity: format!(
+            "{}-{dtype}-{initial}{}{}",
+            report.identity,
+            teachers::identity(recipe, model_dir)?,
+            trainer_ranks::identity(&recipe.placement)
+        ),
         data: recipe.data.clone(),
         stages: recipe.stages.clone(),
         validation: recipe.validation.clone(),

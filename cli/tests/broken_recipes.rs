@@ -121,6 +121,12 @@ const CASES: &[Case] = &[
         "[engine]\nblock_size = 20\n[placement]",
         &["engine", "block_size", "multiple of 16"],
     ),
+    case(
+        "ranks that cannot be grouped",
+        "[placement]",
+        "[placement]\ntrainer_ranks = 3\nsharding = \"hybrid\"\nshard_size = 2",
+        &["recipe.toml:", "placement.shard_size", "divisor of trainer_ranks = 3"],
+    ),
     case("nothing to resume from", "keep_last = 2", "keep_last = 0", &["checkpoint.keep_last", "at least 1"]),
     case("bad heads", "num_attention_heads = 2", "num_attention_heads = 3", &["model.init", "multiple"]),
     case(

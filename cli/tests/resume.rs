@@ -158,6 +158,55 @@ fn another_number_of_threads_and_another_engine_change_nothing() {
     assert_eq!(outcome(&run_dir), expected);
 }
 
+/// Two trainer ranks: killed and resumed under another sharding, the run gives the same bits; one rank goes on with
+/// their checkpoint, and says that it is not the same run to the bit.
+#[test]
+fn trainer_ranks_are_resumed_to_the_bit() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let recipe = recipe(dir.path(), SMALL);
+    let with = |sharding: &str| {
+        [
+            "--set".to_owned(),
+            "placement.trainer_ranks=2".to_owned(),
+            "--set".to_owned(),
+            format!("placement.sharding={sharding}"),
+        ]
+    };
+    let run = |run_dir: &Path, sharding: &str, more: &[&str], kill_at: Option<&str>| {
+        let sets = with(sharding);
+        let args: Vec<&str> = sets.iter().map(String::as_str).chain(more.iter().copied()).collect();
+        train(&recipe, run_dir, &args, kill_at)
+    };
+    let straight = dir.path().join("straight");
+    let output = run(&straight, "zero1", &[], None);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let numbers = |run_dir: &Path| {
+        let mut outcome = outcome(run_dir);
+        // Shardings move different numbers of bytes.
+        for line in &mut outcome.metrics {
+            let mut row: serde_json::Map<String, serde_json::Value> = serde_json::from_str(line).expect("a row");
+            assert!(row.remove("communication_bytes").is_some_and(|bytes| bytes.as_f64() > Some(0.0)), "{line}");
+            *line = serde_json::to_string(&row).expect("plain data");
+        }
+        outcome
+    };
+    let killed = dir.path().join("killed");
+    let output = run(&killed, "zero3", &[], Some("7:update"));
+    assert_eq!(output.status.signal(), Some(9), "{}", stderr(&output));
+    let output = run(&killed, "zero2", &["--resume"], None);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(numbers(&killed), numbers(&straight));
+
+    let alone = dir.path().join("alone");
+    let output = run(&alone, "zero2", &[], Some("9:update"));
+    assert_eq!(output.status.signal(), Some(9), "{}", stderr(&output));
+    let output = train(&recipe, &alone, &["--resume"], None);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let events = std::fs::read_to_string(alone.join("events.jsonl")).expect("events");
+    assert!(events.contains("trainer_ranks_changed"), "{events}");
+    outcome(&alone);
+}
+
 #[test]
 fn another_recipe_is_not_resumed_and_a_damaged_checkpoint_is_named() {
     let dir = tempfile::tempdir().expect("a temporary directory");

@@ -188,11 +188,15 @@ impl Controller {
     fn resume_from(&mut self, checkpoint: &CheckpointInfo) -> Result<PathBuf, Error> {
         checkpoint::remove_temporaries(&self.dir.checkpoints())?;
         verify_checkpoint(&checkpoint.path)?;
-        if checkpoint.state.identity != self.spec.identity {
+        let (saved, saved_ranks) = split_ranks(&checkpoint.state.identity);
+        let (own, ranks) = split_ranks(&self.spec.identity);
+        let ranks = ranks.to_owned();
+        if saved != own {
             let problem = "it is of another recipe, seed, dtype, data or teacher; resume with the run's own recipe.toml, or start in a new directory";
             return Err(Error::Checkpoint { path: checkpoint.path.clone(), problem: problem.to_owned() });
         }
         self.state = checkpoint.state.clone();
+        self.state.identity = self.spec.identity.clone();
         self.current_step = self.state.step;
         if !self.is_complete() {
             self.begin_stage()?;
@@ -209,6 +213,12 @@ impl Controller {
         self.unpublished = false;
         self.record.truncate_after(self.state.step)?;
         self.record.event("resumed", &[("step", json!(self.state.step))])?;
+        if saved_ranks != ranks {
+            let what = format!("the checkpoint is of {saved_ranks} trainer ranks, this run has {ranks}");
+            tracing::warn!("{what}: it goes on, but not bit for bit as the run that was saved");
+            let fields = [("from", json!(saved_ranks)), ("to", json!(ranks)), ("bit_identical", json!(false))];
+            self.record.event("trainer_ranks_changed", &fields)?;
+        }
         Ok(checkpoint.path.clone())
     }
 
@@ -357,4 +367,10 @@ fn stage_spec(stage: &Stage) -> StageSpec {
         max_micro_batch_tokens: memory.max_micro_batch_tokens,
         recompute_activations: memory.recompute_activations,
     }
+}
+
+/// An identity without its trainer ranks, and their number. Sums over another number of ranks round differently, but a
+/// checkpoint loads on any.
+fn split_ranks(identity: &str) -> (&str, &str) {
+    identity.rsplit_once("-ranks").unwrap_or((identity, "1"))
 }

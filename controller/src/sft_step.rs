@@ -29,6 +29,10 @@ impl Controller {
         row.set("loss", report.loss).set("entropy", report.entropy).set("grad_norm", report.grad_norm);
         row.set("lr", learning_rate).set_count("num_samples", num_rows).set("train_seconds", seconds);
         row.set("tokens_per_second", report.num_tokens as f64 / seconds.max(1e-9));
+        let between_ranks = report.metrics.iter().filter(|(name, _)| name.starts_with("communication_"));
+        between_ranks.for_each(|(name, value)| {
+            row.set(name, *value);
+        });
         self.enter(Phase::Record);
         self.finish_step(&row)?;
         Ok(row)

@@ -5,6 +5,7 @@ use super::render::to_table;
 use super::{ModelSource, PlacementMode, Recipe, RecipeError, Source};
 use super::{check_distill, preference_stage};
 use crate::reward_models::launcher;
+use crate::trainer_ranks;
 use std::collections::BTreeMap;
 use std::path::Path;
 use temper_actor::{ModelConfig, Tokenizer};
@@ -32,6 +33,7 @@ pub fn check(recipe: &Recipe, source: &Source) -> Result<CheckReport, RecipeErro
         return Err(source.error("stage", "there is no stage: expected at least one [[stage]] table"));
     }
     recipe.engine.validate().map_err(|e| source.error("engine", e))?;
+    trainer_ranks::check(&recipe.placement, source)?;
     let data = load_data(recipe, source)?;
     for (index, stage) in recipe.stages.iter().enumerate() {
         check_stage(recipe, source, &data, (index, stage))?;
@@ -278,6 +280,7 @@ pub fn summary(recipe: &Recipe, num_rows: &BTreeMap<String, usize>) -> String {
         lines.push(format!("validation: {rows} held-out prompts x {} samples", recipe.validation.num_samples));
     }
     lines.extend(placement_summary(recipe));
+    lines.extend(trainer_ranks::summary(&recipe.placement));
     lines.join("\n")
 }
 

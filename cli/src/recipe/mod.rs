@@ -21,4 +21,4 @@ pub use error::RecipeError;
 pub use render::render;
 pub use source::Source;
 use typed::ModelSource;
-pub use typed::{PlacementMode, Recipe};
+pub use typed::{Placement, PlacementMode, Recipe, ShardingKind};

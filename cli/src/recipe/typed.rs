@@ -36,6 +36,21 @@ pub enum PlacementMode {
     Processes,
 }
 
+/// What of a model trainer ranks divide between them. Never changes a number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ShardingKind {
+    /// Optimizer moments.
+    Zero1,
+    /// Moments and gradients.
+    #[default]
+    Zero2,
+    /// Moments, gradients and masters.
+    Zero3,
+    /// As zero3 within groups of `shard_size` ranks; every group holds everything.
+    Hybrid,
+}
+
 /// Where things run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -54,6 +69,14 @@ pub struct Placement {
     pub spawn_workers: bool,
     /// Where workers join and control commands reach the run; port 0 takes any.
     pub listen: SocketAddr,
+    /// Ranks that train together, each on its rows of every batch. Another number rounds sums differently.
+    pub trainer_ranks: usize,
+    /// What the ranks divide. Never changes a number.
+    pub sharding: ShardingKind,
+    /// Ranks of a group under `sharding = "hybrid"`: a divisor of `trainer_ranks`; 0 otherwise.
+    pub shard_size: usize,
+    /// Longest wait of a trainer rank for the others, in seconds: the longest difference between them in one update.
+    pub collective_timeout_seconds: u64,
 }
 
 impl Default for Placement {
@@ -66,6 +89,10 @@ impl Default for Placement {
             reward_workers: 1,
             spawn_workers: true,
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            trainer_ranks: 1,
+            sharding: ShardingKind::Zero2,
+            shard_size: 0,
+            collective_timeout_seconds: 600,
         }
     }
 }

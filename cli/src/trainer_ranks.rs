@@ -1,0 +1,116 @@
+//! The trainer of a run in this process: alone, or several ranks that share the compute device.
+
+use crate::recipe::{Placement, PlacementMode, Recipe, RecipeError, ShardingKind, Source};
+use anyhow::Result;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use temper_proto::TrainerService;
+use temper_tensor::Device;
+use temper_trainer::{LocalTrainerService, Sharding, SharedPolicy, Trainer, TrainerGroup, load_local_ranks};
+use temper_types::{DType, PolicyVersion};
+
+/// A trainer, and the packed weights that an engine of the same process reads.
+pub struct LocalTrainer {
+    /// The trainer.
+    pub service: Arc<dyn TrainerService>,
+    /// Its packed weights.
+    pub policy: SharedPolicy,
+    /// The version that it was loaded with.
+    pub version: PolicyVersion,
+}
+
+/// What of a model the ranks of `placement` divide.
+pub fn sharding(placement: &Placement) -> Sharding {
+    match placement.sharding {
+        ShardingKind::Zero1 => Sharding::Zero1,
+        ShardingKind::Zero2 => Sharding::Zero2,
+        ShardingKind::Zero3 => Sharding::Zero3,
+        ShardingKind::Hybrid => Sharding::Hybrid { shard_size: placement.shard_size },
+    }
+}
+
+/// Load the trainer of a recipe; ranks are threads.
+///
+/// # Errors
+/// A model file that is missing or damaged.
+pub fn load(
+    recipe: &Recipe,
+    (device, dtype): (&Arc<dyn Device>, DType),
+    (model_dir, run_dir): (&Path, &Path),
+    masked_ids: &[u32],
+) -> Result<LocalTrainer> {
+    let placement = &recipe.placement;
+    let start = |ranks| {
+        let mut trainer = Trainer::load_rank(Arc::clone(device), (model_dir, dtype), masked_ids.to_vec(), ranks)?;
+        trainer.save_non_finite_to(run_dir.join("non_finite"));
+        Ok(trainer)
+    };
+    if placement.trainer_ranks == 1 {
+        let trainer = start(None)?;
+        let (policy, version) = (trainer.policy(), trainer.version());
+        return Ok(LocalTrainer { service: Arc::new(LocalTrainerService::new(trainer)), policy, version });
+    }
+    let timeout = Duration::from_secs(placement.collective_timeout_seconds);
+    let ranks = load_local_ranks(placement.trainer_ranks, sharding(placement), timeout, |rank| start(Some(rank)))?;
+    let (policy, version) = (ranks[0].policy(), ranks[0].version());
+    Ok(LocalTrainer { service: Arc::new(TrainerGroup::of_trainers(ranks)?), policy, version })
+}
+
+/// What the identity of a run says of its ranks: sums over another number of them round differently. (How state is
+/// divided over them changes nothing.)
+pub fn identity(placement: &Placement) -> String {
+    if placement.trainer_ranks == 1 { String::new() } else { format!("-ranks{}", placement.trainer_ranks) }
+}
+
+/// Check the keys of `placement` that say how the trainer is divided.
+///
+/// # Errors
+/// A number out of range, or a shard size that does not fit, by key.
+pub fn check(placement: &Placement, source: &Source) -> Result<(), RecipeError> {
+    let ranks = placement.trainer_ranks;
+    if !(1..=MAX_RANKS).contains(&ranks) {
+        let problem = format!("{ranks} is out of range: expected 1 to {MAX_RANKS}");
+        return Err(source.error("placement.trainer_ranks", problem));
+    }
+    if ranks > 1 && placement.mode == PlacementMode::Processes {
+        let problem = format!("{ranks} with mode = \"processes\": expected 1 (with \"embedded\", ranks are threads)");
+        return Err(source.error("placement.trainer_ranks", problem));
+    }
+    if placement.collective_timeout_seconds == 0 {
+        return Err(source.error("placement.collective_timeout_seconds", "0 is out of range: expected at least 1"));
+    }
+    let size = placement.shard_size;
+    match placement.sharding {
+        ShardingKind::Hybrid if size == 0 || !ranks.is_multiple_of(size) => {
+            let problem = format!("{size} does not fit: expected a divisor of trainer_ranks = {ranks}");
+            Err(source.error("placement.shard_size", problem))
+        }
+        ShardingKind::Hybrid => Ok(()),
+        _ if size != 0 => {
+            Err(source.error("placement.shard_size", "goes with sharding = \"hybrid\" only: expected no such key"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Most ranks of one process.
+const MAX_RANKS: usize = 64;
+
+/// What `temper check` says of the ranks; nothing of a trainer that is alone.
+pub fn summary(placement: &Placement) -> Option<String> {
+    let what = match placement.sharding {
+        ShardingKind::Zero1 => "moments divided over them, masters and gradients whole on each".to_owned(),
+        ShardingKind::Zero2 => "gradients and moments divided over them, masters whole on each".to_owned(),
+        ShardingKind::Zero3 => "masters, gradients and moments divided over them".to_owned(),
+        ShardingKind::Hybrid => {
+            format!("masters, gradients and moments divided over groups of {} ranks", placement.shard_size)
+        }
+    };
+    (placement.trainer_ranks > 1).then(|| {
+        format!(
+            "trainer: {} ranks, each with its share of every batch's rows; {what}; packed weights once per process",
+            placement.trainer_ranks
+        )
+    })
+}
