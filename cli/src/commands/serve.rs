@@ -1,6 +1,6 @@
 //! `temper serve`: a worker of a run, in a process of its own.
 
-use crate::workers::{ServeOptions, end_with_stdin, serve_worker};
+use crate::workers::{ServeOptions, WhenLost, end_with_stdin, serve_worker};
 use std::net::SocketAddr;
 use temper_proto::WorkerRole;
 
@@ -53,6 +53,7 @@ impl Serve {
             Role::Reward => WorkerRole::Reward,
             Role::Trainer => WorkerRole::Trainer,
         };
-        serve_worker(&ServeOptions { role, join: self.join, name: self.name, listen: self.listen })
+        let when_lost = if self.end_with_stdin { WhenLost::End } else { WhenLost::JoinAgain };
+        serve_worker(&ServeOptions { role, join: self.join, name: self.name, listen: self.listen, when_lost })
     }
 }

@@ -33,6 +33,9 @@ pub struct ClusterSpec {
     pub is_local: bool,
 }
 
+/// With no worker left, a new one is waited for so long.
+const WORKER_WAIT: Duration = Duration::from_secs(120);
+
 /// Engines as one, and reward workers as one.
 #[derive(Clone)]
 struct Fleets {
@@ -42,11 +45,9 @@ struct Fleets {
 
 impl Fleets {
     fn new() -> Self {
-        let one_by_one = FleetConfig { max_in_flight: 1, ..FleetConfig::default() };
-        Fleets {
-            rollout: Arc::new(FleetRollout::new(FleetConfig::default())),
-            reward: Arc::new(FleetReward::new(one_by_one)),
-        }
+        let patient = FleetConfig { worker_wait: WORKER_WAIT, ..FleetConfig::default() };
+        let one_by_one = FleetConfig { max_in_flight: 1, ..patient };
+        Fleets { rollout: Arc::new(FleetRollout::new(patient)), reward: Arc::new(FleetReward::new(one_by_one)) }
     }
 }
 

@@ -10,7 +10,7 @@ mod process;
 
 pub use cluster::{Cluster, ClusterSpec};
 pub use hub::{Hub, Member, Work};
-pub use process::{ServeOptions, end_with_stdin, serve_worker};
+pub use process::{ServeOptions, WhenLost, end_with_stdin, serve_worker};
 
 use std::time::Duration;
 

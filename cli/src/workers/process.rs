@@ -36,6 +36,17 @@ pub struct ServeOptions {
     pub name: String,
     /// Where it listens; port 0 takes any.
     pub listen: SocketAddr,
+    /// What it does when its life is over before the run is.
+    pub when_lost: WhenLost,
+}
+
+/// What a worker does whose lease ran out, as behind a broken link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WhenLost {
+    /// End: whoever started it starts it again.
+    End,
+    /// Register again, in a new life.
+    JoinAgain,
 }
 
 /// Serve until the controller says that the run has ended, or is gone.
@@ -44,6 +55,33 @@ pub struct ServeOptions {
 /// A controller that cannot be reached or refuses, a model that cannot be loaded, or a lease that was lost.
 pub fn serve_worker(options: &ServeOptions) -> anyhow::Result<()> {
     let listener = TcpListener::bind(options.listen).with_context(|| format!("listening at {}", options.listen))?;
+    loop {
+        match live(options, &listener) {
+            Ok(()) => return Ok(()),
+            Err(Ended::Lost(error)) if options.when_lost == WhenLost::JoinAgain => {
+                tracing::warn!(error = format!("{error:#}"), "joining again");
+            }
+            Err(Ended::Lost(error) | Ended::Failed(error)) => return Err(error),
+        }
+    }
+}
+
+/// Why a life of a worker is over.
+enum Ended {
+    /// The controller is gone, or believes that the worker is.
+    Lost(anyhow::Error),
+    /// It cannot work.
+    Failed(anyhow::Error),
+}
+
+impl<E: Into<anyhow::Error>> From<E> for Ended {
+    fn from(error: E) -> Self {
+        Ended::Failed(error.into())
+    }
+}
+
+/// One life, from its registration to its end.
+fn live(options: &ServeOptions, listener: &TcpListener) -> Result<(), Ended> {
     let runtime = GrpcRuntime::start().context("starting the transport")?;
     let registry = connect(&runtime, options)?;
     let hello = WorkerHello {
@@ -59,10 +97,10 @@ pub fn serve_worker(options: &ServeOptions) -> anyhow::Result<()> {
     let (services, version) = build(options.role, &runtime, &assignment)?;
     let config = TransportConfig::default();
     let services = services.of_life(assignment.id.incarnation);
-    let server = serve(&runtime, listener, services, config).context("serving")?;
+    let server = serve(&runtime, listener.try_clone()?, services, config).context("serving")?;
     tracing::info!(worker = assignment.id.name, address = %server.address(), "serving");
     registry.ready(&assignment.id, version)?;
-    beats.wait()
+    beats.wait().map_err(Ended::Lost)
 }
 
 fn connect(runtime: &GrpcRuntime, options: &ServeOptions) -> anyhow::Result<Arc<WorkerRegistryClient>> {
