@@ -175,7 +175,7 @@ pub fn processes(
             recipe: render(&resolved, source),
             model_dir: path_text(&model_dir.canonicalize().context("finding the model")?)?,
             run_dir: path_text(&run_dir.canonicalize().context("finding the run directory")?)?,
-            world: 1,
+            world: placement.trainer_ranks as u32,
         },
         listen: placement.listen,
         rollout_workers: placement.rollout_workers,

@@ -1,10 +1,11 @@
 //! The trainer of a run in this process: alone, or several ranks that share the compute device.
 
-use crate::recipe::{Placement, PlacementMode, Recipe, RecipeError, ShardingKind, Source};
+use crate::recipe::{Placement, Recipe, RecipeError, ShardingKind, Source};
 use anyhow::Result;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+use temper_collective::reshard::Layout;
 use temper_proto::TrainerService;
 use temper_tensor::Device;
 use temper_trainer::{LocalTrainerService, Sharding, SharedPolicy, Trainer, TrainerGroup, load_local_ranks};
@@ -27,6 +28,16 @@ pub fn sharding(placement: &Placement) -> Sharding {
         ShardingKind::Zero2 => Sharding::Zero2,
         ShardingKind::Zero3 => Sharding::Zero3,
         ShardingKind::Hybrid => Sharding::Hybrid { shard_size: placement.shard_size },
+    }
+}
+
+/// How the masters lie on the ranks of `placement`.
+pub fn layout(placement: &Placement) -> Layout {
+    let world = placement.trainer_ranks;
+    match placement.sharding {
+        ShardingKind::Zero1 | ShardingKind::Zero2 => Layout::Replicated { world },
+        ShardingKind::Zero3 => Layout::Fsdp { world, shards: world },
+        ShardingKind::Hybrid => Layout::Fsdp { world, shards: placement.shard_size },
     }
 }
 
@@ -71,10 +82,6 @@ pub fn check(placement: &Placement, source: &Source) -> Result<(), RecipeError> 
     let ranks = placement.trainer_ranks;
     if !(1..=MAX_RANKS).contains(&ranks) {
         let problem = format!("{ranks} is out of range: expected 1 to {MAX_RANKS}");
-        return Err(source.error("placement.trainer_ranks", problem));
-    }
-    if ranks > 1 && placement.mode == PlacementMode::Processes {
-        let problem = format!("{ranks} with mode = \"processes\": expected 1 (with \"embedded\", ranks are threads)");
         return Err(source.error("placement.trainer_ranks", problem));
     }
     if placement.collective_timeout_seconds == 0 {

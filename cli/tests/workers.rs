@@ -4,7 +4,7 @@ mod common;
 mod run;
 
 use common::{SMALL, recipe, stderr, temper};
-use run::{outcome, train};
+use run::{Outcome, outcome, train};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -63,6 +63,16 @@ fn signal(pid: u64, name: &str) {
     assert!(status.success() || name == "KILL", "kill -{name} {pid}");
 }
 
+/// The outcome without what depends on how ranks are joined and what they divide.
+fn without_communication(mut outcome: Outcome) -> Outcome {
+    for line in &mut outcome.metrics {
+        let mut row: serde_json::Map<String, serde_json::Value> = serde_json::from_str(line).expect("a row");
+        row.retain(|key, _| !key.contains("communication") && !key.contains("bytes"));
+        *line = serde_json::to_string(&row).expect("plain data");
+    }
+    outcome
+}
+
 fn finish(child: Child) -> Output {
     let output = child.wait_with_output().expect("the process ends");
     assert!(output.status.success(), "{}", stderr(&output));
@@ -83,6 +93,40 @@ fn any_number_of_workers_gives_the_bits_of_one_process() {
         finish(start(&recipe, &run_dir, &[&rollout, &reward]));
         assert_eq!(outcome(&run_dir), expected, "{workers} rollout workers");
     }
+}
+
+#[test]
+fn trainer_ranks_in_processes_give_the_bits_of_ranks_in_one() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let recipe = recipe(dir.path(), SMALL);
+    let reference = dir.path().join("reference");
+    assert!(train(&recipe, &reference, &["--set", "placement.trainer_ranks=4"], None).status.success());
+    let expected = without_communication(outcome(&reference));
+    for sharding in ["zero1", "zero3", "hybrid"] {
+        let run_dir = dir.path().join(sharding);
+        let sharding_key = format!("placement.sharding={sharding}");
+        let mut sets = vec!["placement.trainer_ranks=4", "placement.rollout_workers=2", &sharding_key];
+        if sharding == "hybrid" {
+            sets.push("placement.shard_size=2");
+        }
+        finish(start(&recipe, &run_dir, &sets));
+        assert_eq!(without_communication(outcome(&run_dir)), expected, "{sharding}");
+    }
+}
+
+#[test]
+fn a_lost_trainer_rank_takes_all_ranks_back_to_the_last_checkpoint() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let recipe = recipe(dir.path(), &longer());
+    let (reference, run_dir) = (dir.path().join("reference"), dir.path().join("killed"));
+    assert!(train(&recipe, &reference, &["--set", "placement.trainer_ranks=2"], None).status.success());
+    let child = start(&recipe, &run_dir, &["placement.trainer_ranks=2"]);
+    let (pid, _) = until("the second rank", || worker(&run_dir, "trainer-1", 0));
+    until("steps", || (control_json(&run_dir, &["status"])?["step"].as_u64()? > 5).then_some(()));
+    signal(pid, "KILL");
+    finish(child);
+    let (killed, whole) = (run::whole_outcome(&run_dir), run::whole_outcome(&reference));
+    assert_eq!(without_communication(killed), without_communication(whole));
 }
 
 #[test]

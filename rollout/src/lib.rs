@@ -43,4 +43,4 @@ pub use scheduler::GroupShape;
 pub use service::LocalRolloutService;
 pub use speculation::{Speculation, SpeculationConfig, Speculative};
 pub use stop::{StopMatcher, StopState, TokenByteTable, TokenBytes};
-pub use weight_receiver::{SyncedRolloutService, WeightReceiver};
+pub use weight_receiver::{Sources, SyncedRolloutService, WeightReceiver};

@@ -6,6 +6,7 @@
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 use temper_actor::{PackedPolicy, ParamStore};
+use temper_collective::reshard::{Layout, Receiver, Transfer, Unit, plan};
 use temper_proto::{
     GroupRequest, GroupResult, RolloutService, RolloutStats, ServiceError, ServiceResult, WeightRange, WeightService,
 };
@@ -16,22 +17,37 @@ use temper_types::{ErrorCode, PolicyVersion};
 pub struct WeightReceiver {
     device: Arc<dyn Device>,
     policy: Arc<RwLock<PackedPolicy>>,
-    source: Arc<dyn WeightService>,
+    sources: Sources,
     /// The weights as they arrive, f32 in canonical units.
     staging: Mutex<ParamStore>,
     name: String,
 }
 
+/// The ranks that hold the weights, and how they lie on them.
+pub struct Sources {
+    /// In the order of the ranks.
+    pub ranks: Vec<Arc<dyn WeightService>>,
+    /// What each of them holds.
+    pub layout: Layout,
+}
+
+impl Sources {
+    /// One rank that holds everything.
+    pub fn one(rank: Arc<dyn WeightService>) -> Self {
+        Sources { ranks: vec![rank], layout: Layout::Replicated { world: 1 } }
+    }
+}
+
 impl WeightReceiver {
-    /// Receive into `policy`, whose weights `params` are, from `source`. `name` is the engine's, for errors.
+    /// Receive into `policy`, whose weights `params` are, from `sources`. `name` is the engine's, for errors.
     pub fn new(
         device: Arc<dyn Device>,
         policy: Arc<RwLock<PackedPolicy>>,
         params: ParamStore,
-        source: Arc<dyn WeightService>,
+        sources: Sources,
         name: String,
     ) -> Self {
-        WeightReceiver { device, policy, source, staging: Mutex::new(params), name }
+        WeightReceiver { device, policy, sources, staging: Mutex::new(params), name }
     }
 
     /// The version that is served.
@@ -66,25 +82,36 @@ impl WeightReceiver {
         Ok(())
     }
 
+    /// Every element once, from a rank that holds it; ranks that hold the same give equal amounts.
     fn pull(&self, staging: &mut ParamStore, version: PolicyVersion) -> ServiceResult<()> {
-        let manifest = self.source.manifest()?;
-        let expected: Vec<u64> = staging.units().iter().map(|unit| unit.buffer().len() as u64).collect();
-        if manifest.unit_lens != expected {
-            let message = format!(
-                "the source has {} parameter units of another model: expected {} of other lengths",
-                manifest.unit_lens.len(),
-                expected.len()
-            );
-            return Err(self.error(ErrorCode::DataLoss, message));
+        let Sources { ranks, layout } = &self.sources;
+        let units: Vec<Unit> =
+            staging.units().iter().map(|unit| Unit { len: unit.buffer().len(), tensors: Vec::new() }).collect();
+        let receiver = Receiver { rank: 0, source_rank: None };
+        let transfers = plan(&units, (*layout, Layout::Replicated { world: 1 }), receiver)
+            .map_err(|e| self.error(ErrorCode::InvalidArgument, e))?;
+        for (rank, source) in ranks.iter().enumerate() {
+            let manifest = source.manifest()?;
+            if !manifest.unit_lens.iter().copied().eq(units.iter().map(|unit| unit.len as u64)) {
+                let message = format!(
+                    "rank {rank} has {} parameter units of another model: expected {} of other lengths",
+                    manifest.unit_lens.len(),
+                    units.len()
+                );
+                return Err(self.error(ErrorCode::DataLoss, message));
+            }
+            let own: Vec<&Transfer> = transfers.iter().filter(|transfer| transfer.source == rank).collect();
+            let range = |t: &&Transfer| WeightRange {
+                unit: t.unit as u32,
+                start: t.range.start as u64,
+                len: t.range.len() as u64,
+            };
+            let ranges: Vec<WeightRange> = own.iter().map(range).collect();
+            let mut writer = Writer { device: &*self.device, staging: &mut *staging, transfers: &own, filled: 0 };
+            let beyond = || self.error(ErrorCode::DataLoss, "more weights arrived than were asked for");
+            source.pull(version, &ranges, &mut |values| writer.write(values).ok_or_else(beyond))?;
         }
-        let ranges: Vec<WeightRange> =
-            (0u32..).zip(&expected).map(|(unit, len)| WeightRange { unit, start: 0, len: *len }).collect();
-        let mut writer = Writer { device: &*self.device, staging, unit: 0, filled: 0 };
-        self.source.pull(version, &ranges, &mut |values| {
-            writer
-                .write(values)
-                .ok_or_else(|| self.error(ErrorCode::DataLoss, "more weights arrived than were asked for"))
-        })
+        Ok(())
     }
 
     fn error(&self, code: ErrorCode, message: impl std::fmt::Display) -> ServiceError {
@@ -92,11 +119,12 @@ impl WeightReceiver {
     }
 }
 
-/// Fills unit after unit.
+/// Fills the ranges of a source's transfers, one after the other.
 struct Writer<'a> {
     device: &'a dyn Device,
     staging: &'a mut ParamStore,
-    unit: usize,
+    transfers: &'a [&'a Transfer],
+    /// Elements of the first transfer that are there.
     filled: usize,
 }
 
@@ -104,15 +132,16 @@ impl Writer<'_> {
     /// `None` where nothing is left to fill.
     fn write(&mut self, mut values: &[f32]) -> Option<()> {
         while !values.is_empty() {
-            let len = self.staging.units().get(self.unit)?.buffer().len();
-            let part = values.len().min(len - self.filled);
-            let (now, later) = values.split_at(part);
-            let to = self.staging.unit_mut(self.unit).buffer_mut().view_mut(self.filled..self.filled + part);
+            let (transfer, later) = self.transfers.split_first()?;
+            let part = values.len().min(transfer.range.len() - self.filled);
+            let (now, rest) = values.split_at(part);
+            let start = transfer.range.start + self.filled;
+            let to = self.staging.unit_mut(transfer.unit).buffer_mut().view_mut(start..start + part);
             self.device.write(to, now);
-            values = later;
+            values = rest;
             self.filled += part;
-            if self.filled == len {
-                (self.unit, self.filled) = (self.unit + 1, 0);
+            if self.filled == transfer.range.len() {
+                (self.transfers, self.filled) = (later, 0);
             }
         }
         Some(())

@@ -21,7 +21,15 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("temper-actor", &["temper-types", "temper-telemetry", "temper-tensor"]),
     (
         "temper-rollout",
-        &["temper-types", "temper-telemetry", "temper-tensor", "temper-data", "temper-proto", "temper-actor"],
+        &[
+            "temper-types",
+            "temper-telemetry",
+            "temper-tensor",
+            "temper-data",
+            "temper-proto",
+            "temper-actor",
+            "temper-collective",
+        ],
     ),
     (
         "temper-reward",

@@ -228,8 +228,8 @@ fn placement_summary(recipe: &Recipe) -> Option<String> {
     let how = if p.spawn_workers { "started with the run" } else { "started by hand" };
     (p.mode == PlacementMode::Processes).then(|| {
         format!(
-            "workers: 1 trainer, {} rollout, {} reward, each in a process of its own, {how}",
-            p.rollout_workers, p.reward_workers
+            "workers: {} trainer, {} rollout, {} reward, each in a process of its own, {how}",
+            p.trainer_ranks, p.rollout_workers, p.reward_workers
         )
     })
 }

@@ -17,6 +17,7 @@ use temper_proto::grpc::{
     TransportConfig, WorkerRegistryServer, serve,
 };
 use temper_proto::{RewardService, RolloutService, ServiceResult, TrainerService, WorkerRole};
+use temper_trainer::TrainerGroup;
 
 /// Which workers a run has.
 #[derive(Debug, Clone)]
@@ -131,14 +132,17 @@ impl Cluster {
             anyhow::Ok(Arc::new(TrainerClient::new(endpoint)) as Arc<dyn TrainerService>)
         };
         let mut ranks = ranks.iter().map(connect).collect::<anyhow::Result<Vec<_>>>()?;
-        match (ranks.pop(), ranks.len()) {
-            (Some(only), 0) => Ok(only),
-            (_, others) => bail!("{} trainer ranks serve: expected one", others + 1),
+        if ranks.len() != self.wanted[0].1 {
+            bail!("{} trainer ranks serve: expected {}", ranks.len(), self.wanted[0].1);
+        }
+        match ranks.len() {
+            1 => Ok(ranks.remove(0)),
+            _ => Ok(Arc::new(TrainerGroup::new(ranks)?)),
         }
     }
 
-    /// The services after a trainer rank was lost: the run goes back to its last checkpoint, so every engine begins a
-    /// new life without what it had, and all wait until every rank serves again.
+    /// The services after a trainer rank was lost: the run goes back to its last checkpoint, so every other worker
+    /// begins a new life without what it had, and all wait until every rank serves again.
     ///
     /// # Errors
     /// As [`Cluster::wait`].
@@ -146,7 +150,9 @@ impl Cluster {
         const CAUSE: &str = "the run goes back to its last checkpoint";
         *self.fleets.lock().unwrap_or_else(PoisonError::into_inner) = Fleets::new();
         for member in self.hub.members() {
-            if member.hello.role != WorkerRole::Trainer && member.standing != Standing::Lost {
+            // Ranks that lost one of them cannot go on together.
+            let stays = member.hello.role == WorkerRole::Trainer && self.wanted[0].1 == 1;
+            if !stays && member.standing != Standing::Lost {
                 self.hub.lose(&member.id.name, CAUSE);
                 self.children.iter().for_each(|children| children.kill(&member.id.name));
             }

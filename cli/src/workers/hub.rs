@@ -168,8 +168,11 @@ impl State {
         (0..=self.members.len()).map(name).find(is_free).unwrap_or_else(|| name(self.members.len()))
     }
 
-    fn free_rank(&self, world: u32) -> Option<u32> {
-        (0..world).find(|rank| self.trainers().all(|m| m.rank != *rank))
+    /// The rank that the name ends on, or else the first that nobody has.
+    fn free_rank(&self, name: &str, world: u32) -> Option<u32> {
+        let is_free = |rank: &u32| self.trainers().all(|m| m.rank != *rank);
+        let named = name.rsplit('-').next().and_then(|text| text.parse().ok()).filter(|rank| *rank < world);
+        named.filter(is_free).or_else(|| (0..world).find(is_free))
     }
 
     /// Addresses of the trainers that serve, in the order of their ranks.
@@ -197,7 +200,7 @@ impl WorkerRegistry for Hub {
             let full =
                 || refuse(ErrorCode::InvalidArgument, format!("all {} trainer ranks are taken", self.work.world));
             state.lose_name(&hello.name);
-            rank = state.free_rank(self.work.world).ok_or_else(full)?;
+            rank = state.free_rank(&hello.name, self.work.world).ok_or_else(full)?;
         } else {
             weight_sources = state.sources();
             if weight_sources.len() < self.work.world as usize {

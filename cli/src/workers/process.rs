@@ -1,8 +1,9 @@
 //! A worker process: register, load, serve, and live as long as the controller does.
 
-use crate::recipe::{Recipe, Source};
+use crate::recipe::{Placement, Recipe, Source};
 use crate::reward_models::RewardModels;
 use crate::runtime::{LocalText, device};
+use crate::trainer_ranks;
 use anyhow::{Context, bail};
 use std::io::Read;
 use std::net::{SocketAddr, TcpListener};
@@ -10,14 +11,18 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant};
 use temper_actor::{CheckpointReader, ModelConfig, PackedPolicy, ParamStore};
+use temper_collective::{SocketConfig, connect as connect_ranks};
 use temper_proto::grpc::{
     Endpoint, GrpcRuntime, RewardServer, RolloutServer, ServedServices, TrainerClient, TrainerServer, TransportConfig,
     WeightClient, WeightServer, WorkerRegistryClient, serve,
 };
-use temper_proto::{Assignment, ServiceResult, WorkerHello, WorkerRegistry, WorkerRole};
-use temper_rollout::{LocalRolloutService, SyncedRolloutService, WeightReceiver};
+use temper_proto::{
+    Assignment, ScalarModelService, ServiceResult, TrainerService, WeightService, WorkerHello, WorkerRegistry,
+    WorkerRole,
+};
+use temper_rollout::{LocalRolloutService, Sources, SyncedRolloutService, WeightReceiver};
 use temper_tensor::Device;
-use temper_trainer::{LocalTrainerService, Trainer};
+use temper_trainer::{LocalTrainerService, ProcessRole, ProcessShare, Ranks, Trainer, TrainerGroup};
 use temper_types::{DType, ErrorCode, PolicyVersion};
 
 /// How long a worker asks to be let in.
@@ -84,17 +89,19 @@ impl<E: Into<anyhow::Error>> From<E> for Ended {
 fn live(options: &ServeOptions, listener: &TcpListener) -> Result<(), Ended> {
     let runtime = GrpcRuntime::start().context("starting the transport")?;
     let registry = connect(&runtime, options)?;
+    let ranks = RankSocket::bind(options)?;
     let hello = WorkerHello {
         role: options.role,
         name: options.name.clone(),
         address: listener.local_addr()?.to_string(),
         process_id: std::process::id(),
         build: env!("CARGO_PKG_VERSION").to_owned(),
-        collective_address: String::new(),
+        collective_address: ranks.address()?,
     };
     let assignment = retrying(|| registry.register(hello.clone()))?;
     let beats = Heartbeats::start(Arc::clone(&registry), &assignment)?;
-    let (services, version) = build(options.role, &runtime, &assignment)?;
+    let joined = Joined { runtime: &runtime, registry: &registry, assignment: &assignment, ranks: &ranks };
+    let (services, version) = joined.build(options.role)?;
     let config = TransportConfig::default();
     let services = services.of_life(assignment.id.incarnation);
     let server = serve(&runtime, listener.try_clone()?, services, config).context("serving")?;
@@ -174,76 +181,121 @@ impl Setting {
     }
 }
 
-fn build(
-    role: WorkerRole,
-    runtime: &GrpcRuntime,
-    assignment: &Assignment,
-) -> anyhow::Result<(ServedServices, PolicyVersion)> {
-    let setting = Setting::of(assignment)?;
-    let config = TransportConfig::default();
-    match role {
-        WorkerRole::Rollout => {
-            let engine = rollout(&setting, runtime, assignment)?;
-            let version = engine.version();
-            Ok((ServedServices::new().with(RolloutServer::service(Arc::new(engine), &config)), version))
-        }
-        WorkerRole::Reward => {
-            let trainer = Arc::new(TrainerClient::new(source(runtime, assignment)?));
-            let Setting { recipe, model_dir, device, dtype } = &setting;
-            let models = RewardModels { trainer, device, policy_dir: model_dir, dtype: *dtype };
-            let service = Arc::new(models.reward_service(recipe)?);
-            let services = ServedServices::new().with(RewardServer::service(service, &config));
-            Ok((services, PolicyVersion::default()))
-        }
-        WorkerRole::Trainer => {
-            let trainer = trainer(&setting, assignment)?;
-            let version = trainer.version();
-            let service = Arc::new(LocalTrainerService::new(trainer));
-            let services = ServedServices::new()
-                .with(TrainerServer::service(service.clone(), &config))
-                .with(WeightServer::service(service, &config));
-            Ok((services, version))
-        }
+/// Where a trainer rank meets the others.
+struct RankSocket(Option<TcpListener>);
+
+impl RankSocket {
+    fn bind(options: &ServeOptions) -> anyhow::Result<Self> {
+        let address = SocketAddr::new(options.listen.ip(), 0);
+        let is_rank = options.role == WorkerRole::Trainer;
+        let listener = is_rank.then(|| TcpListener::bind(address)).transpose();
+        Ok(RankSocket(listener.with_context(|| format!("listening at {address} for other ranks"))?))
+    }
+
+    fn address(&self) -> anyhow::Result<String> {
+        let address = self.0.as_ref().map(TcpListener::local_addr).transpose()?;
+        Ok(address.map(|address| address.to_string()).unwrap_or_default())
     }
 }
 
-/// The holder of weights that this worker asks.
-fn source(runtime: &GrpcRuntime, assignment: &Assignment) -> anyhow::Result<Endpoint> {
-    let address = assignment.weight_sources.first().context("the controller named no holder of weights")?;
-    Ok(Endpoint::connect(runtime, "trainer-0", address, TransportConfig::default())?)
+/// A worker that is let in.
+struct Joined<'a> {
+    runtime: &'a GrpcRuntime,
+    registry: &'a WorkerRegistryClient,
+    assignment: &'a Assignment,
+    ranks: &'a RankSocket,
 }
 
-fn rollout(
-    setting: &Setting,
-    runtime: &GrpcRuntime,
-    assignment: &Assignment,
-) -> anyhow::Result<SyncedRolloutService<LocalRolloutService>> {
-    let Setting { recipe, model_dir, device, dtype } = setting;
-    let config = ModelConfig::load(model_dir)?;
-    let reader = CheckpointReader::open(model_dir)?;
-    reader.validate(&config)?;
-    let params = ParamStore::load(&**device, &config, &reader)?;
-    let text = LocalText::load(model_dir)?;
-    let mut policy = PackedPolicy::new(device, &params, &config, *dtype);
-    policy.set_masked_ids(text.tokenizer().missing_ids(config.vocab_size));
-    policy.version = PolicyVersion { number: 0, hash: params.content_hash(&**device) };
-    let policy = Arc::new(RwLock::new(policy));
-    let bytes = Arc::new(text.token_byte_table(config.vocab_size));
-    let engine = LocalRolloutService::new(Arc::clone(device), Arc::clone(&policy), recipe.engine.clone(), bytes)?
-        .named(&assignment.id.name);
-    let source = Arc::new(WeightClient::new(source(runtime, assignment)?));
-    let receiver = WeightReceiver::new(Arc::clone(device), policy, params, source, assignment.id.name.clone());
-    Ok(SyncedRolloutService::new(engine, receiver))
-}
+impl Joined<'_> {
+    fn build(&self, role: WorkerRole) -> anyhow::Result<(ServedServices, PolicyVersion)> {
+        let setting = Setting::of(self.assignment)?;
+        let config = TransportConfig::default();
+        match role {
+            WorkerRole::Rollout => {
+                let engine = self.rollout(&setting)?;
+                let version = engine.version();
+                Ok((ServedServices::new().with(RolloutServer::service(Arc::new(engine), &config)), version))
+            }
+            WorkerRole::Reward => {
+                // Every rank holds the reward model that a stage trains; scores are a call to all of them.
+                let ranks =
+                    self.sources(|endpoint| Arc::new(TrainerClient::new(endpoint)) as Arc<dyn TrainerService>)?;
+                let trainer: Arc<dyn ScalarModelService> = Arc::new(TrainerGroup::new(ranks)?);
+                let Setting { recipe, model_dir, device, dtype } = &setting;
+                let models = RewardModels { trainer, device, policy_dir: model_dir, dtype: *dtype };
+                let service = Arc::new(models.reward_service(recipe)?);
+                let services = ServedServices::new().with(RewardServer::service(service, &config));
+                Ok((services, PolicyVersion::default()))
+            }
+            WorkerRole::Trainer => {
+                let trainer = self.trainer(&setting)?;
+                let version = trainer.version();
+                let service = Arc::new(LocalTrainerService::new(trainer));
+                let services = ServedServices::new()
+                    .with(TrainerServer::service(service.clone(), &config))
+                    .with(WeightServer::service(service, &config));
+                Ok((services, version))
+            }
+        }
+    }
 
-fn trainer(setting: &Setting, assignment: &Assignment) -> anyhow::Result<Trainer> {
-    let Setting { model_dir, device, dtype, .. } = setting;
-    let text = LocalText::load(model_dir)?;
-    let vocab_size = ModelConfig::load(model_dir)?.vocab_size;
-    let masked = text.tokenizer().missing_ids(vocab_size);
-    let mut trainer = Trainer::load(Arc::clone(device), model_dir, *dtype, masked)?;
-    trainer.save_non_finite_to(Path::new(&assignment.run_dir).join("non_finite"));
-    Ok(trainer)
+    /// The trainer ranks, in their order.
+    fn sources<T>(&self, client: impl Fn(Endpoint) -> T) -> anyhow::Result<Vec<T>> {
+        let connect = |(rank, address): (usize, &String)| {
+            let name = format!("trainer-{rank}");
+            Ok(client(Endpoint::connect(self.runtime, name, address, TransportConfig::default())?))
+        };
+        self.assignment.weight_sources.iter().enumerate().map(connect).collect()
+    }
+
+    fn rollout(&self, setting: &Setting) -> anyhow::Result<SyncedRolloutService<LocalRolloutService>> {
+        let Setting { recipe, model_dir, device, dtype } = setting;
+        let name = &self.assignment.id.name;
+        let config = ModelConfig::load(model_dir)?;
+        let reader = CheckpointReader::open(model_dir)?;
+        reader.validate(&config)?;
+        let params = ParamStore::load(&**device, &config, &reader)?;
+        let text = LocalText::load(model_dir)?;
+        let mut policy = PackedPolicy::new(device, &params, &config, *dtype);
+        policy.set_masked_ids(text.tokenizer().missing_ids(config.vocab_size));
+        policy.version = PolicyVersion { number: 0, hash: params.content_hash(&**device) };
+        let policy = Arc::new(RwLock::new(policy));
+        let bytes = Arc::new(text.token_byte_table(config.vocab_size));
+        let engine = LocalRolloutService::new(Arc::clone(device), Arc::clone(&policy), recipe.engine.clone(), bytes)?
+            .named(name);
+        let ranks = self.sources(|endpoint| Arc::new(WeightClient::new(endpoint)) as Arc<dyn WeightService>)?;
+        let sources = Sources { ranks, layout: trainer_ranks::layout(&recipe.placement) };
+        let receiver = WeightReceiver::new(Arc::clone(device), policy, params, sources, name.clone());
+        Ok(SyncedRolloutService::new(engine, receiver))
+    }
+
+    fn trainer(&self, setting: &Setting) -> anyhow::Result<Trainer> {
+        let Setting { recipe, model_dir, device, dtype } = setting;
+        let text = LocalText::load(model_dir)?;
+        let vocab_size = ModelConfig::load(model_dir)?.vocab_size;
+        let masked = text.tokenizer().missing_ids(vocab_size);
+        let ranks = if self.assignment.world > 1 { Some(self.meet(&recipe.placement)?) } else { None };
+        let mut trainer = Trainer::load_rank(Arc::clone(device), (model_dir, *dtype), masked, ranks)?;
+        trainer.save_non_finite_to(Path::new(&self.assignment.run_dir).join("non_finite"));
+        Ok(trainer)
+    }
+
+    /// Wait for all trainer ranks, and connect to them.
+    fn meet(&self, placement: &Placement) -> anyhow::Result<Ranks> {
+        let listener = self.ranks.0.as_ref().context("a trainer rank listens for the others")?;
+        let addresses = retrying(|| self.registry.ranks(&self.assignment.id))?;
+        let token = blake3::hash(addresses.join(" ").as_bytes());
+        let parse = |address: &String| address.parse().with_context(|| format!("`{address}` is no HOST:PORT"));
+        let config = SocketConfig {
+            rank: self.assignment.rank as usize,
+            addresses: addresses.iter().map(parse).collect::<anyhow::Result<_>>()?,
+            token: u64::from_le_bytes(*token.as_bytes().first_chunk().context("a hash has 32 bytes")?),
+            connect_timeout: JOIN_TIMEOUT,
+            timeout: Duration::from_secs(placement.collective_timeout_seconds),
+        };
+        let world = connect_ranks(&config, listener)?;
+        Ok(Ranks::new(world, trainer_ranks::sharding(placement), (ProcessRole::Leader, ProcessShare::default()))?)
+    }
 }
 
 /// End the process when standard input does: whoever started it is gone.

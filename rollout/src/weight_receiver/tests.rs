@@ -1,9 +1,11 @@
 //! Transfers that are whole, cut, damaged, or of another model.
 
-use super::WeightReceiver;
+use super::{Sources, WeightReceiver};
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock};
 use temper_actor::{ModelConfig, PackedPolicy, ParamStore};
+use temper_collective::reshard::{Layout, Unit};
 use temper_proto::{ServiceError, ServiceResult, WeightManifest, WeightRange, WeightService, WeightSink};
 use temper_tensor::{CpuConfig, CpuDevice, DType, Device};
 use temper_types::{ErrorCode, PolicyVersion};
@@ -78,7 +80,10 @@ fn receiver(source: Source) -> (WeightReceiver, Arc<RwLock<PackedPolicy>>) {
     let mut policy = PackedPolicy::new(&dev, &params, &config, DType::F32);
     policy.version = PolicyVersion { number: 1, hash: params.content_hash(&*dev) };
     let policy = Arc::new(RwLock::new(policy));
-    (WeightReceiver::new(dev, Arc::clone(&policy), params, Arc::new(source), "rollout-3".to_owned()), policy)
+    (
+        WeightReceiver::new(dev, Arc::clone(&policy), params, Sources::one(Arc::new(source)), "rollout-3".to_owned()),
+        policy,
+    )
 }
 
 #[test]
@@ -139,4 +144,63 @@ fn another_model_is_refused() {
     let version = source.version;
     let (receiver, _) = receiver(source);
     assert_eq!(receiver.receive(version).unwrap_err().code, ErrorCode::DataLoss);
+}
+
+/// A source that holds its shard of every unit, and counts what it gives.
+struct Shard {
+    whole: Source,
+    layout: Layout,
+    rank: usize,
+    sent: Arc<AtomicUsize>,
+}
+
+impl WeightService for Shard {
+    fn manifest(&self) -> ServiceResult<WeightManifest> {
+        self.whole.manifest()
+    }
+
+    fn pull(&self, _: PolicyVersion, ranges: &[WeightRange], sink: WeightSink<'_>) -> ServiceResult<()> {
+        let dev = device();
+        for range in ranges {
+            let buffer = self.whole.params.unit(range.unit as usize).buffer();
+            let wanted = range.start as usize..(range.start + range.len) as usize;
+            let held = self.layout.held(&Unit { len: buffer.len(), tensors: Vec::new() }, self.rank);
+            assert!(held.iter().any(|h| h.start <= wanted.start && wanted.end <= h.end), "{wanted:?} of {held:?}");
+            let mut values = vec![0.0; wanted.len()];
+            dev.read(buffer.view(wanted), &mut values);
+            self.sent.fetch_add(values.len(), Ordering::Relaxed);
+            values.chunks(5).try_for_each(&mut *sink)?;
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn every_element_comes_once_from_a_rank_that_holds_it() {
+    let layouts = [
+        Layout::Replicated { world: 3 },
+        Layout::Fsdp { world: 3, shards: 3 },
+        Layout::Fsdp { world: 4, shards: 2 },
+        Layout::Fsdp { world: 5, shards: 5 },
+    ];
+    for layout in layouts {
+        let total = Source::new(16, 2).values().len();
+        let version = Source::new(16, 2).version;
+        let sent: Vec<Arc<AtomicUsize>> = (0..layout.world()).map(|_| Arc::default()).collect();
+        let shard = |(rank, sent): (usize, &Arc<AtomicUsize>)| {
+            Arc::new(Shard { whole: Source::new(16, 2), layout, rank, sent: Arc::clone(sent) })
+                as Arc<dyn WeightService>
+        };
+        let ranks = sent.iter().enumerate().map(shard).collect();
+        let (dev, config) = (device(), model(16));
+        let params = ParamStore::init(&*dev, &config, 1);
+        let policy = Arc::new(RwLock::new(PackedPolicy::new(&dev, &params, &config, DType::F32)));
+        let receiver = WeightReceiver::new(dev, policy, params, Sources { ranks, layout }, "rollout-0".to_owned());
+        receiver.receive(version).unwrap();
+        assert_eq!(receiver.version(), version);
+        let sent: Vec<usize> = sent.iter().map(|sent| sent.load(Ordering::Relaxed)).collect();
+        assert_eq!(sent.iter().sum::<usize>(), total, "{layout:?}");
+        let (least, most) = (sent.iter().min(), sent.iter().max());
+        assert!(most.zip(least).is_some_and(|(most, least)| most - least <= 8), "{layout:?}: {sent:?}");
+    }
 }
