@@ -75,6 +75,10 @@ impl TextService for LocalText {
         Ok(ids)
     }
 
+    fn encode_text(&self, text: &str) -> ServiceResult<Vec<u32>> {
+        self.tokenizer.encode(text, SpecialTokens::Omit).map_err(text_error("encode_text"))
+    }
+
     fn decode(&self, token_ids: &[u32]) -> String {
         self.tokenizer.decode(token_ids, SpecialTokens::Omit).unwrap_or_default()
     }

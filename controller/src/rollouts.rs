@@ -73,10 +73,7 @@ impl Controller {
         (first_group, seed): (u64, u64),
         stage: &PolicyStage,
     ) -> Result<Vec<GroupRequest>, Error> {
-        let mut sampling = stage.sampling.clone();
-        if sampling.stop_token_ids.is_empty() {
-            sampling.stop_token_ids = self.services.text.stop_token_ids();
-        }
+        let sampling = self.resolve_sampling(&stage.sampling)?;
         let request = |(index, (row, epoch)): (usize, &(PromptRow, u64))| {
             let prompt_token_ids = self.attribute(self.services.text.encode_prompt(&row.prompt))?;
             let samples = 0..stage.num_generations as u32;
@@ -90,6 +87,16 @@ impl Controller {
             })
         };
         rows.iter().enumerate().map(request).collect()
+    }
+
+    /// Sampling parameters as engines take them: with the model's stop ids where none are named, bad words as ids.
+    pub(crate) fn resolve_sampling(&self, sampling: &SamplingParams) -> Result<SamplingParams, Error> {
+        let mut sampling = sampling.clone();
+        if sampling.stop_token_ids.is_empty() {
+            sampling.stop_token_ids = self.services.text.stop_token_ids();
+        }
+        self.attribute(sampling.resolve_bad_words(|word| self.services.text.encode_text(word)))?;
+        Ok(sampling)
     }
 
     /// Submit groups and wait for all of them; results stand in the requests' order, whatever order they finish in.

@@ -35,10 +35,7 @@ impl Controller {
         let rows = self.data[&self.spec.validation.data].clone();
         let num_samples = self.spec.validation.num_samples;
         let greedy = SamplingParams { temperature: 0.0, ..stage.sampling.clone() };
-        let mut sampling = self.spec.validation.sampling.clone().unwrap_or(greedy);
-        if sampling.stop_token_ids.is_empty() {
-            sampling.stop_token_ids = self.services.text.stop_token_ids();
-        }
+        let sampling = self.resolve_sampling(self.spec.validation.sampling.as_ref().unwrap_or(&greedy))?;
         let request = |(index, row): (usize, &PromptRow)| {
             let noise = |i| derive_seed(self.spec.seed, row.prompt_id.0, i, VALIDATION_EPOCH);
             Ok(GroupRequest {

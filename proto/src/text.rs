@@ -15,6 +15,11 @@ pub trait TextService: Send + Sync {
     /// # Errors
     /// As [`TextService::encode_prompt`].
     fn encode_response(&self, response: &PromptContent) -> ServiceResult<Vec<u32>>;
+    /// Ids of a piece of text, without special tokens.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where the vocabulary cannot express a character.
+    fn encode_text(&self, text: &str) -> ServiceResult<Vec<u32>>;
     /// Text of response ids, special tokens (and thereby the stop token) left out.
     fn decode(&self, token_ids: &[u32]) -> String;
     /// Ids that end a response by default.

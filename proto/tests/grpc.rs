@@ -256,7 +256,15 @@ fn generation_goes_over_the_wire_unchanged() {
         epoch: 3,
         prompt_token_ids: vec![5, 6],
         seeds: vec![0, u64::MAX],
-        sampling: SamplingParams { stop: vec!["\u{e9}".to_owned()], min_p: 0.1, ..SamplingParams::default() },
+        sampling: SamplingParams {
+            stop: vec!["\u{e9}".to_owned()],
+            min_p: 0.1,
+            logit_bias: [(3, -1.5), (9, 2.0)].into(),
+            allowed_token_ids: vec![4, 9],
+            bad_words: vec!["never".to_owned()],
+            bad_words_ids: vec![vec![1], vec![2, 3]],
+            ..SamplingParams::default()
+        },
     };
     client.submit(vec![request.clone()]).unwrap();
     assert_eq!(wire.fake.last(), format!("{:?}", vec![request]));

@@ -109,6 +109,12 @@ fn sampling() -> impl Strategy<Value = SamplingParams> {
         SamplingParams { top_k: 7, min_p: 0.02, ..SamplingParams::default() },
         SamplingParams { repetition_penalty: 1.3, frequency_penalty: 0.4, ..SamplingParams::default() },
         SamplingParams { stop_token_ids: vec![3, 30, 60], min_new_tokens: 4, ..SamplingParams::default() },
+        SamplingParams {
+            logit_bias: [(5, 3.0), (60, -2.0)].into(),
+            bad_words_ids: vec![vec![5], vec![7, 8], vec![1, 2, 3]],
+            ..SamplingParams::default()
+        },
+        SamplingParams { allowed_token_ids: vec![9, 4, 3, 80], top_p: 0.9, ..SamplingParams::default() },
     ];
     (prop::sample::select(variants.to_vec()), 1u32..20)
         .prop_map(|(params, len)| SamplingParams { max_new_tokens: len.max(params.min_new_tokens), ..params })

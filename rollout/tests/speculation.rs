@@ -61,6 +61,8 @@ fn requests(pass: u64) -> Vec<GroupRequest> {
             temperature: 0.4,
             frequency_penalty: if index == 0 { 0.0 } else { 0.3 },
             top_p: if index == 0 { 1.0 } else { 0.9 },
+            logit_bias: [(17, -1.0), (20, 1.5)].into(),
+            bad_words_ids: vec![vec![20, 20], vec![3]],
             stop_token_ids: vec![17],
             min_new_tokens: 6,
             ..SamplingParams::default()

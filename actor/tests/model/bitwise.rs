@@ -210,6 +210,8 @@ fn generate(policy: &PackedPolicy, prompts: &[Vec<u32>], temperature: f32) -> (V
             presence_penalty: 0.0,
             frequency_penalty: 0.0,
             seen: &[],
+            logit_bias: &[],
+            allowed_ids: &[],
             banned_ids: &[],
             uniform: uniform53(s as u64, tokens[s].len() as u64),
         };

@@ -55,6 +55,8 @@ fn greedy() -> SampleRow<'static> {
         presence_penalty: 0.0,
         frequency_penalty: 0.0,
         seen: &[],
+        logit_bias: &[],
+        allowed_ids: &[],
         banned_ids: &[],
         uniform: 0.5,
     }

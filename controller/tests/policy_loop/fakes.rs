@@ -61,6 +61,9 @@ impl TextService for Text {
     fn encode_response(&self, response: &PromptContent) -> ServiceResult<Vec<u32>> {
         self.encode_prompt(response)
     }
+    fn encode_text(&self, text: &str) -> ServiceResult<Vec<u32>> {
+        Ok(text.bytes().map(u32::from).collect())
+    }
     fn decode(&self, token_ids: &[u32]) -> String {
         token_ids.iter().map(u32::to_string).collect::<Vec<_>>().join(" ")
     }

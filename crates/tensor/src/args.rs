@@ -243,7 +243,12 @@ pub struct SampleRow<'a> {
     pub frequency_penalty: f32,
     /// Ids seen in prompt and response with their number of occurrences in the response; only read with penalties.
     pub seen: &'a [(u32, u32)],
-    /// Ids that may not be drawn here although the law gives them mass (stop ids before `min_new_tokens`).
+    /// Added to the raw logits of these ids, each of which stands once.
+    pub logit_bias: &'a [(u32, f32)],
+    /// The only ids that may be drawn, ascending, each once; empty allows all.
+    pub allowed_ids: &'a [u32],
+    /// Ids that may not be drawn here although the law gives them mass (stop ids before `min_new_tokens`, ids that
+    /// would complete a bad word).
     pub banned_ids: &'a [u32],
     /// Noise in (0, 1) with 53 random bits.
     pub uniform: f64,

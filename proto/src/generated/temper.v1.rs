@@ -1471,6 +1471,24 @@ pub struct SamplingParams {
     pub stop_token_ids: ::prost::alloc::vec::Vec<u32>,
     #[prost(string, repeated, tag = "11")]
     pub stop: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Added to raw logits, by token id.
+    #[prost(map = "uint32, float", tag = "12")]
+    pub logit_bias: ::std::collections::HashMap<u32, f32>,
+    /// The only ids that are drawn; none allows all.
+    #[prost(uint32, repeated, tag = "13")]
+    pub allowed_token_ids: ::prost::alloc::vec::Vec<u32>,
+    /// Text, which engines refuse: whoever encodes prompts turns it into bad_words_ids.
+    #[prost(string, repeated, tag = "14")]
+    pub bad_words: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Sequences that no draw completes.
+    #[prost(message, repeated, tag = "15")]
+    pub bad_words_ids: ::prost::alloc::vec::Vec<BadWord>,
+}
+/// A sequence of token ids.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BadWord {
+    #[prost(uint32, repeated, tag = "1")]
+    pub token_ids: ::prost::alloc::vec::Vec<u32>,
 }
 /// A prompt of which as many samples are wanted as there are seeds.
 #[derive(Clone, PartialEq, ::prost::Message)]

@@ -2,8 +2,9 @@
 
 use crate::scheduler::GroupShape;
 use crate::{Error, ModelLimits};
+use std::collections::BTreeSet;
 use temper_proto::GroupRequest;
-use temper_types::GroupId;
+use temper_types::{GroupId, SamplingParams};
 
 /// Check a request against the model; returns its shape.
 pub(super) fn check_request(
@@ -33,6 +34,7 @@ pub(super) fn check_request(
     if !sampling.stop.is_empty() && !has_token_bytes {
         return refuse("sampling: stop strings need the bytes of tokens, and this engine has no tokenizer".to_owned());
     }
+    check_processors(group_id, sampling, limits)?;
     if sampling.min_new_tokens > 0 && sampling.stop_token_ids.len() >= limits.num_drawable_ids {
         return refuse(format!(
             "sampling: {} stop ids before min_new_tokens leave none of {} ids to draw",
@@ -41,6 +43,37 @@ pub(super) fn check_request(
         ));
     }
     check_length(request, limits)
+}
+
+/// Bias, allowed ids and bad words name ids of the model, and no turn of a response can leave nothing to draw.
+fn check_processors(group_id: GroupId, sampling: &SamplingParams, limits: ModelLimits) -> Result<(), Error> {
+    let refuse = |cause: String| Err(Error::InvalidRequest { group_id, cause: format!("sampling: {cause}") });
+    let biased: Vec<u32> = sampling.logit_bias.keys().copied().collect();
+    check_ids(group_id, "logit_bias", &biased, limits)?;
+    check_ids(group_id, "allowed_token_ids", &sampling.allowed_token_ids, limits)?;
+    for word in &sampling.bad_words_ids {
+        check_ids(group_id, "bad_words_ids", word, limits)?;
+    }
+    if !sampling.bad_words.is_empty() {
+        return refuse("bad_words are text, and engines know ids: expected them resolved to bad_words_ids".to_owned());
+    }
+    let mut banned: BTreeSet<u32> = sampling.bad_words_ids.iter().filter_map(|word| word.last().copied()).collect();
+    if sampling.min_new_tokens > 0 {
+        banned.extend(&sampling.stop_token_ids);
+    }
+    let allowed: BTreeSet<u32> = sampling.allowed_token_ids.iter().copied().collect();
+    let is_exhausted = if allowed.is_empty() {
+        !sampling.bad_words_ids.is_empty() && banned.len() >= limits.num_drawable_ids
+    } else {
+        allowed.is_subset(&banned)
+    };
+    if is_exhausted {
+        let num_left = if allowed.is_empty() { limits.num_drawable_ids } else { allowed.len() };
+        return refuse(format!(
+            "bad words and stop ids before min_new_tokens may rule out all of {num_left} ids to draw"
+        ));
+    }
+    Ok(())
 }
 
 fn check_ids(group_id: GroupId, what: &str, ids: &[u32], limits: ModelLimits) -> Result<(), Error> {

@@ -6,6 +6,9 @@ use crate::model::{Model, StepBatch, StepOutput};
 use crate::scheduler::{Scheduler, Work};
 use temper_tensor::{SampleRow, SeqSpan};
 
+/// Ids with their occurrences in the response, ascending.
+type Seen = Vec<(u32, u32)>;
+
 /// Arrays of a step, reused so that decoding does not allocate. The arrays that borrow from other owners are kept
 /// empty between steps.
 #[derive(Default)]
@@ -16,7 +19,9 @@ pub(super) struct StepBuffers {
     spans: Vec<SeqSpan<'static>>,
     draws: Vec<SampleRow<'static>>,
     /// What penalties have seen after each drafted token of the samples that have penalties, in the plan's order.
-    seen: Vec<Vec<(u32, u32)>>,
+    seen: Vec<Seen>,
+    /// Ids ruled out for each draw of the samples that have bad words, in the plan's order.
+    banned: Vec<Vec<u32>>,
 }
 
 impl StepBuffers {
@@ -31,7 +36,8 @@ impl StepBuffers {
         let mut draws = recycle(std::mem::take(&mut self.draws));
         self.gather_rows(scheduler, samples, &mut spans);
         self.gather_seen(scheduler, samples);
-        gather_draws(scheduler, samples, &self.seen, &mut self.draw_rows, &mut draws);
+        self.gather_banned(scheduler, samples);
+        gather_draws(scheduler, samples, (&self.seen, &self.banned), &mut self.draw_rows, &mut draws);
         let output = model.step(StepBatch {
             token_ids: &self.token_ids,
             positions: &self.positions,
@@ -66,24 +72,36 @@ impl StepBuffers {
             open(samples, draws[0].key.index()).extend_with_seen(draws.len() - 1, &mut self.seen);
         }
     }
+
+    fn gather_banned(&mut self, scheduler: &Scheduler, samples: &[Option<OpenSample>]) {
+        self.banned.clear();
+        for draw in &scheduler.plan().draws {
+            let sample = open(samples, draw.key.index());
+            if sample.has_bad_words() {
+                self.banned.push(sample.banned_ids(draw.slot));
+            }
+        }
+    }
 }
 
 fn gather_draws<'a>(
     scheduler: &Scheduler,
     samples: &'a [Option<OpenSample>],
-    seen: &'a [Vec<(u32, u32)>],
+    (seen, banned): (&'a [Seen], &'a [Vec<u32>]),
     draw_rows: &mut Vec<u32>,
     out: &mut Vec<SampleRow<'a>>,
 ) {
     draw_rows.clear();
-    let mut drafted = seen.iter();
+    let (mut drafted, mut banned) = (seen.iter(), banned.iter());
     for draws in scheduler.plan().draws_by_sequence() {
         let sample = open(samples, draws[0].key.index());
         for (index, draw) in draws.iter().enumerate() {
             let has_own = index > 0 && !sample.seen().is_empty();
             let seen = if has_own { drafted.next().map_or(&[][..], Vec::as_slice) } else { sample.seen() };
             draw_rows.push(draw.row);
-            out.push(sample.draw(draw.slot, seen));
+            let own = if sample.has_bad_words() { banned.next() } else { None };
+            let banned_ids = own.map_or_else(|| sample.banned_stops(draw.slot), Vec::as_slice);
+            out.push(sample.draw(draw.slot, seen, banned_ids));
         }
     }
 }

@@ -35,10 +35,12 @@ fn mix(hash: u64, token: u32) -> u64 {
 
 fn sample(hash: u64, draw: &SampleRow<'_>) -> Sampled {
     let seen = draw.seen.iter().fold(hash, |h, &(id, count)| mix(mix(h, id), count));
+    let seen = draw.logit_bias.iter().fold(seen, |h, &(id, bias)| mix(mix(h, id), bias.to_bits()));
     let shift = (seen >> 40) as f64 / (1u64 << 24) as f64;
     let at = (draw.uniform + shift).fract() * f64::from(VOCAB);
     let mut token_id = at as u32 % VOCAB;
-    while draw.banned_ids.contains(&token_id) {
+    let is_allowed = |id: &u32| draw.allowed_ids.is_empty() || draw.allowed_ids.contains(id);
+    while draw.banned_ids.contains(&token_id) || !is_allowed(&token_id) {
         token_id = (token_id + 1) % VOCAB;
     }
     let log_prob = -((mix(seen, token_id) >> 41) as f32) / (1u32 << 20) as f32;
@@ -109,6 +111,8 @@ pub(crate) fn respond(request: &GroupRequest, sample_index: usize) -> (Vec<u32>,
             presence_penalty: 0.0,
             frequency_penalty: 0.0,
             seen: &[],
+            logit_bias: &[],
+            allowed_ids: &[],
             banned_ids: &[],
             uniform: uniform53(request.seeds[sample_index], history.len() as u64),
         };

@@ -290,16 +290,17 @@ impl<M: Model> Engine<M> {
     }
 
     fn context(&self, request: GroupRequest) -> GroupContext {
-        let mut stop_ids = request.sampling.stop_token_ids.clone();
-        stop_ids.sort_unstable();
-        stop_ids.dedup();
+        let ascending = |ids: &[u32]| ids.iter().copied().collect::<BTreeSet<u32>>().into_iter().collect::<Vec<u32>>();
+        let stop_ids = ascending(&request.sampling.stop_token_ids);
+        let allowed_ids = ascending(&request.sampling.allowed_token_ids);
+        let logit_bias = request.sampling.logit_bias.iter().map(|(id, bias)| (*id, *bias)).collect();
         let token_bytes = self.options.token_bytes.as_ref().filter(|_| !request.sampling.stop.is_empty());
         let stop = token_bytes.map(|bytes| {
             let stops = request.sampling.stop.iter().map(String::as_bytes);
             (StopMatcher::new(stops), Arc::clone(bytes))
         });
         let (submitted_at, started_at) = (self.options.clock.now(), OnceLock::new());
-        GroupContext { request, stop_ids, stop, submitted_at, started_at }
+        GroupContext { request, stop_ids, allowed_ids, logit_bias, stop, submitted_at, started_at }
     }
 
     /// Remember when the first row of each group was computed.

@@ -14,6 +14,10 @@ pub(super) struct GroupContext {
     pub request: GroupRequest,
     /// Stop token ids, ascending.
     pub stop_ids: Vec<u32>,
+    /// The only ids that are drawn, ascending; empty allows all.
+    pub allowed_ids: Vec<u32>,
+    /// Added to raw logits, by ascending id.
+    pub logit_bias: Vec<(u32, f32)>,
     /// Matcher of the stop strings and the bytes to feed it, where there are any.
     pub stop: Option<(StopMatcher, Arc<dyn TokenBytes>)>,
     pub submitted_at: Duration,
@@ -124,11 +128,43 @@ impl OpenSample {
         &self.seen
     }
 
-    /// How the token at `slot` is drawn: a function of the request, the seed and the tokens before, of which `seen`
-    /// is what penalties read.
-    pub fn draw<'a>(&'a self, slot: usize, seen: &'a [(u32, u32)]) -> SampleRow<'a> {
-        let GroupRequest { sampling, seeds, prompt_token_ids, .. } = &self.context.request;
+    /// True where what may be drawn depends on the tokens before.
+    pub fn has_bad_words(&self) -> bool {
+        !self.context.request.sampling.bad_words_ids.is_empty()
+    }
+
+    /// Ids that may not be drawn at `slot`, those that would complete a bad word left out.
+    pub fn banned_stops(&self, slot: usize) -> &[u32] {
+        let GroupRequest { sampling, prompt_token_ids, .. } = &self.context.request;
         let bans_stops = slot - prompt_token_ids.len() < sampling.min_new_tokens as usize;
+        if bans_stops { &self.context.stop_ids } else { &[] }
+    }
+
+    /// Ids that may not be drawn at `slot`, behind known and drafted tokens.
+    pub fn banned_ids(&self, slot: usize) -> Vec<u32> {
+        let ends_with = |head: &[u32]| {
+            head.len() <= slot && head.iter().zip(slot - head.len()..).all(|(id, at)| self.token_at(at) == *id)
+        };
+        let words = &self.context.request.sampling.bad_words_ids;
+        let split = words.iter().filter_map(|word| word.split_last());
+        let completing = split.filter(|(_, head)| ends_with(head)).map(|(last, _)| *last);
+        self.banned_stops(slot).iter().copied().chain(completing).collect()
+    }
+
+    fn token_at(&self, slot: usize) -> u32 {
+        let prompt = &self.context.request.prompt_token_ids;
+        let known = prompt.len() + self.token_ids.len();
+        match slot {
+            slot if slot < prompt.len() => prompt[slot],
+            slot if slot < known => self.token_ids[slot - prompt.len()],
+            slot => self.proposal.draft.token_ids[slot - known],
+        }
+    }
+
+    /// How the token at `slot` is drawn: a function of the request, the seed and the tokens before, of which `seen`
+    /// is what penalties read and `banned_ids` what they rule out.
+    pub fn draw<'a>(&'a self, slot: usize, seen: &'a [(u32, u32)], banned_ids: &'a [u32]) -> SampleRow<'a> {
+        let GroupRequest { sampling, seeds, .. } = &self.context.request;
         SampleRow {
             temperature: sampling.temperature,
             top_p: sampling.top_p,
@@ -138,7 +174,9 @@ impl OpenSample {
             presence_penalty: sampling.presence_penalty,
             frequency_penalty: sampling.frequency_penalty,
             seen,
-            banned_ids: if bans_stops { &self.context.stop_ids } else { &[] },
+            logit_bias: &self.context.logit_bias,
+            allowed_ids: &self.context.allowed_ids,
+            banned_ids,
             uniform: uniform53(seeds[self.sample_index as usize], slot as u64),
         }
     }

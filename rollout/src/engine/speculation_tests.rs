@@ -115,12 +115,36 @@ fn generate(engine: &mut Engine<FakeModel>, requests: &[GroupRequest]) -> Vec<Gr
     results
 }
 
+/// Words of one, two and three tokens over few ids, so that drafts run into them.
+fn bad_words() -> Vec<Vec<u32>> {
+    vec![vec![4], vec![9, 9], vec![2, 30], vec![30, 2, 9]]
+}
+
+/// No response of `request` completes a bad word, in itself or with its prompt, or leaves the allowed ids.
+fn check_bans(request: &GroupRequest, result: &GroupResult) {
+    let sampling = &request.sampling;
+    for sample in &result.samples {
+        let tokens = [request.prompt_token_ids.as_slice(), &sample.token_ids].concat();
+        for end in request.prompt_token_ids.len() + 1..=tokens.len() {
+            assert!(!sampling.bad_words_ids.iter().any(|word| tokens[..end].ends_with(word)), "{tokens:?} at {end}");
+        }
+        let allowed = &sampling.allowed_token_ids;
+        assert!(allowed.is_empty() || sample.token_ids.iter().all(|id| allowed.contains(id)));
+    }
+}
+
 fn sampling() -> impl Strategy<Value = SamplingParams> {
     let variants = [
         SamplingParams::default(),
         SamplingParams { repetition_penalty: 1.3, frequency_penalty: 0.4, ..SamplingParams::default() },
         SamplingParams { stop_token_ids: vec![3, 30, 17], min_new_tokens: 4, ..SamplingParams::default() },
         SamplingParams { stop: vec!["abc".to_owned(), "q".to_owned()], min_new_tokens: 3, ..SamplingParams::default() },
+        SamplingParams { logit_bias: [(3, 2.0), (9, -4.0)].into(), ..SamplingParams::default() },
+        SamplingParams {
+            allowed_token_ids: vec![9, 4, 30, 4, 2],
+            bad_words_ids: bad_words(),
+            ..SamplingParams::default()
+        },
     ];
     prop::sample::select(variants.to_vec())
 }
@@ -157,6 +181,7 @@ proptest! {
         let results = generate(&mut engine, &requests);
         prop_assert_eq!(fingerprint(&results), fingerprint(&expected));
         prop_assert!(engine.model().rows.iter().all(|&rows| rows <= max_batch_tokens));
+        requests.iter().zip(&results).for_each(|(request, result)| check_bans(request, result));
         let samples = results.iter().flat_map(|r| &r.samples);
         let (drafted, accepted) =
             samples.fold((0, 0), |(d, a), s| (d + u64::from(s.num_drafted), a + u64::from(s.num_accepted)));

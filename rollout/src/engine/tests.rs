@@ -255,6 +255,23 @@ fn penalties_see_prompt_and_response() {
     assert_eq!(results[0].samples[0].token_ids, other.samples[0].token_ids, "counts survive a preemption");
 }
 
+/// A bias and allowed ids are part of the law; a bad word that the prompt begins is not completed either.
+#[test]
+fn processors_steer_what_is_drawn() {
+    let free = run_one(request(0, 5, 1, 20)).samples.remove(0);
+    let mut steered = request(0, 5, 1, 20);
+    let last_of_prompt = *steered.prompt_token_ids.last().unwrap();
+    steered.sampling.bad_words_ids = vec![vec![last_of_prompt, free.token_ids[0]]];
+    let sample = run_one(steered.clone()).samples.remove(0);
+    assert_ne!(sample.token_ids[0], free.token_ids[0]);
+    assert_eq!((sample.surviving_mass.len(), sample.sampled_log_probs.len()), (20, 20), "a ban is a truncation");
+    steered.sampling = SamplingParams { allowed_token_ids: vec![7, 3, 7], max_new_tokens: 20, ..Default::default() };
+    let sample = run_one(steered.clone()).samples.remove(0);
+    assert!(sample.token_ids.iter().all(|id| [3, 7].contains(id)));
+    steered.sampling = SamplingParams { logit_bias: [(7, 1.0)].into(), max_new_tokens: 20, ..Default::default() };
+    assert_ne!(run_one(steered).samples[0].token_ids, free.token_ids);
+}
+
 #[test]
 fn every_token_carries_the_version_that_drew_it() {
     let mut engine = engine(roomy());
@@ -290,12 +307,23 @@ fn an_abort_frees_exactly_its_blocks_and_answers_once() {
 #[test]
 fn bad_requests_are_refused_and_nothing_is_queued() {
     type Change = fn(&mut GroupRequest);
-    let cases: [(Change, &str); 9] = [
+    let cases: [(Change, &str); 14] = [
         (|r| r.prompt_token_ids.clear(), "the prompt has no token"),
         (|r| r.prompt_token_ids[1] = VOCAB, "prompt[1] = 40 is no token id"),
         (|r| r.seeds.clear(), "no seed"),
         (|r| r.sampling.top_p = 0.0, "top_p = 0 is out of range"),
         (|r| r.sampling.stop_token_ids = vec![3, 99], "stop_token_ids[1] = 99"),
+        (|r| r.sampling.logit_bias = [(40, 1.0)].into(), "logit_bias[0] = 40 is no token id"),
+        (|r| r.sampling.allowed_token_ids = vec![1, 41], "allowed_token_ids[1] = 41 is no token id"),
+        (|r| r.sampling.bad_words_ids = vec![vec![1], vec![]], "bad_words_ids = 1 is out of range"),
+        (|r| r.sampling.bad_words = vec!["no".to_owned()], "expected them resolved to bad_words_ids"),
+        (
+            |r| {
+                r.sampling.allowed_token_ids = vec![1, 2];
+                r.sampling.bad_words_ids = vec![vec![2], vec![1, 1]];
+            },
+            "may rule out all of 2 ids to draw",
+        ),
         (|r| r.sampling.stop = vec![String::new()], "an empty stop string"),
         (
             |r| r.sampling.max_new_tokens = 600,
@@ -342,18 +370,33 @@ fn timings_split_queue_and_rollout() {
     assert_eq!(timings.collect::<Vec<_>>(), [(3.0, 5.0), (10.0, 5.0)]);
 }
 
-/// Bookkeeping alone: thousands of short requests, steady memory, totals that add up.
+/// Bookkeeping alone: 100,000 short requests, steady memory, totals that add up.
 #[test]
 fn many_short_requests_leave_nothing_behind() {
     let mut engine = engine(roomy());
-    let mut num_samples = 0;
-    for round in 0..200u64 {
-        let requests: Vec<_> = (0..10).map(|i| request(round * 10 + i, 3, 2, 2)).collect();
+    let (mut num_groups, mut num_samples, mut early_peak) = (0, 0, 0);
+    // Every tenth prompt fills a block, and begins as many others do.
+    let prompt_len = |i: u64| if i.is_multiple_of(10) { 20 } else { 3 };
+    for round in 0..1000u64 {
+        let requests: Vec<_> = (0..100).map(|i| request(round * 100 + i, prompt_len(i), 2, 2)).collect();
         engine.submit(requests).unwrap();
-        num_samples += run(&mut engine).iter().map(|r| r.samples.len()).sum::<usize>();
+        let results = run(&mut engine);
+        num_groups += results.len();
+        num_samples += results.iter().map(|r| r.samples.len()).sum::<usize>();
+        let stats = engine.stats();
+        assert_eq!((stats.kv_blocks_in_use, stats.num_requests_running, stats.num_requests_waiting), (0, 0, 0));
+        early_peak = if round == 10 { stats.peak_kv_blocks } else { early_peak };
+        assert!(round < 10 || stats.peak_kv_blocks == early_peak, "round {round} holds more blocks than those before");
+        engine.model_mut().rows.clear();
     }
-    assert_eq!(num_samples, 4000);
-    assert_eq!(engine.stats().num_generated_tokens, 8000);
-    assert_eq!(engine.stats().num_prefill_tokens, 6000);
-    assert!(engine.samples.len() <= 20, "keys are reused");
+    assert_eq!((num_groups, num_samples), (100_000, 200_000));
+    let stats = engine.stats();
+    assert_eq!(stats.num_generated_tokens, 2 * 200_000);
+    assert_eq!(stats.prompt_tokens, 90_000 * 3 + 10_000 * 20);
+    assert_eq!(stats.num_prefill_tokens + stats.prefix_cache_hits, stats.prompt_tokens, "computed or found");
+    assert_eq!(stats.num_rows, stats.num_prefill_tokens + 200_000, "the last token is never computed");
+    assert_eq!((stats.prefix_cache_queries, stats.num_preemptions), (10_000 * 20, 0));
+    assert!(stats.prefix_cache_hits >= 9_900 * 16, "four prompts in all, met {} times", stats.prefix_cache_hits);
+    assert!(engine.samples.len() <= 200, "keys are reused");
+    assert!(engine.finished.is_empty() && engine.groups.is_empty());
 }

@@ -120,13 +120,18 @@ impl Generator {
     /// Sampling parameters from flags.
     ///
     /// # Errors
-    /// Those of [`SamplingArgs::resolve`]; stop strings without a tokenizer.
+    /// Those of [`SamplingArgs::resolve`]; stop strings or bad words without a tokenizer.
     pub fn sampling(&self, args: &SamplingArgs, model_dir: &Path, max_new_tokens: u32) -> Result<SamplingParams> {
-        let sampling = args.resolve(model_dir, max_new_tokens, &self.end_ids)?;
-        if self.text.is_none() && !sampling.stop.is_empty() {
+        let mut sampling = args.resolve(model_dir, max_new_tokens, &self.end_ids)?;
+        let Some(text) = &self.text else {
+            let flags = [("--stop", &sampling.stop), ("--bad-word", &sampling.bad_words)];
+            let Some((flag, _)) = flags.iter().find(|(_, texts)| !texts.is_empty()) else { return Ok(sampling) };
             let dir = model_dir.display();
-            return Err(usage(format!("--stop: {dir} has no {TOKENIZER_FILE}, so that its tokens have no text")));
-        }
+            return Err(usage(format!("{flag}: {dir} has no {TOKENIZER_FILE}, so that its tokens have no text")));
+        };
+        sampling
+            .resolve_bad_words(|word| text.encode_text(word))
+            .map_err(|error| usage(format!("--bad-word: {error}")))?;
         Ok(sampling)
     }
 

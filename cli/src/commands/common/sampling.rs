@@ -24,6 +24,16 @@ pub struct SamplingArgs {
     /// Divide (positive) or multiply (negative) the logits of tokens seen before. Default: 1, off.
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     repetition_penalty: Option<f32>,
+    /// Add BIAS to the logit of token id ID; may be given several times.
+    #[arg(long, value_name = "ID=BIAS", value_parser = parse_bias)]
+    logit_bias: Vec<(u32, f32)>,
+    /// Draw no token but this id; may be given several times.
+    #[arg(long, value_name = "ID")]
+    allowed_token_id: Vec<u32>,
+    /// Never complete this text, as it is tokenized at the start of a text or behind a space; may be given several
+    /// times.
+    #[arg(long, value_name = "TEXT")]
+    bad_word: Vec<String>,
     /// Stop tokens are not drawn before this many tokens.
     #[arg(long, value_name = "N", default_value_t = 0)]
     min_new_tokens: u32,
@@ -93,6 +103,9 @@ impl SamplingArgs {
                 .repetition_penalty
                 .or(config.repetition_penalty)
                 .unwrap_or(defaults.repetition_penalty),
+            logit_bias: self.logit_bias.iter().copied().collect(),
+            allowed_token_ids: self.allowed_token_id.clone(),
+            bad_words: self.bad_word.clone(),
             max_new_tokens,
             min_new_tokens: self.min_new_tokens,
             stop_token_ids,
@@ -102,6 +115,12 @@ impl SamplingArgs {
         params.validate().map_err(usage)?;
         Ok(params)
     }
+}
+
+fn parse_bias(text: &str) -> Result<(u32, f32), String> {
+    let wrong = || format!("expected a token id and a number, such as 42=-1.5, got \"{text}\"");
+    let (id, bias) = text.split_once('=').ok_or_else(wrong)?;
+    Ok((id.trim().parse().map_err(|_| wrong())?, bias.trim().parse().map_err(|_| wrong())?))
 }
 
 fn read_generation_config(model_dir: &Path) -> Result<GenerationConfig> {

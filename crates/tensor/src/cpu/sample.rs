@@ -1,14 +1,14 @@
 //! Drawing tokens: a pure function of logits, parameters and one uniform number (inverse CDF over the vocabulary).
 //!
 //! # The law
-//! Penalties act on raw logits: repetition (divides a positive, multiplies a negative logit of every id in `seen`),
-//! then frequency and presence (subtracted for ids with a count above 0). Banned ids get no mass. Then temperature,
-//! min-p (ids less likely than `min_p` times the most likely go), top-k (exactly k stay) and top-p (the smallest most
-//! likely prefix whose mass, renormalised, reaches `top_p`; the id that crosses stays). Ties go to the lower id.
-//! An id whose weight underflows to 0 is never drawn.
+//! The bias is added to raw logits. Then penalties act: repetition (divides a positive, multiplies a negative logit of
+//! every id in `seen`), then frequency and presence (subtracted for ids with a count above 0). Ids that are banned, or
+//! not among the allowed where some are, get no mass. Then temperature, min-p (ids less likely than `min_p` times the
+//! most likely go), top-k (exactly k stay) and top-p (the smallest most likely prefix whose mass, renormalised, reaches
+//! `top_p`; the id that crosses stays). Ties go to the lower id. An id whose weight underflows to 0 is never drawn.
 //!
-//! At temperature 0 the most likely id after penalties is taken; filters cannot drop it, and the law behind the
-//! reported numbers is the one at temperature 1 with penalties and bans alone.
+//! At temperature 0 the most likely id after bias, penalties and bans is taken; filters cannot drop it, and the law
+//! behind the reported numbers is the one at temperature 1 with these alone.
 
 mod filter;
 
@@ -19,7 +19,7 @@ use super::math::ln;
 use super::parallel::SharedMut;
 use super::simd::Isa;
 use crate::{PackedLinear, SampleRow, Sampled};
-use filter::{kept_ids, penalise};
+use filter::{ban, kept_ids, penalise};
 
 /// One row's masked logits and their law.
 struct Row<'a> {
@@ -36,8 +36,12 @@ fn inv_temperature(params: &SampleRow<'_>) -> f32 {
     if params.temperature > 0.0 { 1.0 / params.temperature } else { 1.0 }
 }
 
-fn has_penalties(params: &SampleRow<'_>) -> bool {
-    params.repetition_penalty != 1.0 || params.presence_penalty != 0.0 || params.frequency_penalty != 0.0
+/// True where logits of ids that keep mass may change.
+fn shifts_logits(params: &SampleRow<'_>) -> bool {
+    !params.logit_bias.is_empty()
+        || params.repetition_penalty != 1.0
+        || params.presence_penalty != 0.0
+        || params.frequency_penalty != 0.0
 }
 
 /// Draw one token per row of `hidden[T, D]`.
@@ -89,7 +93,8 @@ impl Row<'_> {
     fn draw(&self) -> Sampled {
         let p = self.params;
         let truncated = p.top_p < 1.0 || p.top_k > 0 || p.min_p > 0.0;
-        if has_penalties(p) || !p.banned_ids.is_empty() || (truncated && p.temperature > 0.0) {
+        let bans = !p.banned_ids.is_empty() || !p.allowed_ids.is_empty();
+        if shifts_logits(p) || bans || (truncated && p.temperature > 0.0) {
             return with_scratch(2 * self.logits.len(), |memory| self.draw_processed(memory));
         }
         let id = if p.temperature > 0.0 { self.draw_untruncated() } else { argmax(self.logits) };
@@ -127,15 +132,13 @@ impl Row<'_> {
         self.isa.run(Weights { logits, inv_temperature: self.inv_temperature, max, out });
     }
 
-    /// Draw under penalties, bans and truncation. `memory` has room for two rows.
+    /// Draw under bias, penalties, bans and truncation. `memory` has room for two rows.
     fn draw_processed(&self, memory: &mut [f32]) -> Sampled {
         let p = self.params;
         let (logits, weights) = memory.split_at_mut(self.logits.len());
         logits.copy_from_slice(self.logits);
         penalise(p, logits);
-        for id in p.banned_ids {
-            logits[*id as usize] = f32::NEG_INFINITY;
-        }
+        ban(p, logits);
         let max = self.isa.run(MaxOf(logits)) * self.inv_temperature;
         self.weigh(logits, max, weights);
         let kept = kept_ids(p, logits, weights);
@@ -150,7 +153,7 @@ impl Row<'_> {
         let sampled_log_prob = ((scaled - f64::from(max)) - ln(total)) as f32;
         let surviving_mass = self.surviving_mass(&kept, weights);
         let log_prob = self.log_prob(id);
-        let unchanged = surviving_mass == 1.0 && !has_penalties(p);
+        let unchanged = surviving_mass == 1.0 && !shifts_logits(p);
         let sampled_log_prob = if unchanged { log_prob } else { sampled_log_prob };
         Sampled { token_id: id as u32, log_prob, sampled_log_prob, surviving_mass }
     }

@@ -216,6 +216,8 @@ fn sampled_log_probs_equal_scored_ones() {
                     presence_penalty: 0.0,
                     frequency_penalty: 0.0,
                     seen: &[(11, 1), (12, 0)],
+                    logit_bias: &[],
+                    allowed_ids: &[],
                     banned_ids: &[],
                     uniform: uniform53(9, i),
                 })

@@ -22,6 +22,10 @@ impl From<SamplingParams> for v1::SamplingParams {
             min_new_tokens: p.min_new_tokens,
             stop_token_ids: p.stop_token_ids,
             stop: p.stop,
+            logit_bias: p.logit_bias.into_iter().collect(),
+            allowed_token_ids: p.allowed_token_ids,
+            bad_words: p.bad_words,
+            bad_words_ids: p.bad_words_ids.into_iter().map(|token_ids| v1::BadWord { token_ids }).collect(),
         }
     }
 }
@@ -40,6 +44,10 @@ impl From<v1::SamplingParams> for SamplingParams {
             min_new_tokens: p.min_new_tokens,
             stop_token_ids: p.stop_token_ids,
             stop: p.stop,
+            logit_bias: p.logit_bias.into_iter().collect(),
+            allowed_token_ids: p.allowed_token_ids,
+            bad_words: p.bad_words,
+            bad_words_ids: p.bad_words_ids.into_iter().map(|word| word.token_ids).collect(),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Penalties and truncation of one row.
+//! Bias, penalties, bans and truncation of one row.
 
 use crate::SampleRow;
 use std::cmp::Ordering;
@@ -7,8 +7,11 @@ use std::cmp::Ordering;
 const FIRST_PREFIX: usize = 64;
 const PREFIX_GROWTH: usize = 8;
 
-/// Apply the penalties to raw logits.
+/// Apply bias and penalties to raw logits.
 pub(super) fn penalise(params: &SampleRow<'_>, logits: &mut [f32]) {
+    for &(id, bias) in params.logit_bias {
+        logits[id as usize] += bias;
+    }
     for &(id, count) in params.seen {
         let logit = &mut logits[id as usize];
         if params.repetition_penalty != 1.0 {
@@ -18,6 +21,22 @@ pub(super) fn penalise(params: &SampleRow<'_>, logits: &mut [f32]) {
             *logit -= params.frequency_penalty * count as f32 + params.presence_penalty;
         }
     }
+}
+
+/// Take all mass from the ids that may not be drawn.
+pub(super) fn ban(params: &SampleRow<'_>, logits: &mut [f32]) {
+    for id in params.banned_ids {
+        logits[*id as usize] = f32::NEG_INFINITY;
+    }
+    if params.allowed_ids.is_empty() {
+        return;
+    }
+    let mut start = 0;
+    for id in params.allowed_ids {
+        logits[start..*id as usize].fill(f32::NEG_INFINITY);
+        start = *id as usize + 1;
+    }
+    logits[start..].fill(f32::NEG_INFINITY);
 }
 
 /// Ids that survive min-p, top-k and top-p, ascending; `weights` are `e^(z - max)`. At temperature 0 nothing is

@@ -12,6 +12,8 @@ fn plain(uniform: f64) -> SampleRow<'static> {
         presence_penalty: 0.0,
         frequency_penalty: 0.0,
         seen: &[],
+        logit_bias: &[],
+        allowed_ids: &[],
         banned_ids: &[],
         uniform,
     }
@@ -29,6 +31,9 @@ fn random_logits(len: usize, seed: u64, spread: f32) -> Vec<f32> {
 /// The law by the definitions in the module's docs, in f64 and by sorting everything.
 fn naive_law(logits: &[f32], p: &SampleRow<'_>) -> Vec<f64> {
     let mut z: Vec<f64> = logits.iter().map(|x| f64::from(*x)).collect();
+    for &(id, bias) in p.logit_bias {
+        z[id as usize] += f64::from(bias);
+    }
     for &(id, count) in p.seen {
         let z = &mut z[id as usize];
         let penalty = f64::from(p.repetition_penalty);
@@ -37,8 +42,11 @@ fn naive_law(logits: &[f32], p: &SampleRow<'_>) -> Vec<f64> {
             *z -= f64::from(count) * f64::from(p.frequency_penalty) + f64::from(p.presence_penalty);
         }
     }
-    for id in p.banned_ids {
-        z[*id as usize] = f64::NEG_INFINITY;
+    for id in 0..z.len() as u32 {
+        let is_allowed = p.allowed_ids.is_empty() || p.allowed_ids.contains(&id);
+        if !is_allowed || p.banned_ids.contains(&id) {
+            z[id as usize] = f64::NEG_INFINITY;
+        }
     }
     z.iter_mut().for_each(|z| *z /= f64::from(p.temperature));
     let max = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -121,6 +129,15 @@ fn truncated_and_penalised_laws_are_drawn() {
         SampleRow { top_p: 0.9, top_k: 40, min_p: 0.05, temperature: 1.3, ..base },
         SampleRow { repetition_penalty: 1.8, presence_penalty: 0.5, frequency_penalty: 0.3, seen: &seen, ..base },
         SampleRow { banned_ids: &[1, 2, 3, 250], top_p: 0.8, ..base },
+        SampleRow { logit_bias: &[(4, 6.0), (9, -8.0), (299, 5.5)], ..base },
+        SampleRow { allowed_ids: &[0, 1, 17, 18, 60, 200, 299], banned_ids: &[1], ..base },
+        SampleRow {
+            logit_bias: &[(17, 4.0)],
+            repetition_penalty: 1.4,
+            seen: &seen,
+            allowed_ids: &[4, 17, 250],
+            ..base
+        },
     ]
     .into_iter()
     .enumerate()
@@ -152,6 +169,35 @@ fn a_tail_id_owns_an_interval_of_its_mass() {
     assert!(law[700] > 3e-7 && law[700] < 1e-6);
     assert!(((end - start) / law[700] - 1.0).abs() < 1e-6, "{} for a mass of {}", end - start, law[700]);
     assert_eq!(draw((start + end) / 2.0), 700);
+}
+
+/// Chi-square over the tail itself: noise confined to a stretch of the unit interval that holds ids of mass 1e-6 beside
+/// rarer and more frequent ones draws them by the law given that stretch.
+#[test]
+fn ids_of_mass_1e_6_are_drawn_as_often_as_the_law_says() {
+    let mut logits = vec![f32::NEG_INFINITY; 1024];
+    logits[10] = 0.0;
+    logits[1000] = 0.3;
+    let ratios = [1.0, 0.2, 3.0, 1.0, 0.05, 8.0, 1.0, 0.5, 1.0, 2.0];
+    for (ratio, id) in ratios.iter().zip((300..).step_by(31)) {
+        logits[id] = (2.35e-6f64 * ratio).ln() as f32;
+    }
+    for base in [plain(0.0), SampleRow { top_p: 0.999_999_99, banned_ids: &[5], ..plain(0.0) }] {
+        let (dev, law) = (device(1), naive_law(&logits, &base));
+        assert!((law[300] / 1e-6 - 1.0).abs() < 0.02, "{}", law[300]);
+        let (start, tail) = (law[10], law[11..1000].iter().sum::<f64>());
+        let num_draws = 20_000;
+        let row = |i| SampleRow { uniform: start + tail * uniform53(77, i), ..base };
+        let rows: Vec<SampleRow<'_>> = (0..num_draws).map(row).collect();
+        let mut counts = vec![0u32; 1024];
+        for rows in rows.chunks(100) {
+            sample_logits(&dev, &logits.repeat(rows.len()), rows).iter().for_each(|d| counts[d.token_id as usize] += 1);
+        }
+        let expected = |id: usize| law[id] / tail * num_draws as f64;
+        let cells = (300..).step_by(31).take(ratios.len());
+        let chi: f64 = cells.map(|id| (f64::from(counts[id]) - expected(id)).powi(2) / expected(id)).sum();
+        assert!(chi < chi_square_limit(ratios.len() as f64 - 1.0), "chi-square {chi}: {counts:?}");
+    }
 }
 
 #[test]
@@ -197,6 +243,7 @@ fn reported_numbers_follow_their_definitions() {
     for base in [
         SampleRow { top_k: 20, temperature: 0.8, ..plain(0.0) },
         SampleRow { top_p: 0.5, ..plain(0.0) },
+        SampleRow { logit_bias: &[(5, 3.0), (800, -1.0)], allowed_ids: &[5, 6, 7, 800, 899], ..plain(0.0) },
         SampleRow { repetition_penalty: 1.5, frequency_penalty: 0.2, seen: &seen, top_p: 0.7, ..plain(0.0) },
     ] {
         let free = naive_law(&logits, &SampleRow { temperature: base.temperature, ..plain(0.0) });
