@@ -1,6 +1,6 @@
 //! Worker processes of this machine: started, watched, started again.
 
-use super::hub::Hub;
+use super::hub::{Hub, Member};
 use anyhow::Context;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -13,8 +13,6 @@ use temper_proto::WorkerRole;
 
 /// A worker that dies more often than this is not started again.
 const MAX_STARTS: u32 = 1000;
-/// A worker that dies sooner than this after its start has failed to start.
-const SHORT_LIFE: Duration = Duration::from_secs(2);
 /// So many failed starts in a row end the attempts.
 const MAX_FAILED_STARTS: u32 = 5;
 /// How often children are looked at.
@@ -39,9 +37,10 @@ struct Table {
 struct Running {
     role: WorkerRole,
     child: Child,
-    started: Instant,
     starts: u32,
     failed_starts: u32,
+    /// True where the controller itself ended it.
+    is_killed: bool,
 }
 
 impl Children {
@@ -55,7 +54,7 @@ impl Children {
             for index in 0..*count {
                 let name = format!("{}-{index}", role.name());
                 let child = spawn(*role, &name, address, None)?;
-                let running = Running { role: *role, child, started: Instant::now(), starts: 1, failed_starts: 0 };
+                let running = Running { role: *role, child, starts: 1, failed_starts: 0, is_killed: false };
                 table.running.insert(name, running);
             }
         }
@@ -69,7 +68,9 @@ impl Children {
     /// Kill a worker; it is started again.
     pub fn kill(&self, name: &str) {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(Err(error)) = table.running.get_mut(name).map(|running| running.child.kill()) {
+        let Some(running) = table.running.get_mut(name) else { return };
+        running.is_killed = true;
+        if let Err(error) = running.child.kill() {
             tracing::warn!(worker = name, %error, "cannot be killed");
         }
     }
@@ -138,8 +139,8 @@ fn watch(hub: &Hub, table: &Mutex<Table>, address: SocketAddr) {
         for (name, cause) in ended {
             tracing::warn!(worker = name, cause, "a worker ended");
             hub.lose(&name, &cause);
-            let listen = hub.members().into_iter().find(|m| m.id.name == name).map(|m| m.hello.address);
-            table.restart((&name, &cause), address, listen.as_deref());
+            let member = hub.members().into_iter().find(|m| m.id.name == name);
+            table.restart((&name, &cause), address, member.as_ref());
         }
         drop(table);
         std::thread::sleep(TICK);
@@ -147,17 +148,19 @@ fn watch(hub: &Hub, table: &Mutex<Table>, address: SocketAddr) {
 }
 
 impl Table {
-    fn restart(&mut self, (name, cause): (&str, &str), address: SocketAddr, listen: Option<&str>) {
+    /// A process that ends before it served has failed to start; too many of those in a row end the attempts.
+    fn restart(&mut self, (name, cause): (&str, &str), address: SocketAddr, member: Option<&Member>) {
         let Some(running) = self.running.get_mut(name) else { return };
-        let is_short = running.started.elapsed() < SHORT_LIFE;
-        running.failed_starts = if is_short { running.failed_starts + 1 } else { 0 };
+        let served = member.is_some_and(|m| m.has_served && m.hello.process_id == running.child.id());
+        running.failed_starts = if served || running.is_killed { 0 } else { running.failed_starts + 1 };
+        let listen = member.map(|m| m.hello.address.as_str());
         let is_hopeless = running.failed_starts >= MAX_FAILED_STARTS || running.starts >= MAX_STARTS;
         let started = if is_hopeless { None } else { spawn(running.role, name, address, listen).ok() };
         match started {
             Some(child) => {
                 running.child = child;
-                running.started = Instant::now();
                 running.starts += 1;
+                running.is_killed = false;
             }
             None => {
                 let text = format!("{cause}, after {} starts", running.starts);

@@ -52,6 +52,8 @@ pub struct Member {
     pub rank: u32,
     /// How it stands.
     pub standing: Standing,
+    /// True where it has served in this life.
+    pub has_served: bool,
     /// Why it was lost.
     pub cause: String,
     seen: Instant,
@@ -212,7 +214,15 @@ impl WorkerRegistry for Hub {
         state.lose_name(&name);
         let id = WorkerId { name: name.clone(), incarnation };
         let seen = Instant::now();
-        let member = Member { id: id.clone(), hello, rank, standing: Standing::Starting, cause: String::new(), seen };
+        let member = Member {
+            id: id.clone(),
+            hello,
+            rank,
+            standing: Standing::Starting,
+            has_served: false,
+            cause: String::new(),
+            seen,
+        };
         state.members.insert(name, member);
         self.changed.notify_all();
         let Work { recipe, model_dir, run_dir, world } = self.work.clone();
@@ -223,6 +233,7 @@ impl WorkerRegistry for Hub {
         let mut state = self.lock();
         let member = state.live(id, "ready")?;
         member.standing = Standing::Ready;
+        member.has_served = true;
         let change = Change::Ready(member.clone());
         state.changes.push(change);
         self.changed.notify_all();
