@@ -177,6 +177,31 @@ fn a_cached_prefix_is_not_computed_again() {
     assert_eq!(engine.stats().prefix_cache_hits, 64, "new weights have no prefix of the old ones");
 }
 
+/// Groups that are queued together and begin the same compute what they share once, whatever their order of service.
+#[test]
+fn groups_that_start_together_share_their_prefix() {
+    let shared = |group: u64, len: usize, tail: u32| {
+        let mut request = request(group, 0, 2, 6);
+        request.prompt_token_ids = (0..len as u32).map(|i| (i * 3) % VOCAB).chain([tail, tail + 1, tail + 2]).collect();
+        request
+    };
+    // Equal prompts, one that leaves after 40 tokens, one that has nothing in common, and one that is a prefix.
+    let mut requests = vec![shared(0, 97, 1), shared(1, 97, 1), shared(2, 97, 9), shared(3, 40, 20), shared(5, 29, 1)];
+    requests.insert(2, request(4, 33, 2, 6));
+    let mut together = engine(roomy());
+    together.submit(requests.clone()).unwrap();
+    check_responses(&mut together, &requests);
+    let stats = together.stats();
+    assert_eq!(stats.prefix_cache_hits, 96 + 96 + 32 + 16);
+    assert_eq!(stats.num_prefill_tokens + stats.prefix_cache_hits, stats.prompt_tokens);
+
+    let mut without = engine(roomy());
+    without.namer = None;
+    without.submit(requests.clone()).unwrap();
+    check_responses(&mut without, &requests);
+    assert_eq!(without.stats().num_prefill_tokens, stats.prompt_tokens);
+}
+
 /// A second turn continues a response: what the first turn stored is found, the drawn tokens included.
 #[test]
 fn a_second_turn_finds_the_first() {

@@ -12,6 +12,8 @@
 //! - The first sequence of a group computes the prompt, but for the full blocks that the prefix cache has; its siblings
 //!   wait, draw their first token from the same row, and then share its blocks. A sibling that comes later shares the
 //!   prompt's full blocks.
+//! - A sequence whose prompt goes on with a block that a running one is about to store waits for it, with all its
+//!   siblings, and then takes it from the prefix cache: groups that start together compute what they share once.
 //! - A decoding sequence may take a row for each token drafted for it, from what budget and free blocks are left after
 //!   everything else. The rows behind the last token that counts are forgotten, and their blocks freed, in `append`.
 //! - A decode row that finds no block takes those of the youngest sequence, which is recomputed later. The oldest

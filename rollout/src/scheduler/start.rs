@@ -1,6 +1,7 @@
 //! How waiting sequences come to run: admission, sharing with siblings, and joining at the end of a prompt.
 
 use super::{Rank, Scheduler, SeqKey, Sequence, shares_first_draw};
+use crate::block_manager::BlockHash;
 
 /// Where the prompt of a starting sequence comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,9 +22,16 @@ impl Scheduler {
         }
         let capacity = self.blocks.num_blocks().saturating_sub(self.limits.watermark_blocks);
         let mut demand = self.running_demand();
-        let mut at = 0;
-        while at < self.waiting.len() && self.running.len() + self.followers.len() < self.limits.max_num_seqs {
+        let (mut at, mut num_delayed, mut delayed_arrival) = (0, 0, None);
+        while at < self.waiting.len()
+            && self.running.len() + self.followers.len() + num_delayed < self.limits.max_num_seqs
+        {
             let key = self.waiting[at];
+            let arrival = self.sequences[key.index()].rank.arrival;
+            if delayed_arrival == Some(arrival) {
+                (at, num_delayed) = (at + 1, num_delayed + 1);
+                continue;
+            }
             demand += self.demand_of_starting(key);
             if demand > capacity && !self.running.is_empty() {
                 return;
@@ -32,6 +40,11 @@ impl Scheduler {
                 PromptSource::InProgress => {
                     self.followers.push(key);
                     at += 1;
+                }
+                // Room stays set aside for it and its siblings, so that none that came later keeps them waiting.
+                PromptSource::Own if self.awaits_prefix(key) => {
+                    delayed_arrival = Some(arrival);
+                    (at, num_delayed) = (at + 1, num_delayed + 1);
                 }
                 source if self.start(at, source) => {}
                 _ => return,
@@ -94,10 +107,24 @@ impl Scheduler {
     /// number of tokens looked up, 0 where the caller names no blocks.
     fn share_cached(&mut self, key: SeqKey) -> usize {
         let Sequence { table, hashes, num_cached, len, .. } = &mut self.sequences[key.index()];
-        let named = &hashes[..hashes.len().min((*len - 1) / self.limits.block_size)];
+        let named = shareable_names(hashes, *len, self.limits.block_size);
         *num_cached = self.blocks.num_cached(named);
         self.blocks.share_cached(&named[..*num_cached], table);
         if hashes.is_empty() { 0 } else { *len }
+    }
+
+    /// True where a running sequence is about to store the first block that the prefix cache lacks of the known tokens
+    /// of `key`, which can take that block when it is there.
+    fn awaits_prefix(&self, key: SeqKey) -> bool {
+        let block_size = self.limits.block_size;
+        let Sequence { hashes, len, .. } = &self.sequences[key.index()];
+        let named = shareable_names(hashes, *len, block_size);
+        let at = self.blocks.num_cached(named);
+        let Some(missing) = named.get(at) else { return false };
+        let stores_it = |other: &Sequence| {
+            !other.is_stale && other.num_computed < (at + 1) * block_size && other.hashes.get(at) == Some(missing)
+        };
+        self.running.iter().any(|key| stores_it(&self.sequences[key.index()]))
     }
 
     fn prompt_source(&self, key: SeqKey) -> PromptSource {
@@ -158,4 +185,9 @@ impl Scheduler {
         let at = self.find_running(rank).expect_err("a sequence starts once");
         self.running.insert(at, key);
     }
+}
+
+/// Names of the blocks that a sequence of `len` known tokens may take from the cache, so that a row is left to compute.
+fn shareable_names(hashes: &[BlockHash], len: usize, block_size: usize) -> &[BlockHash] {
+    &hashes[..hashes.len().min((len - 1) / block_size)]
 }
