@@ -1,6 +1,6 @@
 //! Worker processes of this machine: started, watched, started again.
 
-use super::hub::{Hub, Member};
+use super::hub::{Hub, Member, Standing};
 use anyhow::Context;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -131,6 +131,7 @@ fn watch(hub: &Hub, table: &Mutex<Table>, address: SocketAddr) {
         if table.is_ending {
             return;
         }
+        table.kill_lost(hub);
         let ended: Vec<(String, String)> = table
             .running
             .iter_mut()
@@ -148,6 +149,17 @@ fn watch(hub: &Hub, table: &Mutex<Table>, address: SocketAddr) {
 }
 
 impl Table {
+    /// A process whose lease ran out, as one that is stopped, makes room for its successor.
+    fn kill_lost(&mut self, hub: &Hub) {
+        for member in hub.members() {
+            let Some(running) = self.running.get_mut(&member.id.name) else { continue };
+            let is_the_process = running.child.id() == member.hello.process_id;
+            if member.standing == Standing::Lost && is_the_process && !running.is_killed {
+                running.is_killed = running.child.kill().is_ok();
+            }
+        }
+    }
+
     /// A process that ends before it served has failed to start; too many of those in a row end the attempts.
     fn restart(&mut self, (name, cause): (&str, &str), address: SocketAddr, member: Option<&Member>) {
         let Some(running) = self.running.get_mut(name) else { return };

@@ -37,7 +37,11 @@ fn a_second_answer_never_counts_for_the_next_sample() {
     let service = service(&shell(&script, "twice", "workers = 1, max_error_rate = 1")).expect("a service");
     for outcome in score(&service, &["x"; 6]) {
         match &outcome {
-            RewardOutcome::Failed(_) => assert!(cause(&outcome).contains("answered twice"), "{outcome:?}"),
+            // Where the second answer comes late, it stands where the next sample's is waited for.
+            RewardOutcome::Failed(_) => {
+                let cause = cause(&outcome);
+                assert!(cause.contains("answered twice") || cause.contains("instead of"), "{outcome:?}");
+            }
             RewardOutcome::Scored { reward, .. } => assert_eq!(*reward, 1.0),
         }
     }
