@@ -200,7 +200,10 @@ fn every_element_comes_once_from_a_rank_that_holds_it() {
         assert_eq!(receiver.version(), version);
         let sent: Vec<usize> = sent.iter().map(|sent| sent.load(Ordering::Relaxed)).collect();
         assert_eq!(sent.iter().sum::<usize>(), total, "{layout:?}");
-        let (least, most) = (sent.iter().min(), sent.iter().max());
-        assert!(most.zip(least).is_some_and(|(most, least)| most - least <= 8), "{layout:?}: {sent:?}");
+        // Ranks that hold the same give equal amounts; how much a rank holds alone is the layout's affair.
+        if let Layout::Replicated { .. } = layout {
+            let (least, most) = (sent.iter().min(), sent.iter().max());
+            assert!(most.zip(least).is_some_and(|(most, least)| most - least <= 8), "{layout:?}: {sent:?}");
+        }
     }
 }
