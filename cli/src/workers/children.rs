@@ -27,6 +27,22 @@ pub struct Children {
     watcher: Option<JoinHandle<()>>,
 }
 
+/// Kills workers of this machine.
+#[derive(Clone)]
+pub struct Killer(Arc<Mutex<Table>>);
+
+impl Killer {
+    /// Kill a worker; it is started again.
+    pub fn kill(&self, name: &str) {
+        let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(running) = table.running.get_mut(name) else { return };
+        running.is_killed = true;
+        if let Err(error) = running.child.kill() {
+            tracing::warn!(worker = name, %error, "cannot be killed");
+        }
+    }
+}
+
 #[derive(Default)]
 struct Table {
     running: BTreeMap<String, Running>,
@@ -65,14 +81,9 @@ impl Children {
         Ok(Children { hub: Arc::clone(hub), table, watcher: Some(watcher) })
     }
 
-    /// Kill a worker; it is started again.
-    pub fn kill(&self, name: &str) {
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(running) = table.running.get_mut(name) else { return };
-        running.is_killed = true;
-        if let Err(error) = running.child.kill() {
-            tracing::warn!(worker = name, %error, "cannot be killed");
-        }
+    /// What kills workers, for whoever decides that they have to go.
+    pub fn killer(&self) -> Killer {
+        Killer(Arc::clone(&self.table))
     }
 
     /// Workers that will not be started again, and why.

@@ -1,6 +1,6 @@
 //! The workers of a run, joined into its services.
 
-use super::children::Children;
+use super::children::{Children, Killer};
 use super::hub::{Change, Hub, Member, Standing, Work};
 use super::{LEASE, START_TIMEOUT};
 use crate::control::LocalControl;
@@ -33,6 +33,9 @@ pub struct ClusterSpec {
     /// True where the workers are started here; false where they are started by hand.
     pub is_local: bool,
 }
+
+/// Why a worker is lost that did nothing wrong.
+const SENT_AWAY: &str = "the run goes back to its last checkpoint";
 
 /// With no worker left, a new one is waited for so long.
 const WORKER_WAIT: Duration = Duration::from_secs(120);
@@ -147,14 +150,13 @@ impl Cluster {
     /// # Errors
     /// As [`Cluster::wait`].
     pub fn recover(&self) -> anyhow::Result<Arc<dyn TrainerService>> {
-        const CAUSE: &str = "the run goes back to its last checkpoint";
         *self.fleets.lock().unwrap_or_else(PoisonError::into_inner) = Fleets::new();
         for member in self.hub.members() {
             // Ranks that lost one of them cannot go on together.
             let stays = member.hello.role == WorkerRole::Trainer && self.wanted[0].1 == 1;
             if !stays && member.standing != Standing::Lost {
-                self.hub.lose(&member.id.name, CAUSE);
-                self.children.iter().for_each(|children| children.kill(&member.id.name));
+                self.hub.lose(&member.id.name, SENT_AWAY);
+                self.children.iter().for_each(|children| children.killer().kill(&member.id.name));
             }
         }
         let deadline = Instant::now() + START_TIMEOUT;
@@ -178,6 +180,7 @@ impl Cluster {
             hub: Arc::clone(&self.hub),
             runtime: self.runtime.clone(),
             fleets: Arc::clone(&self.fleets),
+            killer: self.children.as_ref().map(Children::killer),
             is_ending: Arc::clone(&self.is_ending),
         };
         Ok(std::thread::Builder::new().name("joiner".to_owned()).spawn(move || joiner.run())?)
@@ -242,6 +245,7 @@ struct Joiner {
     hub: Arc<Hub>,
     runtime: GrpcRuntime,
     fleets: Arc<Mutex<Fleets>>,
+    killer: Option<Killer>,
     is_ending: Arc<AtomicBool>,
 }
 
@@ -277,13 +281,28 @@ impl Joiner {
         Ok(())
     }
 
+    /// Ranks that lost one of them cannot go on together: all begin anew.
+    fn send_away_ranks(&self, lost: &Member) {
+        if lost.cause == SENT_AWAY {
+            return;
+        }
+        let others = self.hub.members().into_iter().filter(|m| m.hello.role == WorkerRole::Trainer);
+        for member in others.filter(|m| m.id.name != lost.id.name && m.standing != Standing::Lost) {
+            self.hub.lose(&member.id.name, SENT_AWAY);
+            self.killer.iter().for_each(|killer| killer.kill(&member.id.name));
+        }
+    }
+
     fn leave(&self, member: &Member) {
         tracing::warn!(worker = member.id.name, cause = member.cause, "a worker is lost");
         let fleets = self.fleets.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let left = match member.hello.role {
             WorkerRole::Rollout => fleets.rollout.leave(&member.id.name, &member.cause),
             WorkerRole::Reward => fleets.reward.leave(&member.id.name, &member.cause),
-            WorkerRole::Trainer => Ok(()),
+            WorkerRole::Trainer => {
+                self.send_away_ranks(member);
+                Ok(())
+            }
         };
         if let Err(error) = left {
             tracing::debug!(%error, "a worker that never joined");

@@ -27,6 +27,8 @@ use temper_types::{DType, ErrorCode, PolicyVersion};
 
 /// How long a worker asks to be let in.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(300);
+/// How long a rank tries to reach the others where it was told they are.
+const MEET_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pause between two attempts.
 const RETRY: Duration = Duration::from_millis(100);
 
@@ -280,20 +282,32 @@ impl Joined<'_> {
         Ok(trainer)
     }
 
-    /// Wait for all trainer ranks, and connect to them.
-    fn meet(&self, placement: &Placement) -> anyhow::Result<Ranks> {
-        let listener = self.ranks.0.as_ref().context("a trainer rank listens for the others")?;
+    /// Where all trainer ranks are now.
+    fn world(&self, placement: &Placement) -> anyhow::Result<SocketConfig> {
         let addresses = retrying(|| self.registry.ranks(&self.assignment.id))?;
         let token = blake3::hash(addresses.join(" ").as_bytes());
         let parse = |address: &String| address.parse().with_context(|| format!("`{address}` is no HOST:PORT"));
-        let config = SocketConfig {
+        Ok(SocketConfig {
             rank: self.assignment.rank as usize,
             addresses: addresses.iter().map(parse).collect::<anyhow::Result<_>>()?,
             token: u64::from_le_bytes(*token.as_bytes().first_chunk().context("a hash has 32 bytes")?),
-            connect_timeout: JOIN_TIMEOUT,
+            connect_timeout: MEET_TIMEOUT,
             timeout: Duration::from_secs(placement.collective_timeout_seconds),
+        })
+    }
+
+    /// Wait for all trainer ranks, and connect to them.
+    fn meet(&self, placement: &Placement) -> anyhow::Result<Ranks> {
+        let listener = self.ranks.0.as_ref().context("a trainer rank listens for the others")?;
+        let deadline = Instant::now() + JOIN_TIMEOUT;
+        let world = loop {
+            match connect_ranks(&self.world(placement)?, listener) {
+                Ok(world) => break world,
+                Err(error) if Instant::now() > deadline => return Err(error.into()),
+                // A rank that began a new life listens elsewhere.
+                Err(error) => tracing::info!(%error, "asking again where the other ranks are"),
+            }
         };
-        let world = connect_ranks(&config, listener)?;
         Ok(Ranks::new(world, trainer_ranks::sharding(placement), (ProcessRole::Leader, ProcessShare::default()))?)
     }
 }
