@@ -210,10 +210,11 @@ pub fn decode_error(status: &Status, name: &str, operation: &'static str) -> Ser
     let code = match status.code() {
         Code::InvalidArgument | Code::Unimplemented => ErrorCode::InvalidArgument,
         Code::ResourceExhausted | Code::OutOfRange => ErrorCode::ResourceExhausted,
-        // A server that keeps the deadline it was told answers with `Cancelled`.
-        Code::DeadlineExceeded | Code::Cancelled => ErrorCode::DeadlineExceeded,
+        Code::DeadlineExceeded => ErrorCode::DeadlineExceeded,
+        // A server that keeps the deadline it was told answers with `Cancelled`, and so does a connection that closes.
+        Code::Cancelled if status.message().contains("Timeout") => ErrorCode::DeadlineExceeded,
         Code::DataLoss => ErrorCode::DataLoss,
-        Code::Internal => ErrorCode::Internal,
+        // An internal error of a service has details: without them it is the connection's.
         _ => ErrorCode::Unavailable,
     };
     let cause = std::error::Error::source(status).map_or_else(String::new, |source| format!(": {}", causes(source)));
