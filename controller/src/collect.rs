@@ -10,7 +10,7 @@ use crate::{Controller, Error, Phase, PolicyStage};
 use serde_json::json;
 use temper_algos::{Plan, filters};
 use temper_proto::ScoreRequest;
-use temper_types::{FinishReason, RewardComponent, RewardOutcome, Sample, SampleKey};
+use temper_types::{FinishReason, RewardComponent, RewardOutcome, Sample};
 
 /// What a step has gathered.
 #[derive(Default)]
@@ -82,7 +82,7 @@ impl Controller {
     ) -> Result<Vec<Group>, Error> {
         self.enter(Phase::Reward);
         let begin = self.clock.elapsed();
-        let requests: Vec<ScoreRequest> = groups.iter().flat_map(Group::all).map(score_request).collect();
+        let requests: Vec<ScoreRequest> = groups.iter().flat_map(Group::all).map(ScoreRequest::of).collect();
         let outcomes = self.attribute(self.services.reward.score(&requests))?;
         let seconds = (self.clock.elapsed() - begin).as_secs_f64();
         numbers.reward_seconds += seconds;
@@ -120,26 +120,6 @@ impl Collected {
 /// Reward of a sample, or `None` where it failed.
 pub(crate) fn reward_of(sample: &Sample) -> Option<f64> {
     sample.outcome.as_ref().and_then(RewardOutcome::reward)
-}
-
-fn score_request(sample: &Sample) -> ScoreRequest {
-    ScoreRequest {
-        key: SampleKey {
-            prompt_id: sample.prompt_id,
-            group_id: sample.group_id,
-            sample_index: sample.sample_index,
-            epoch: sample.epoch,
-        },
-        data_source: sample.data_source.clone(),
-        prompt: sample.prompt.clone(),
-        response: sample.response.clone(),
-        num_response_tokens: sample.response_token_ids.len(),
-        prompt_token_ids: sample.prompt_token_ids.clone(),
-        response_token_ids: sample.response_token_ids.clone(),
-        finish_reason: sample.finish_reason,
-        ground_truth: sample.ground_truth.clone(),
-        extra_info: sample.extra_info.clone(),
-    }
 }
 
 /// What the response's length does to its reward, each as a component of its own: first what becomes of a response

@@ -4,8 +4,8 @@ use crate::record_row::Columns;
 use crate::{Controller, Error, Phase, PolicyStage};
 use std::collections::BTreeMap;
 use temper_algos::metrics::{best_at_k, mean_at_n, pass_at_k};
-use temper_proto::{GroupRequest, GroupResult, ScoreRequest};
-use temper_types::{GroupId, PromptRow, RewardOutcome, SampleKey, SamplingParams, derive_seed};
+use temper_proto::{GroupRequest, ScoreRequest};
+use temper_types::{GroupId, PromptRow, RewardOutcome, Sample, SamplingParams, derive_seed};
 
 /// Keeps the noise of validation apart from that of training.
 const VALIDATION_EPOCH: u64 = u64::MAX;
@@ -48,39 +48,18 @@ impl Controller {
             })
         };
         let requests = rows.iter().enumerate().map(request).collect::<Result<Vec<_>, Error>>()?;
-        let results = self.run_groups(requests)?;
-        let scores = self.validation_scores(&rows, &results)?;
+        let results = self.run_groups(requests.clone())?;
+        let groups = rows.iter().zip(&requests).zip(results);
+        let groups = groups.map(|((row, request), result)| self.to_samples(row, request, result)).collect::<Vec<_>>();
+        let scores = self.validation_scores(&groups)?;
         Ok(self.validation_columns(prefix, &rows, &scores))
     }
 
     /// Outcomes per prompt; a sample whose reward failed is left out and counted by the caller.
-    fn validation_scores(&self, rows: &[PromptRow], results: &[GroupResult]) -> Result<Vec<Vec<RewardOutcome>>, Error> {
-        let mut requests = Vec::new();
-        for (row, result) in rows.iter().zip(results) {
-            let prompt_token_ids = self.attribute(self.services.text.encode_prompt(&row.prompt))?;
-            for sample in &result.samples {
-                requests.push(ScoreRequest {
-                    key: SampleKey {
-                        prompt_id: row.prompt_id,
-                        group_id: result.group_id,
-                        sample_index: sample.sample_index,
-                        epoch: VALIDATION_EPOCH,
-                    },
-                    data_source: row.data_source.clone(),
-                    prompt: row.prompt.clone(),
-                    response: self.services.text.decode(&sample.token_ids),
-                    num_response_tokens: sample.token_ids.len(),
-                    prompt_token_ids: prompt_token_ids.clone(),
-                    response_token_ids: sample.token_ids.clone(),
-                    finish_reason: sample.finish_reason,
-                    ground_truth: row.ground_truth.clone(),
-                    extra_info: row.extra_info.clone(),
-                });
-            }
-        }
+    fn validation_scores(&self, groups: &[Vec<Sample>]) -> Result<Vec<Vec<RewardOutcome>>, Error> {
+        let requests: Vec<ScoreRequest> = groups.iter().flatten().map(ScoreRequest::of).collect();
         let mut outcomes = self.attribute(self.services.reward.score(&requests))?.into_iter();
-        let per_group = |result: &GroupResult| outcomes.by_ref().take(result.samples.len()).collect();
-        Ok(results.iter().map(per_group).collect())
+        Ok(groups.iter().map(|group| outcomes.by_ref().take(group.len()).collect()).collect())
     }
 
     fn validation_columns(&self, prefix: &str, rows: &[PromptRow], outcomes: &[Vec<RewardOutcome>]) -> Columns {

@@ -1,7 +1,7 @@
 //! Scoring.
 
 use crate::ServiceResult;
-use temper_types::{FinishReason, PromptContent, RewardOutcome, SampleKey};
+use temper_types::{FinishReason, PromptContent, RewardOutcome, Sample, SampleKey};
 
 /// One response to score.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,6 +26,24 @@ pub struct ScoreRequest {
     pub ground_truth: Option<String>,
     /// Dataset's extra information as JSON text.
     pub extra_info: Option<String>,
+}
+
+impl ScoreRequest {
+    /// The response of a sample.
+    pub fn of(sample: &Sample) -> Self {
+        ScoreRequest {
+            key: sample.key(),
+            data_source: sample.data_source.clone(),
+            prompt: sample.prompt.clone(),
+            response: sample.response.clone(),
+            num_response_tokens: sample.response_token_ids.len(),
+            prompt_token_ids: sample.prompt_token_ids.clone(),
+            response_token_ids: sample.response_token_ids.clone(),
+            finish_reason: sample.finish_reason,
+            ground_truth: sample.ground_truth.clone(),
+            extra_info: sample.extra_info.clone(),
+        }
+    }
 }
 
 /// Scores responses.

@@ -16,7 +16,7 @@ use std::time::Duration;
 use temper_algos::metrics::{best_at_k, maj_at_n, mean_at_n, pass_at_k};
 use temper_proto::ScoreRequest;
 use temper_reward::{LocalRewardService, RewardConfig, Scorer};
-use temper_types::{RewardOutcome, Sample, SampleKey};
+use temper_types::{RewardOutcome, Sample};
 
 /// Score a model on prompts with known answers: mean@n, best@n, maj@n and pass@k, by data source.
 ///
@@ -124,7 +124,7 @@ impl Eval {
             let worker = result.worker;
             let sample = |sample| generator.to_sample(row, group, &worker, sample);
             let mut samples: Vec<Sample> = result.samples.into_iter().map(sample).collect();
-            let outcomes = reward.outcomes(&samples.iter().map(request_of).collect::<Vec<_>>())?;
+            let outcomes = reward.outcomes(&samples.iter().map(ScoreRequest::of).collect::<Vec<_>>())?;
             samples.iter_mut().zip(outcomes).for_each(|(sample, outcome)| sample.outcome = Some(outcome));
             sources.entry(row.data_source.clone()).or_default().add(&samples);
             if self.output.is_some() {
@@ -171,26 +171,6 @@ impl Eval {
             return Err(anyhow!("no sample could be scored: {}", cause.map_or("no cause is known", String::as_str)));
         }
         Ok(())
-    }
-}
-
-fn request_of(sample: &Sample) -> ScoreRequest {
-    ScoreRequest {
-        key: SampleKey {
-            prompt_id: sample.prompt_id,
-            group_id: sample.group_id,
-            sample_index: sample.sample_index,
-            epoch: sample.epoch,
-        },
-        data_source: sample.data_source.clone(),
-        prompt: sample.prompt.clone(),
-        response: sample.response.clone(),
-        num_response_tokens: sample.response_token_ids.len(),
-        prompt_token_ids: sample.prompt_token_ids.clone(),
-        response_token_ids: sample.response_token_ids.clone(),
-        finish_reason: sample.finish_reason,
-        ground_truth: sample.ground_truth.clone(),
-        extra_info: sample.extra_info.clone(),
     }
 }
 

@@ -1,6 +1,6 @@
 //! The record of one sample, from prompt to update: a row of the trajectory dataset.
 
-use crate::{GroupId, PolicyVersion, PromptContent, PromptId, RewardOutcome, SampleIndex, Step};
+use crate::{GroupId, PolicyVersion, PromptContent, PromptId, RewardOutcome, SampleIndex, SampleKey, Step};
 use serde::{Deserialize, Serialize};
 
 /// Why a response ended.
@@ -107,6 +107,16 @@ pub struct Sample {
 }
 
 impl Sample {
+    /// Names it within its run.
+    pub fn key(&self) -> SampleKey {
+        SampleKey {
+            prompt_id: self.prompt_id,
+            group_id: self.group_id,
+            sample_index: self.sample_index,
+            epoch: self.epoch,
+        }
+    }
+
     /// True where the sample takes part in the loss: scored, and at least one trained token.
     pub fn is_trainable(&self) -> bool {
         self.outcome.as_ref().and_then(RewardOutcome::reward).is_some() && self.response_mask.contains(&1)
