@@ -29,64 +29,10 @@ fn phase_from_wire(state: i32) -> Result<RunPhase, ConvertError> {
     }
 }
 
-impl From<RunStatus> for v1::StatusResponse {
-    fn from(s: RunStatus) -> Self {
-        v1::StatusResponse {
-            run: s.run,
-            state: v1::RunState::from(s.state).into(),
-            stage: s.stage,
-            step: s.step,
-            num_steps: s.num_steps,
-            version: Some(version_to_wire(s.version)),
-            phase: s.phase,
-            metrics_json: s.metrics_json,
-            error: s.error,
-        }
-    }
-}
+same_fields!(RunStatus, v1::StatusResponse, s => { run, stage, step, num_steps, phase, metrics_json, error }
+    to { state: v1::RunState::from(s.state).into(), version: Some(version_to_wire(s.version)) }
+    try_from { state: phase_from_wire(s.state)?, version: version_from_wire(s.version)? });
 
-impl TryFrom<v1::StatusResponse> for RunStatus {
-    type Error = ConvertError;
-
-    fn try_from(s: v1::StatusResponse) -> Result<Self, ConvertError> {
-        Ok(RunStatus {
-            run: s.run,
-            state: phase_from_wire(s.state)?,
-            stage: s.stage,
-            step: s.step,
-            num_steps: s.num_steps,
-            version: version_from_wire(s.version)?,
-            phase: s.phase,
-            metrics_json: s.metrics_json,
-            error: s.error,
-        })
-    }
-}
-
-impl From<WorkerStatus> for v1::WorkerStatus {
-    fn from(w: WorkerStatus) -> Self {
-        v1::WorkerStatus {
-            name: w.name,
-            role: w.role,
-            address: w.address,
-            incarnation: w.incarnation,
-            state: w.state,
-            process_id: w.process_id.into(),
-            last_error: w.last_error,
-        }
-    }
-}
-
-impl From<v1::WorkerStatus> for WorkerStatus {
-    fn from(w: v1::WorkerStatus) -> Self {
-        WorkerStatus {
-            name: w.name,
-            role: w.role,
-            address: w.address,
-            incarnation: w.incarnation,
-            state: w.state,
-            process_id: u32::try_from(w.process_id).unwrap_or_default(),
-            last_error: w.last_error,
-        }
-    }
-}
+same_fields!(WorkerStatus, v1::WorkerStatus, w => { name, role, address, incarnation, state, last_error }
+    to { process_id: w.process_id.into() }
+    from { process_id: u32::try_from(w.process_id).unwrap_or_default() });

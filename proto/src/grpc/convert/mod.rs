@@ -1,5 +1,40 @@
 //! Between the messages of the traits and those of the wire. What comes from the wire is checked.
 
+/// Conversions both ways between a message of the traits and one of the wire. `fields` pass as they are; what differs
+/// stands behind `to` (ours to the wire's) and `from`, or `try_from` where the wire may say what cannot be.
+macro_rules! same_fields {
+    ($ours:ty, $wire:ty, $m:ident => { $($field:ident),* $(,)? }) => {
+        same_fields!($ours, $wire, $m => { $($field),* } to {} from {});
+    };
+    ($ours:ty, $wire:ty, $m:ident => { $($field:ident),* $(,)? }
+     to { $($to:ident: $theirs:expr),* $(,)? } from { $($from:ident: $own:expr),* $(,)? }) => {
+        same_fields!(@to $ours, $wire, $m => { $($field),* } { $($to: $theirs),* });
+        impl From<$wire> for $ours {
+            fn from($m: $wire) -> Self {
+                Self { $($from: $own,)* $($field: $m.$field,)* }
+            }
+        }
+    };
+    ($ours:ty, $wire:ty, $m:ident => { $($field:ident),* $(,)? }
+     to { $($to:ident: $theirs:expr),* $(,)? } try_from { $($from:ident: $own:expr),* $(,)? }) => {
+        same_fields!(@to $ours, $wire, $m => { $($field),* } { $($to: $theirs),* });
+        impl TryFrom<$wire> for $ours {
+            type Error = ConvertError;
+
+            fn try_from($m: $wire) -> Result<Self, ConvertError> {
+                Ok(Self { $($from: $own,)* $($field: $m.$field,)* })
+            }
+        }
+    };
+    (@to $ours:ty, $wire:ty, $m:ident => { $($field:ident),* } { $($to:ident: $theirs:expr),* }) => {
+        impl From<$ours> for $wire {
+            fn from($m: $ours) -> Self {
+                Self { $($to: $theirs,)* $($field: $m.$field,)* }
+            }
+        }
+    };
+}
+
 mod common;
 mod control;
 mod reward;

@@ -4,97 +4,62 @@ use super::{ConvertError, required};
 use crate::grpc::v1;
 use crate::{Backbone, DistillSpec, PreferencePair, ScalarModelSpec, ScalarReport, ScalarRole};
 
-impl From<ScalarModelSpec> for v1::ScalarModelSpec {
-    fn from(spec: ScalarModelSpec) -> Self {
-        let role = match spec.role {
-            ScalarRole::Critic => v1::ScalarRole::Critic,
-            ScalarRole::RewardModel => v1::ScalarRole::RewardModel,
-        };
-        let backbone = match spec.backbone {
-            Backbone::Policy => v1::Backbone::Policy,
-            Backbone::RewardModel => v1::Backbone::RewardModel,
-            Backbone::Shared => v1::Backbone::Shared,
-        };
-        v1::ScalarModelSpec {
-            role: role.into(),
-            loss_json: spec.loss_json,
-            optimizer: Some(spec.optimizer.into()),
-            backbone: backbone.into(),
-            seed: spec.seed,
-        }
+fn role_to_wire(role: ScalarRole) -> v1::ScalarRole {
+    match role {
+        ScalarRole::Critic => v1::ScalarRole::Critic,
+        ScalarRole::RewardModel => v1::ScalarRole::RewardModel,
     }
 }
 
-impl TryFrom<v1::ScalarModelSpec> for ScalarModelSpec {
-    type Error = ConvertError;
-
-    fn try_from(spec: v1::ScalarModelSpec) -> Result<Self, ConvertError> {
-        let role = match v1::ScalarRole::try_from(spec.role) {
-            Ok(v1::ScalarRole::Critic) => ScalarRole::Critic,
-            Ok(v1::ScalarRole::RewardModel) => ScalarRole::RewardModel,
-            _ => return Err(ConvertError::new("role", "a role of ScalarRole", spec.role)),
-        };
-        let backbone = match v1::Backbone::try_from(spec.backbone) {
-            Ok(v1::Backbone::Policy) => Backbone::Policy,
-            Ok(v1::Backbone::RewardModel) => Backbone::RewardModel,
-            Ok(v1::Backbone::Shared) => Backbone::Shared,
-            _ => return Err(ConvertError::new("backbone", "a value of Backbone", spec.backbone)),
-        };
-        let optimizer = required(spec.optimizer, "optimizer")?.into();
-        Ok(ScalarModelSpec { role, loss_json: spec.loss_json, optimizer, backbone, seed: spec.seed })
+fn role_from_wire(role: i32) -> Result<ScalarRole, ConvertError> {
+    match v1::ScalarRole::try_from(role) {
+        Ok(v1::ScalarRole::Critic) => Ok(ScalarRole::Critic),
+        Ok(v1::ScalarRole::RewardModel) => Ok(ScalarRole::RewardModel),
+        _ => Err(ConvertError::new("role", "a role of ScalarRole", role)),
     }
 }
 
-impl From<ScalarReport> for v1::ScalarReport {
-    fn from(report: ScalarReport) -> Self {
-        v1::ScalarReport {
-            loss: report.loss,
-            grad_norm: report.grad_norm,
-            num_tokens: report.num_tokens,
-            metrics: super::metrics_to_wire(report.metrics),
-        }
+fn backbone_to_wire(backbone: Backbone) -> v1::Backbone {
+    match backbone {
+        Backbone::Policy => v1::Backbone::Policy,
+        Backbone::RewardModel => v1::Backbone::RewardModel,
+        Backbone::Shared => v1::Backbone::Shared,
     }
 }
 
-impl From<v1::ScalarReport> for ScalarReport {
-    fn from(report: v1::ScalarReport) -> Self {
-        ScalarReport {
-            loss: report.loss,
-            grad_norm: report.grad_norm,
-            num_tokens: report.num_tokens,
-            metrics: report.metrics.into_iter().map(|m| (m.name, m.value)).collect(),
-        }
+fn backbone_from_wire(backbone: i32) -> Result<Backbone, ConvertError> {
+    match v1::Backbone::try_from(backbone) {
+        Ok(v1::Backbone::Policy) => Ok(Backbone::Policy),
+        Ok(v1::Backbone::RewardModel) => Ok(Backbone::RewardModel),
+        Ok(v1::Backbone::Shared) => Ok(Backbone::Shared),
+        _ => Err(ConvertError::new("backbone", "a value of Backbone", backbone)),
     }
 }
 
-impl From<PreferencePair> for v1::PreferencePair {
-    fn from(pair: PreferencePair) -> Self {
-        v1::PreferencePair {
-            chosen: Some(pair.chosen.into()),
-            rejected: Some(pair.rejected.into()),
-            margin: pair.margin,
-        }
-    }
+same_fields!(ScalarModelSpec, v1::ScalarModelSpec, spec => { loss_json, seed }
+to {
+    role: role_to_wire(spec.role).into(),
+    optimizer: Some(spec.optimizer.into()),
+    backbone: backbone_to_wire(spec.backbone).into(),
 }
+try_from {
+    role: role_from_wire(spec.role)?,
+    optimizer: required(spec.optimizer, "optimizer")?.into(),
+    backbone: backbone_from_wire(spec.backbone)?,
+});
 
-impl TryFrom<v1::PreferencePair> for PreferencePair {
-    type Error = ConvertError;
+same_fields!(ScalarReport, v1::ScalarReport, report => { loss, grad_norm, num_tokens }
+    to { metrics: super::metrics_to_wire(report.metrics) }
+    from { metrics: report.metrics.into_iter().map(|m| (m.name, m.value)).collect() });
 
-    fn try_from(pair: v1::PreferencePair) -> Result<Self, ConvertError> {
-        let (chosen, rejected) = (required(pair.chosen, "chosen")?.into(), required(pair.rejected, "rejected")?.into());
-        Ok(PreferencePair { chosen, rejected, margin: pair.margin })
-    }
-}
+same_fields!(PreferencePair, v1::PreferencePair, pair => { margin }
+to { chosen: Some(pair.chosen.into()), rejected: Some(pair.rejected.into()) }
+try_from {
+    chosen: required(pair.chosen, "chosen")?.into(),
+    rejected: required(pair.rejected, "rejected")?.into(),
+});
 
-/// The wire carries text: a path that is not UTF-8 is carried with replacement characters, and not found.
-impl From<DistillSpec> for v1::DistillSpec {
-    fn from(spec: DistillSpec) -> Self {
-        v1::DistillSpec { teacher: spec.teacher.to_string_lossy().into_owned(), loss_json: spec.loss_json }
-    }
-}
-
-impl From<v1::DistillSpec> for DistillSpec {
-    fn from(spec: v1::DistillSpec) -> Self {
-        DistillSpec { teacher: spec.teacher.into(), loss_json: spec.loss_json }
-    }
-}
+// The wire carries text: a path that is not UTF-8 is carried with replacement characters, and not found.
+same_fields!(DistillSpec, v1::DistillSpec, spec => { loss_json }
+    to { teacher: spec.teacher.to_string_lossy().into_owned() }
+    from { teacher: spec.teacher.into() });

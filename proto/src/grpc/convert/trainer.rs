@@ -10,59 +10,21 @@ pub(crate) fn metrics_to_wire(metrics: BTreeMap<String, f64>) -> Vec<v1::Metric>
     metrics.into_iter().map(|(name, value)| v1::Metric { name, value }).collect()
 }
 
-impl From<OptimizerConfig> for v1::OptimizerConfig {
-    fn from(c: OptimizerConfig) -> Self {
-        v1::OptimizerConfig {
-            learning_rate: c.learning_rate,
-            beta1: c.beta1,
-            beta2: c.beta2,
-            eps: c.eps,
-            weight_decay: c.weight_decay,
-            max_grad_norm: c.max_grad_norm,
-        }
-    }
-}
+same_fields!(OptimizerConfig, v1::OptimizerConfig, c => {
+    learning_rate, beta1, beta2, eps, weight_decay, max_grad_norm
+});
 
-impl From<v1::OptimizerConfig> for OptimizerConfig {
-    fn from(c: v1::OptimizerConfig) -> Self {
-        OptimizerConfig {
-            learning_rate: c.learning_rate,
-            beta1: c.beta1,
-            beta2: c.beta2,
-            eps: c.eps,
-            weight_decay: c.weight_decay,
-            max_grad_norm: c.max_grad_norm,
-        }
-    }
+same_fields!(StageSpec, v1::StageSpec, spec => { name, objective_json, needs_reference, recompute_activations }
+to {
+    optimizer: Some(spec.optimizer.into()),
+    max_micro_batch_tokens: spec.max_micro_batch_tokens as u64,
 }
+try_from {
+    optimizer: required(spec.optimizer, "optimizer")?.into(),
+    max_micro_batch_tokens: count(spec.max_micro_batch_tokens, "max_micro_batch_tokens")?,
+});
 
-impl From<StageSpec> for v1::StageSpec {
-    fn from(spec: StageSpec) -> Self {
-        v1::StageSpec {
-            name: spec.name,
-            objective_json: spec.objective_json,
-            optimizer: Some(spec.optimizer.into()),
-            needs_reference: spec.needs_reference,
-            max_micro_batch_tokens: spec.max_micro_batch_tokens as u64,
-            recompute_activations: spec.recompute_activations,
-        }
-    }
-}
-
-impl TryFrom<v1::StageSpec> for StageSpec {
-    type Error = ConvertError;
-
-    fn try_from(spec: v1::StageSpec) -> Result<Self, ConvertError> {
-        Ok(StageSpec {
-            name: spec.name,
-            objective_json: spec.objective_json,
-            optimizer: required(spec.optimizer, "optimizer")?.into(),
-            needs_reference: spec.needs_reference,
-            max_micro_batch_tokens: count(spec.max_micro_batch_tokens, "max_micro_batch_tokens")?,
-            recompute_activations: spec.recompute_activations,
-        })
-    }
-}
+same_fields!(GlobalCounts, v1::GlobalCounts, g => { num_tokens, num_sequences, num_rows, loss_scale_factor });
 
 impl From<PolicyRole> for v1::PolicyRole {
     fn from(role: PolicyRole) -> Self {
@@ -84,57 +46,13 @@ impl v1::LogProbsHeader {
     }
 }
 
-impl From<TokenSequence> for v1::TokenSequence {
-    fn from(s: TokenSequence) -> Self {
-        v1::TokenSequence {
-            prompt_token_ids: s.prompt_token_ids,
-            response_token_ids: s.response_token_ids,
-            response_mask: s.response_mask,
-        }
-    }
-}
+same_fields!(TokenSequence, v1::TokenSequence, s => { prompt_token_ids, response_token_ids, response_mask });
 
-impl From<v1::TokenSequence> for TokenSequence {
-    fn from(s: v1::TokenSequence) -> Self {
-        TokenSequence {
-            prompt_token_ids: s.prompt_token_ids,
-            response_token_ids: s.response_token_ids,
-            response_mask: s.response_mask,
-        }
+same_fields!(TrainRow, v1::TrainRow, row => {
+        old_log_probs, rollout_log_probs, ref_log_probs, advantages, returns, values, rollout_weights
     }
-}
-
-impl From<TrainRow> for v1::TrainRow {
-    fn from(row: TrainRow) -> Self {
-        v1::TrainRow {
-            sequence: Some(row.sequence.into()),
-            old_log_probs: row.old_log_probs,
-            rollout_log_probs: row.rollout_log_probs,
-            ref_log_probs: row.ref_log_probs,
-            advantages: row.advantages,
-            returns: row.returns,
-            values: row.values,
-            rollout_weights: row.rollout_weights,
-        }
-    }
-}
-
-impl TryFrom<v1::TrainRow> for TrainRow {
-    type Error = ConvertError;
-
-    fn try_from(row: v1::TrainRow) -> Result<Self, ConvertError> {
-        Ok(TrainRow {
-            sequence: required(row.sequence, "row.sequence")?.into(),
-            old_log_probs: row.old_log_probs,
-            rollout_log_probs: row.rollout_log_probs,
-            ref_log_probs: row.ref_log_probs,
-            advantages: row.advantages,
-            returns: row.returns,
-            values: row.values,
-            rollout_weights: row.rollout_weights,
-        })
-    }
-}
+    to { sequence: Some(row.sequence.into()) }
+    try_from { sequence: required(row.sequence, "row.sequence")?.into() });
 
 /// Reads `header` parts and the rows that follow them.
 pub(crate) struct PartReader<H, R> {
@@ -168,14 +86,8 @@ impl MiniBatch {
     /// The batch as the parts of a stream.
     pub(crate) fn into_parts(self) -> impl Iterator<Item = v1::UpdateRequest> + Send {
         use v1::update_request::Part;
-        let g = self.global;
         let header = v1::UpdateHeader {
-            global: Some(v1::GlobalCounts {
-                num_tokens: g.num_tokens,
-                num_sequences: g.num_sequences,
-                num_rows: g.num_rows,
-                loss_scale_factor: g.loss_scale_factor,
-            }),
+            global: Some(self.global.into()),
             temperature: self.temperature,
             learning_rate: self.learning_rate,
         };
@@ -185,13 +97,7 @@ impl MiniBatch {
 
     /// The batch of a stream's header and rows.
     pub(crate) fn from_parts(header: &v1::UpdateHeader, rows: Vec<TrainRow>) -> Result<Self, ConvertError> {
-        let g = required(header.global, "header.global")?;
-        let global = GlobalCounts {
-            num_tokens: g.num_tokens,
-            num_sequences: g.num_sequences,
-            num_rows: g.num_rows,
-            loss_scale_factor: g.loss_scale_factor,
-        };
+        let global = required(header.global, "header.global")?.into();
         Ok(MiniBatch { rows, global, temperature: header.temperature, learning_rate: header.learning_rate })
     }
 }
