@@ -7,6 +7,14 @@
 //! both ends send keep-alives, so that a peer that is gone is found while nothing is said · messages are bounded on
 //! both ends, and what grows with a batch is streamed row by row · compute never runs on a worker of the runtime.
 
+/// A generated client or server that refuses messages above the limit of its [`TransportConfig`], both ways.
+macro_rules! limited {
+    ($end:expr, $config:expr) => {{
+        let limit = $config.max_message_bytes;
+        $end.max_decoding_message_size(limit).max_encoding_message_size(limit)
+    }};
+}
+
 mod channel;
 mod client;
 mod convert;

@@ -1,6 +1,5 @@
 //! A run in another process.
 
-use super::limited;
 use crate::grpc::v1::control_service_client::ControlServiceClient;
 use crate::grpc::{Endpoint, v1};
 use crate::{Changed, RunEvent, RunStatus, ServiceResult, Snapshot, WorkerStatus};
@@ -33,7 +32,7 @@ pub enum Verb {
 impl ControlClient {
     /// The run at `endpoint`.
     pub fn new(endpoint: Endpoint) -> Self {
-        let client = limited!(ControlServiceClient<Channel>, endpoint);
+        let client = limited!(ControlServiceClient::new(endpoint.channel()), endpoint.config());
         ControlClient { endpoint, client }
     }
 

@@ -1,6 +1,5 @@
 //! A reward worker in another process.
 
-use super::limited;
 use crate::grpc::channel::collect;
 use crate::grpc::v1::reward_service_client::RewardServiceClient;
 use crate::grpc::{Endpoint, v1};
@@ -18,7 +17,7 @@ pub struct RewardClient {
 impl RewardClient {
     /// The reward worker at `endpoint`.
     pub fn new(endpoint: Endpoint) -> Self {
-        let client = limited!(RewardServiceClient<Channel>, endpoint);
+        let client = limited!(RewardServiceClient::new(endpoint.channel()), endpoint.config());
         RewardClient { endpoint, client }
     }
 }

@@ -1,6 +1,5 @@
 //! A rollout engine in another process.
 
-use super::limited;
 use crate::grpc::convert::{version_from_wire, version_to_wire};
 use crate::grpc::v1::rollout_service_client::RolloutServiceClient;
 use crate::grpc::{Endpoint, v1};
@@ -25,7 +24,7 @@ pub struct RolloutClient {
 impl RolloutClient {
     /// The engine at `endpoint`.
     pub fn new(endpoint: Endpoint) -> Self {
-        let client = limited!(RolloutServiceClient<Channel>, endpoint);
+        let client = limited!(RolloutServiceClient::new(endpoint.channel()), endpoint.config());
         RolloutClient { endpoint, client, last_stats: Mutex::default() }
     }
 

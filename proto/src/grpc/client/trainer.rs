@@ -1,6 +1,5 @@
 //! A trainer rank in another process.
 
-use super::limited;
 use crate::grpc::channel::collect;
 use crate::grpc::convert::{ConvertError, PartReader, required, version_from_wire, version_to_wire};
 use crate::grpc::v1::trainer_service_client::TrainerServiceClient;
@@ -27,7 +26,7 @@ pub struct TrainerClient {
 impl TrainerClient {
     /// The trainer at `endpoint`.
     pub fn new(endpoint: Endpoint) -> Self {
-        let client = limited!(TrainerServiceClient<Channel>, endpoint);
+        let client = limited!(TrainerServiceClient::new(endpoint.channel()), endpoint.config());
         TrainerClient { endpoint, client, last_version: Mutex::default() }
     }
 

@@ -1,6 +1,5 @@
 //! Weights held by another process.
 
-use super::limited;
 use crate::grpc::convert::{version_from_wire, version_to_wire};
 use crate::grpc::v1::weight_service_client::WeightServiceClient;
 use crate::grpc::{Endpoint, v1};
@@ -19,7 +18,7 @@ pub struct WeightClient {
 impl WeightClient {
     /// The holder of weights at `endpoint`.
     pub fn new(endpoint: Endpoint) -> Self {
-        let client = limited!(WeightServiceClient<Channel>, endpoint);
+        let client = limited!(WeightServiceClient::new(endpoint.channel()), endpoint.config());
         WeightClient { endpoint, client }
     }
 }

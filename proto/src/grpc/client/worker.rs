@@ -1,6 +1,5 @@
 //! The controller, as a worker sees it.
 
-use super::limited;
 use crate::grpc::convert::version_to_wire;
 use crate::grpc::v1::worker_service_client::WorkerServiceClient;
 use crate::grpc::{Endpoint, v1};
@@ -18,7 +17,7 @@ pub struct WorkerRegistryClient {
 impl WorkerRegistryClient {
     /// The controller at `endpoint`.
     pub fn new(endpoint: Endpoint) -> Self {
-        let client = limited!(WorkerServiceClient<Channel>, endpoint);
+        let client = limited!(WorkerServiceClient::new(endpoint.channel()), endpoint.config());
         WorkerRegistryClient { endpoint, client }
     }
 }

@@ -16,10 +16,7 @@ pub struct RewardServer {
 impl RewardServer {
     /// The generated service over `service`.
     pub fn service(service: Arc<dyn RewardService>, config: &TransportConfig) -> RewardServiceServer<Self> {
-        let limit = config.max_message_bytes;
-        RewardServiceServer::new(RewardServer { service })
-            .max_decoding_message_size(limit)
-            .max_encoding_message_size(limit)
+        limited!(RewardServiceServer::new(RewardServer { service }), config)
     }
 }
 

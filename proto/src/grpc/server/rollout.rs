@@ -18,10 +18,7 @@ pub struct RolloutServer {
 impl RolloutServer {
     /// The generated service over `service`.
     pub fn service(service: Arc<dyn RolloutService>, config: &TransportConfig) -> RolloutServiceServer<Self> {
-        let limit = config.max_message_bytes;
-        RolloutServiceServer::new(RolloutServer { service })
-            .max_decoding_message_size(limit)
-            .max_encoding_message_size(limit)
+        limited!(RolloutServiceServer::new(RolloutServer { service }), config)
     }
 }
 

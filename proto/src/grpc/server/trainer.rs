@@ -18,10 +18,7 @@ pub struct TrainerServer {
 impl TrainerServer {
     /// The generated service over `service`.
     pub fn service(service: Arc<dyn TrainerService>, config: &TransportConfig) -> TrainerServiceServer<Self> {
-        let limit = config.max_message_bytes;
-        TrainerServiceServer::new(TrainerServer { service })
-            .max_decoding_message_size(limit)
-            .max_encoding_message_size(limit)
+        limited!(TrainerServiceServer::new(TrainerServer { service }), config)
     }
 
     async fn call<T: Send + 'static>(

@@ -26,10 +26,7 @@ pub struct WeightServer {
 impl WeightServer {
     /// The generated service over `service`.
     pub fn service(service: Arc<dyn WeightService>, config: &TransportConfig) -> WeightServiceServer<Self> {
-        let limit = config.max_message_bytes;
-        WeightServiceServer::new(WeightServer { service })
-            .max_decoding_message_size(limit)
-            .max_encoding_message_size(limit)
+        limited!(WeightServiceServer::new(WeightServer { service }), config)
     }
 }
 
