@@ -2,7 +2,6 @@
 
 use crate::ServiceResult;
 use std::time::Duration;
-use temper_types::PolicyVersion;
 
 /// What a worker process does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -80,11 +79,11 @@ pub trait WorkerRegistry: Send + Sync {
     /// # Errors
     /// `InvalidArgument` for another build or a role that is not wanted, `Unavailable` where it may ask again later.
     fn register(&self, hello: WorkerHello) -> ServiceResult<Assignment>;
-    /// A worker serves from now on; `version` is what an engine or trainer holds.
+    /// A worker serves from now on.
     ///
     /// # Errors
     /// `Cancelled` where this life is fenced.
-    fn ready(&self, id: &WorkerId, version: PolicyVersion) -> ServiceResult<()>;
+    fn ready(&self, id: &WorkerId) -> ServiceResult<()>;
     /// Collective addresses of all trainer ranks, in the order of the ranks.
     ///
     /// # Errors

@@ -159,11 +159,6 @@ impl<S: RolloutService> SyncedRolloutService<S> {
     pub fn new(engine: S, receiver: WeightReceiver) -> Self {
         SyncedRolloutService { engine, receiver }
     }
-
-    /// The version that is served.
-    pub fn version(&self) -> PolicyVersion {
-        self.receiver.version()
-    }
 }
 
 impl<S: RolloutService> RolloutService for SyncedRolloutService<S> {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use temper_proto::{Assignment, ServiceError, ServiceResult, WorkerHello, WorkerId, WorkerRegistry, WorkerRole};
-use temper_types::{ErrorCode, PolicyVersion};
+use temper_types::ErrorCode;
 
 /// What every worker of a run is told.
 #[derive(Debug, Clone)]
@@ -229,7 +229,7 @@ impl WorkerRegistry for Hub {
         Ok(Assignment { id, lease: self.lease, recipe, model_dir, run_dir, rank, world, weight_sources })
     }
 
-    fn ready(&self, id: &WorkerId, _version: PolicyVersion) -> ServiceResult<()> {
+    fn ready(&self, id: &WorkerId) -> ServiceResult<()> {
         let mut state = self.lock();
         let member = state.live(id, "ready")?;
         member.standing = Standing::Ready;
@@ -294,7 +294,7 @@ mod tests {
     fn trainers(hub: &Hub) -> Vec<WorkerId> {
         let join = |name| hub.register(hello(WorkerRole::Trainer, name)).unwrap().id;
         let ids = vec![join("trainer-0"), join("trainer-1")];
-        ids.iter().for_each(|id| hub.ready(id, PolicyVersion::default()).unwrap());
+        ids.iter().for_each(|id| hub.ready(id).unwrap());
         ids
     }
 

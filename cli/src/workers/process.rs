@@ -103,12 +103,12 @@ fn live(options: &ServeOptions, listener: &TcpListener) -> Result<(), Ended> {
     let assignment = retrying(|| registry.register(hello.clone()))?;
     let beats = Heartbeats::start(Arc::clone(&registry), &assignment)?;
     let joined = Joined { runtime: &runtime, registry: &registry, assignment: &assignment, ranks: &ranks };
-    let (services, version) = joined.build(options.role)?;
+    let services = joined.build(options.role)?;
     let config = TransportConfig::default();
     let services = services.of_life(assignment.id.incarnation);
     let server = serve(&runtime, listener.try_clone()?, services, config).context("serving")?;
     tracing::info!(worker = assignment.id.name, address = %server.address(), "serving");
-    registry.ready(&assignment.id, version)?;
+    registry.ready(&assignment.id)?;
     beats.wait().map_err(Ended::Lost)
 }
 
@@ -209,14 +209,13 @@ struct Joined<'a> {
 }
 
 impl Joined<'_> {
-    fn build(&self, role: WorkerRole) -> anyhow::Result<(ServedServices, PolicyVersion)> {
+    fn build(&self, role: WorkerRole) -> anyhow::Result<ServedServices> {
         let setting = Setting::of(self.assignment)?;
         let config = TransportConfig::default();
         match role {
             WorkerRole::Rollout => {
                 let engine = self.rollout(&setting)?;
-                let version = engine.version();
-                Ok((ServedServices::new().with(RolloutServer::service(Arc::new(engine), &config)), version))
+                Ok(ServedServices::new().with(RolloutServer::service(Arc::new(engine), &config)))
             }
             WorkerRole::Reward => {
                 // Every rank holds the reward model that a stage trains; scores are a call to all of them.
@@ -226,17 +225,13 @@ impl Joined<'_> {
                 let Setting { recipe, model_dir, device, dtype } = &setting;
                 let models = RewardModels { trainer, device, policy_dir: model_dir, dtype: *dtype };
                 let service = Arc::new(models.reward_service(recipe)?);
-                let services = ServedServices::new().with(RewardServer::service(service, &config));
-                Ok((services, PolicyVersion::default()))
+                Ok(ServedServices::new().with(RewardServer::service(service, &config)))
             }
             WorkerRole::Trainer => {
-                let trainer = self.trainer(&setting)?;
-                let version = trainer.version();
-                let service = Arc::new(LocalTrainerService::new(trainer));
-                let services = ServedServices::new()
+                let service = Arc::new(LocalTrainerService::new(self.trainer(&setting)?));
+                Ok(ServedServices::new()
                     .with(TrainerServer::service(service.clone(), &config))
-                    .with(WeightServer::service(service, &config));
-                Ok((services, version))
+                    .with(WeightServer::service(service, &config)))
             }
         }
     }

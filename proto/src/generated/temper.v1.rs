@@ -4600,9 +4600,6 @@ pub struct ReadyRequest {
     pub name: ::prost::alloc::string::String,
     #[prost(uint64, tag = "2")]
     pub incarnation: u64,
-    /// What it holds, hashed by itself.
-    #[prost(message, optional, tag = "3")]
-    pub version: ::core::option::Option<PolicyVersion>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RanksRequest {

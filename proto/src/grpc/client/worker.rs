@@ -1,10 +1,8 @@
 //! The controller, as a worker sees it.
 
-use crate::grpc::convert::version_to_wire;
 use crate::grpc::v1::worker_service_client::WorkerServiceClient;
 use crate::grpc::{Endpoint, v1};
 use crate::{Assignment, ServiceResult, WorkerHello, WorkerId, WorkerRegistry};
-use temper_types::PolicyVersion;
 use tonic::transport::Channel;
 
 /// [`WorkerRegistry`] of a controller in another process.
@@ -31,13 +29,9 @@ impl WorkerRegistry for WorkerRegistryClient {
         Ok(answer.into_inner().into())
     }
 
-    fn ready(&self, id: &WorkerId, version: PolicyVersion) -> ServiceResult<()> {
+    fn ready(&self, id: &WorkerId) -> ServiceResult<()> {
         let mut client = self.client.clone();
-        let message = v1::ReadyRequest {
-            name: id.name.clone(),
-            incarnation: id.incarnation,
-            version: Some(version_to_wire(version)),
-        };
+        let message = v1::ReadyRequest { name: id.name.clone(), incarnation: id.incarnation };
         let call = ("ready", self.endpoint.config().call_timeout);
         self.endpoint.call(call, message, |r| async move { client.ready(r).await })?;
         Ok(())

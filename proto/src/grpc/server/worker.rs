@@ -1,7 +1,6 @@
 //! The controller's registry, for its workers.
 
 use super::{blocking, empty, refused};
-use crate::grpc::convert::version_from_wire;
 use crate::grpc::v1;
 use crate::grpc::v1::worker_service_server::{WorkerService as Wire, WorkerServiceServer};
 use crate::{WorkerHello, WorkerId, WorkerRegistry};
@@ -32,10 +31,9 @@ impl Wire for WorkerRegistryServer {
 
     async fn ready(&self, request: Request<v1::ReadyRequest>) -> Result<Response<v1::Empty>, Status> {
         let request = request.into_inner();
-        let version = version_from_wire(request.version).map_err(refused)?;
         let id = WorkerId { name: request.name, incarnation: request.incarnation };
         let registry = Arc::clone(&self.registry);
-        blocking(move || registry.ready(&id, version)).await?;
+        blocking(move || registry.ready(&id)).await?;
         Ok(empty())
     }
 
