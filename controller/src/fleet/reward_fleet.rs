@@ -51,14 +51,8 @@ impl FleetReward {
     /// # Errors
     /// `ResourceExhausted` where the system refuses a thread.
     pub fn join(&self, name: &str, service: Arc<dyn RewardService>) -> ServiceResult<u64> {
-        let origin = self.shared.admit(name, Arc::clone(&service));
         let shared = Arc::clone(&self.shared);
-        let serve = move || run(&shared, origin, service.as_ref());
-        if let Err(error) = std::thread::Builder::new().name(format!("fleet {name}")).spawn(serve) {
-            self.shared.failed(origin, &error);
-            return Err(self.shared.error(ErrorCode::ResourceExhausted, "join", error));
-        }
-        Ok(origin.incarnation)
+        self.shared.enlist(name, service, move |origin, service| run(&shared, origin, service.as_ref()))
     }
 
     /// Let a worker go; what it has is issued again.

@@ -62,14 +62,10 @@ impl FleetRollout {
     /// # Errors
     /// `ResourceExhausted` where the system refuses a thread.
     pub fn join(&self, name: &str, service: Arc<dyn RolloutService>) -> ServiceResult<u64> {
-        let origin = self.shared.admit(name, Arc::clone(&service));
         let shared = Arc::clone(&self.shared);
-        let serve = move || Server { shared, origin, service, open: BTreeSet::new(), known: BTreeMap::new() }.run();
-        if let Err(error) = std::thread::Builder::new().name(format!("fleet {name}")).spawn(serve) {
-            self.shared.failed(origin, &error);
-            return Err(self.shared.error(ErrorCode::ResourceExhausted, "join", error));
-        }
-        Ok(origin.incarnation)
+        self.shared.enlist(name, service, move |origin, service| {
+            Server { shared, origin, service, open: BTreeSet::new(), known: BTreeMap::new() }.run();
+        })
     }
 
     /// Let a worker go; what it has is issued again.

@@ -220,8 +220,28 @@ impl<S: ?Sized + Send + Sync + 'static, D: Desk> Shared<S, D> {
         tracing::warn!(worker = member.name, incarnation = origin.incarnation, error, "a worker is lost");
     }
 
-    /// Take in a worker, or a new life of one.
-    pub(super) fn admit(&self, name: &str, service: Arc<S>) -> Origin {
+    /// Take in a worker, or a new life of one, with a thread that serves it. Gives the number of the life.
+    ///
+    /// # Errors
+    /// `ResourceExhausted` where the system refuses a thread.
+    pub(super) fn enlist(
+        &self,
+        name: &str,
+        service: Arc<S>,
+        serve: impl FnOnce(Origin, Arc<S>) + Send + 'static,
+    ) -> ServiceResult<u64> {
+        let origin = self.admit(name, Arc::clone(&service));
+        let thread = std::thread::Builder::new().name(format!("fleet {name}"));
+        match thread.spawn(move || serve(origin, service)) {
+            Ok(_) => Ok(origin.incarnation),
+            Err(error) => {
+                self.failed(origin, &error);
+                Err(self.error(ErrorCode::ResourceExhausted, "join", error))
+            }
+        }
+    }
+
+    fn admit(&self, name: &str, service: Arc<S>) -> Origin {
         let mut state = self.lock();
         let fresh = WorkerId(state.ids.len() as u32);
         let id = *state.ids.entry(name.to_owned()).or_insert(fresh);
