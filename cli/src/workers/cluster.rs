@@ -151,14 +151,10 @@ impl Cluster {
     /// As [`Cluster::wait`].
     pub fn recover(&self) -> anyhow::Result<Arc<dyn TrainerService>> {
         *self.fleets.lock().unwrap_or_else(PoisonError::into_inner) = Fleets::new();
-        for member in self.hub.members() {
-            // Ranks that lost one of them cannot go on together.
-            let stays = member.hello.role == WorkerRole::Trainer && self.wanted[0].1 == 1;
-            if !stays && member.standing != Standing::Lost {
-                self.hub.lose(&member.id.name, SENT_AWAY);
-                self.children.iter().for_each(|children| children.killer().kill(&member.id.name));
-            }
-        }
+        let killer = self.children.as_ref().map(Children::killer);
+        // Ranks that lost one of them cannot go on together.
+        let stays = |member: &Member| member.hello.role == WorkerRole::Trainer && self.wanted[0].1 == 1;
+        send_away(&self.hub, killer.as_ref(), |member| !stays(member));
         let deadline = Instant::now() + START_TIMEOUT;
         loop {
             self.wait()?;
@@ -240,6 +236,14 @@ fn live(workers: &[WorkerStatus]) -> usize {
     workers.iter().filter(|w| !matches!(w.phase, WorkerPhase::Lost(_))).count()
 }
 
+/// Let workers go that did nothing wrong; those that were started here are killed, and started again.
+fn send_away(hub: &Hub, killer: Option<&Killer>, is_meant: impl Fn(&Member) -> bool) {
+    for member in hub.members().iter().filter(|m| m.standing != Standing::Lost && is_meant(m)) {
+        hub.lose(&member.id.name, SENT_AWAY);
+        killer.into_iter().for_each(|killer| killer.kill(&member.id.name));
+    }
+}
+
 /// Connects to workers as they come, and lets them go as they end.
 struct Joiner {
     hub: Arc<Hub>,
@@ -286,11 +290,8 @@ impl Joiner {
         if lost.cause == SENT_AWAY {
             return;
         }
-        let others = self.hub.members().into_iter().filter(|m| m.hello.role == WorkerRole::Trainer);
-        for member in others.filter(|m| m.id.name != lost.id.name && m.standing != Standing::Lost) {
-            self.hub.lose(&member.id.name, SENT_AWAY);
-            self.killer.iter().for_each(|killer| killer.kill(&member.id.name));
-        }
+        let is_other_rank = |m: &Member| m.hello.role == WorkerRole::Trainer && m.id.name != lost.id.name;
+        send_away(&self.hub, self.killer.as_ref(), is_other_rank);
     }
 
     fn leave(&self, member: &Member) {
