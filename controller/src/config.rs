@@ -192,6 +192,30 @@ impl Stage {
         }
     }
 
+    /// Optimizer of the policy, or of what the stage trains in its place.
+    pub fn optimizer(&self) -> &OptimizerConfig {
+        match self {
+            Stage::Sft(stage) => &stage.optimizer,
+            Stage::Policy(stage) => &stage.optimizer,
+            Stage::RewardModel(stage) => &stage.optimizer,
+            Stage::Preference(stage) => &stage.optimizer,
+            Stage::OnlinePreference(stage) => &stage.policy.optimizer,
+            Stage::Distill(stage) => &stage.optimizer,
+        }
+    }
+
+    /// The same, to change.
+    pub fn optimizer_mut(&mut self) -> &mut OptimizerConfig {
+        match self {
+            Stage::Sft(stage) => &mut stage.optimizer,
+            Stage::Policy(stage) => &mut stage.optimizer,
+            Stage::RewardModel(stage) => &mut stage.optimizer,
+            Stage::Preference(stage) => &mut stage.optimizer,
+            Stage::OnlinePreference(stage) => &mut stage.policy.optimizer,
+            Stage::Distill(stage) => &mut stage.optimizer,
+        }
+    }
+
     /// Check everything that needs no data; `key` is the stage's place in the recipe.
     ///
     /// # Errors

@@ -344,25 +344,23 @@ impl Controller {
 }
 
 fn stage_spec(stage: &Stage) -> StageSpec {
-    let (objective, optimizer, needs_reference, memory) = match stage {
-        Stage::Sft(s) => (Objective::Sft(s.loss_type), &s.optimizer, false, &s.memory),
+    let (objective, needs_reference, memory) = match stage {
+        Stage::Sft(s) => (Objective::Sft(s.loss_type), false, &s.memory),
         Stage::Policy(s) => {
             let plan = s.algorithm.plan();
-            (Objective::Policy(s.algorithm.policy_loss.clone()), &s.optimizer, plan.ref_log_probs, &s.memory)
+            (Objective::Policy(s.algorithm.policy_loss.clone()), plan.ref_log_probs, &s.memory)
         }
         // The policy stays as it is; the loss of the reward model goes with its own message.
-        Stage::RewardModel(s) => (Objective::Sft(SftLossType::Nll), &s.optimizer, false, &s.memory),
+        Stage::RewardModel(s) => (Objective::Sft(SftLossType::Nll), false, &s.memory),
         // The loss goes with the teacher's message.
-        Stage::Distill(s) => (Objective::Sft(SftLossType::Nll), &s.optimizer, false, &s.memory),
-        Stage::Preference(s) => (s.objective.clone(), &s.optimizer, s.objective.needs_reference(), &s.memory),
-        Stage::OnlinePreference(s) => {
-            (s.objective.clone(), &s.policy.optimizer, s.objective.needs_reference(), &s.policy.memory)
-        }
+        Stage::Distill(s) => (Objective::Sft(SftLossType::Nll), false, &s.memory),
+        Stage::Preference(s) => (s.objective.clone(), s.objective.needs_reference(), &s.memory),
+        Stage::OnlinePreference(s) => (s.objective.clone(), s.objective.needs_reference(), &s.policy.memory),
     };
     StageSpec {
         name: stage.name().to_owned(),
         objective_json: serde_json::to_string(&objective).expect("an objective is plain data"),
-        optimizer: optimizer.clone(),
+        optimizer: stage.optimizer().clone(),
         needs_reference,
         max_micro_batch_tokens: memory.max_micro_batch_tokens,
         recompute_activations: memory.recompute_activations,

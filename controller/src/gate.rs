@@ -57,8 +57,7 @@ impl Controller {
     /// What can be changed in a stage, with the values that its next step has.
     fn settings(&self, stage: &Stage) -> BTreeMap<String, f64> {
         let mut settings = BTreeMap::new();
-        let mut copy = stage.clone();
-        settings.insert(LEARNING_RATE.to_owned(), *learning_rate(&mut copy));
+        settings.insert(LEARNING_RATE.to_owned(), stage.optimizer().learning_rate);
         if let Stage::Policy(policy) = stage {
             settings.insert(TEMPERATURE.to_owned(), f64::from(policy.sampling.temperature));
             if let (true, Some(coef)) = (policy.algorithm.kl_in_reward.use_kl_in_reward, self.state.kl_coef) {
@@ -82,22 +81,11 @@ impl Controller {
     fn adjusted(&self, mut stage: Stage) -> Stage {
         let value = |key: &str| self.state.settings.get(key).and_then(|text| text.parse::<f64>().ok());
         if let Some(rate) = value(LEARNING_RATE) {
-            *learning_rate(&mut stage) = rate;
+            stage.optimizer_mut().learning_rate = rate;
         }
         if let (Some(temperature), Stage::Policy(policy)) = (value(TEMPERATURE), &mut stage) {
             policy.sampling.temperature = temperature as f32;
         }
         stage
-    }
-}
-
-fn learning_rate(stage: &mut Stage) -> &mut f64 {
-    match stage {
-        Stage::Sft(s) => &mut s.optimizer.learning_rate,
-        Stage::Policy(s) => &mut s.optimizer.learning_rate,
-        Stage::RewardModel(s) => &mut s.optimizer.learning_rate,
-        Stage::Preference(s) => &mut s.optimizer.learning_rate,
-        Stage::OnlinePreference(s) => &mut s.policy.optimizer.learning_rate,
-        Stage::Distill(s) => &mut s.optimizer.learning_rate,
     }
 }
