@@ -1,6 +1,6 @@
 //! Memory aligned to cache lines, on huge pages where it is large.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
@@ -32,9 +32,12 @@ impl<T: Zeroable> AlignedVec<T> {
         }
         let layout = Self::layout(len);
         // SAFETY: the layout has a non-zero size.
-        let raw = unsafe { alloc_zeroed(layout) };
+        let raw = unsafe { alloc(layout) };
         let Some(ptr) = NonNull::new(raw.cast::<T>()) else { handle_alloc_error(layout) };
+        // Before the first touch: pages that are there stay small.
         advise_huge_pages(raw, layout.size());
+        // SAFETY: the memory is valid for the layout's size.
+        unsafe { raw.write_bytes(0, layout.size()) }
         AlignedVec { ptr, len }
     }
 
