@@ -18,6 +18,7 @@ mod division;
 mod error;
 mod exchange;
 mod group;
+mod loss;
 mod memory;
 mod micro_batch;
 mod non_finite;

@@ -3,7 +3,8 @@
 use crate::distill::Distiller;
 use crate::division::{divide, spread};
 use crate::exchange::{Own, add_up, merge_metrics, metric_numbers, own_rows, own_sequences};
-use crate::micro_batch::{Columns, check, train_batch};
+use crate::loss::{BlockLoss, PolicyStats, evaluate, pick_gradients, slice_gradients};
+use crate::micro_batch::{check, train_batch};
 use crate::non_finite::{Place, keep_batch};
 use crate::optimizer::StepSize;
 use crate::reference::Reference;
@@ -17,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use temper_actor::weights_io::WriteOptions;
 use temper_actor::{ModelConfig, OutputGrads, PackedPolicy, Recompute, TrainArena};
-use temper_algos::{GlobalCounts, LossMetrics, Objective, ObjectiveInput, ObjectiveOutput, Scope, TokenBatch, widen};
+use temper_algos::{GlobalCounts, LossMetrics, Objective, ObjectiveOutput, Scope};
 use temper_collective::Counts;
 use temper_proto::{
     LogProbs, MiniBatch, OptimizerConfig, PolicyRole, StageSpec, TokenSequence, TrainRow, UpdateReport,
@@ -75,11 +76,13 @@ struct PolicySums {
     log_probs: Vec<Vec<f32>>,
 }
 
-/// Gradient of one micro-batch's outputs.
-#[derive(Debug, Default)]
-struct OutputGradients {
-    d_log_probs: Vec<f32>,
-    d_entropies: Vec<f32>,
+impl PolicySums {
+    /// Add the rows of a micro-batch with its own share of the loss.
+    fn add(&mut self, rows: &[TrainRow], log_probs: &[f32], out: &ObjectiveOutput) {
+        self.log_probs.extend(unpack(rows.iter().map(|row| &row.sequence), log_probs));
+        self.loss += out.loss;
+        self.metrics.merge(&out.metrics);
+    }
 }
 
 impl Trainer {
@@ -329,6 +332,16 @@ impl Trainer {
         let policy = shared.read().unwrap_or_else(PoisonError::into_inner);
         let train = train_batch(rows.iter().map(|row| &row.sequence));
         let tape = policy.train_forward(&train, stage.recompute, &mut self.arena);
+        if stage.objective.scope() == Scope::Token && self.shared_head.is_none() {
+            let mut loss = BlockLoss::new(&stage.objective, rows, global_counts(batch));
+            let mut pass = Pass::new((&*self.device, self.ranks.as_ref()), &self.weights.masters, grads);
+            let stats =
+                policy.train_backward(tape, batch.temperature, &mut |tokens, said| loss.take(tokens, said), &mut pass);
+            pass.finish()?;
+            let out = loss.finish().map_err(|error| error.in_rows(places))?;
+            sums.add(rows, &stats.log_probs, &out);
+            return Ok(());
+        }
         let stats = policy.log_probs(&tape, batch.temperature);
         sums.log_probs.extend(unpack(rows.iter().map(|row| &row.sequence), &stats.log_probs));
         let gradients = match whole {
@@ -503,36 +516,6 @@ pub(crate) fn global_counts(batch: &MiniBatch) -> GlobalCounts {
     }
 }
 
-/// What the policy says of response tokens, end to end.
-#[derive(Debug, Clone, Copy)]
-struct PolicyStats<'a> {
-    log_probs: &'a [f32],
-    entropies: &'a [f32],
-    sum_pi_squared: &'a [f32],
-}
-
-fn evaluate(
-    objective: &Objective,
-    rows: &[TrainRow],
-    says: PolicyStats<'_>,
-    counts: &GlobalCounts,
-) -> Result<ObjectiveOutput, Error> {
-    let (log_probs, entropies) = (widen(says.log_probs), widen(says.entropies));
-    let columns = Columns::gather(rows, &log_probs)?;
-    let input = ObjectiveInput {
-        batch: TokenBatch::new(&columns.offsets, &columns.response_mask)?,
-        log_probs: &log_probs,
-        entropies: &entropies,
-        old_log_probs: &columns.old_log_probs,
-        ref_log_probs: Some(&columns.ref_log_probs[..]).filter(|v| !v.is_empty()),
-        advantages: &columns.advantages,
-        rollout_is_weights: Some(&columns.rollout_weights[..]).filter(|v| !v.is_empty()),
-        rollout_log_probs: Some(&columns.rollout_log_probs[..]).filter(|v| !v.is_empty()),
-        sum_pi_squared: Some(&widen(says.sum_pi_squared)[..]),
-    };
-    Ok(objective.evaluate(&input, counts)?)
-}
-
 /// Every row's numbers, of which this rank has those of its own rows.
 fn share_rows(ranks: &Ranks, sequences: &[TokenSequence], rows: &mut [Vec<f32>]) -> Result<(), Error> {
     let own: Vec<f64> = rows.iter().flatten().map(|x| f64::from(*x)).collect();
@@ -547,30 +530,6 @@ fn share_rows(ranks: &Ranks, sequences: &[TokenSequence], rows: &mut [Vec<f32>])
         }
     }
     Ok(())
-}
-
-/// The gradients of some rows out of those of a whole mini-batch.
-fn pick_gradients(out: &ObjectiveOutput, rows: &[TrainRow], places: &[usize]) -> OutputGradients {
-    let mut starts = Vec::with_capacity(rows.len());
-    let mut end = 0;
-    for row in rows {
-        starts.push(end);
-        end += row.sequence.response_token_ids.len();
-    }
-    let mut picked = OutputGradients::default();
-    for place in places {
-        let start = starts[*place];
-        let one = slice_gradients(out, start..start + rows[*place].sequence.response_token_ids.len());
-        picked.d_log_probs.extend(one.d_log_probs);
-        picked.d_entropies.extend(one.d_entropies);
-    }
-    picked
-}
-
-fn slice_gradients(out: &ObjectiveOutput, tokens: Range<usize>) -> OutputGradients {
-    let narrow = |values: &[f64]| values.iter().map(|v| *v as f32).collect();
-    let d_entropies = if out.d_entropies.is_empty() { &[][..] } else { &out.d_entropies[tokens.clone()] };
-    OutputGradients { d_log_probs: narrow(&out.d_log_probs[tokens]), d_entropies: narrow(d_entropies) }
 }
 
 fn name_metrics(report: &mut UpdateReport, metrics: &LossMetrics) {

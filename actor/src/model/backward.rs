@@ -9,7 +9,7 @@ use super::params::{ParamStore, Unit};
 use super::train::Tape;
 use super::units::{BackwardUnits, WholeUnits};
 use std::ops::Range;
-use temper_tensor::{LmHeadGrad, NormGrad};
+use temper_tensor::{LmHeadGrad, LmHeadTrain, NormGrad, RowLoss, TokenStats};
 
 /// d loss / d output, one number per target row of the batch.
 #[derive(Debug, Clone, Copy)]
@@ -39,6 +39,15 @@ impl OutputGrads<'_> {
             OutputGrads::Values { d_values } => zero(d_values),
         }
     }
+}
+
+/// What a head's backward leaves for the layers below it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Below {
+    /// Gradients of the target rows' hidden state.
+    Gradients,
+    /// Nothing: they are all zero.
+    Nothing,
 }
 
 impl PackedPolicy {
@@ -80,20 +89,60 @@ impl PackedPolicy {
             self.dev.read(arena.targets.d_hidden.view(len), &mut sum);
             sum.iter_mut().zip(d_hidden).for_each(|(own, beside)| *own += beside);
             self.dev.write(arena.targets.d_hidden.view_mut(len), &sum);
+            Below::Gradients
         });
     }
 
-    /// Everything below a head; `head` writes the gradient of the target rows' hidden state and adds its weight's.
+    /// [`PackedPolicy::log_probs`], a loss, and [`PackedPolicy::backward_units`] with its gradients in one, which
+    /// computes every logit once: for losses whose gradient at a target row depends on no other row's output. `loss` is
+    /// given ranges of target rows, ascending, and what the policy says of them. Rows of zero gradients take no part.
+    ///
+    /// # Panics
+    /// As [`PackedPolicy::log_probs`] and [`PackedPolicy::backward`].
+    pub fn train_backward(
+        &self,
+        tape: Tape<'_>,
+        temperature: f32,
+        loss: &mut RowLoss<'_>,
+        units: &mut dyn BackwardUnits,
+    ) -> TokenStats {
+        let mut stats = TokenStats::default();
+        self.backward_through(tape, units, |batch, arena, units| {
+            let mut below = Below::Nothing;
+            let len = batch.num_targets() * self.dims.model;
+            let mut d_hidden = std::mem::take(&mut arena.targets.d_hidden);
+            let (unit, range) = self.lm_head_place();
+            let forward = self.target_head(batch, arena, temperature);
+            let (masters, grads) = units.open(unit);
+            let args = LmHeadTrain { forward, weight: masters.view(range) };
+            let mut watched = |rows: Range<usize>, said: &TokenStats| {
+                let grads = loss(rows, said);
+                if grads.d_log_probs.iter().chain(&grads.d_entropies).any(|d| *d != 0.0) {
+                    below = Below::Gradients;
+                }
+                grads
+            };
+            stats = self.dev.lm_head_train(args, &mut watched, d_hidden.view_mut(len), grads.view_mut(range));
+            arena.targets.d_hidden = d_hidden;
+            below
+        });
+        stats
+    }
+
+    /// A head and everything below it; `head` writes the gradient of the target rows' hidden state and adds its
+    /// weight's.
     pub(super) fn backward_through(
         &self,
         tape: Tape<'_>,
         units: &mut dyn BackwardUnits,
-        head: impl FnOnce(&TrainBatch, &mut TrainArena, &mut dyn BackwardUnits),
+        head: impl FnOnce(&TrainBatch, &mut TrainArena, &mut dyn BackwardUnits) -> Below,
     ) {
         let Tape { arena, batch, sequences, recompute } = tape;
         let (dev, t, d) = (&*self.dev, batch.num_rows(), batch.num_rows() * self.dims.model);
         arena.reserve_grads(self, t, batch.num_targets());
-        head(batch, arena, units);
+        if head(batch, arena, units) == Below::Nothing {
+            return self.visit_below_head(units);
+        }
         self.final_norm_backward(batch, arena, units.grad(self.layout.final_unit()));
         units.close(self.layout.final_unit());
         let lists = sequences.lists(batch);

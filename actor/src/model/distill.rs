@@ -1,6 +1,7 @@
 //! The backward of a divergence between this policy and a frozen teacher over the same target rows.
 
 use super::arena::TrainArena;
+use super::backward::Below;
 use super::batch::TrainBatch;
 use super::packed::PackedPolicy;
 use super::train::Tape;
@@ -51,6 +52,7 @@ impl PackedPolicy {
         let mut stats = DistillStats::default();
         self.backward_through(tape, units, |batch, arena, units| {
             stats = self.divergence_backward((batch, arena), loss, units);
+            Below::Gradients
         });
         stats
     }

@@ -1,6 +1,6 @@
 //! Units one at a time: for whoever holds only parts of a model.
 
-use super::backward::OutputGrads;
+use super::backward::{Below, OutputGrads};
 use super::layout::{HeadRanges, Layout, TensorSlot};
 use super::packed::PackedPolicy;
 use super::params::{ParamStore, Unit, new_unit};
@@ -125,6 +125,7 @@ impl PackedPolicy {
         }
         self.backward_through(tape, units, |batch, arena, units| {
             self.head_backward((batch, arena), outputs, units);
+            Below::Gradients
         });
     }
 
@@ -134,6 +135,11 @@ impl PackedPolicy {
             HeadRanges::Tied => drop(units.open(0)),
             HeadRanges::Untied(_) | HeadRanges::Scalar(_) => drop(units.open(self.layout.final_unit())),
         }
+        self.visit_below_head(units);
+    }
+
+    /// [`PackedPolicy::visit_units`] from behind the head on.
+    pub(super) fn visit_below_head(&self, units: &mut dyn BackwardUnits) {
         units.grad(self.layout.final_unit());
         units.close(self.layout.final_unit());
         for index in (1..=self.layers.len()).rev() {

@@ -176,6 +176,28 @@ pub struct LmHeadGrad<'a> {
     pub d_entropies: &'a [f32],
 }
 
+/// Inputs of the LM head's forward and backward in one.
+#[derive(Debug, Clone, Copy)]
+pub struct LmHeadTrain<'a> {
+    /// The forward.
+    pub forward: LmHead<'a>,
+    /// f32 master weight of the head, `[V, D]`.
+    pub weight: View<'a>,
+}
+
+/// What a loss says of some rows.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct RowGrads {
+    /// d loss / d log_prob of each row.
+    pub d_log_probs: Vec<f32>,
+    /// d loss / d entropy of each row; empty for none.
+    pub d_entropies: Vec<f32>,
+}
+
+/// A loss whose gradient at a row depends on no other row's output: given a range of rows and what the head says of
+/// them, their gradients.
+pub type RowLoss<'a> = dyn FnMut(std::ops::Range<usize>, &TokenStats) -> RowGrads + 'a;
+
 /// Between the laws of a student and a teacher at one position.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Divergence {

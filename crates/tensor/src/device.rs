@@ -2,8 +2,8 @@
 
 use crate::{
     AdamWStep, AttentionGrad, AttnShape, Buffer, DeviceInfo, DistillHead, DistillStats, HeadNorm, HeadNormGrad,
-    KvCache, KvCacheSpec, LinearShape, LmHead, LmHeadGrad, NormGrad, NormShape, PackedLinear, Reduction, RopeTable,
-    SampleRow, Sampled, SeqSpan, Store, TokenStats, View, ViewMut,
+    KvCache, KvCacheSpec, LinearShape, LmHead, LmHeadGrad, LmHeadTrain, NormGrad, NormShape, PackedLinear, Reduction,
+    RopeTable, RowLoss, SampleRow, Sampled, SeqSpan, Store, TokenStats, View, ViewMut,
 };
 use temper_types::DType;
 
@@ -107,6 +107,16 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     /// Backward: `dhidden[T, D]` is written, `dweight[V, D]` is added to. Logits are recomputed by row chunks. Rows
     /// whose gradients are all zero are left out: they get zeros, and the others the bits they have without them.
     fn lm_head_grad(&self, args: LmHeadGrad<'_>, dhidden: ViewMut<'_>, dweight: ViewMut<'_>);
+    /// [`Device::lm_head_stats`], the loss, and [`Device::lm_head_grad`] in one walk that computes every logit once.
+    /// `loss` is asked for each range of rows, ascending. Rows without a gradient get zeros and add nothing; the others
+    /// may be cut into other chunks than there, so the weight's gradient agrees to rounding.
+    fn lm_head_train(
+        &self,
+        args: LmHeadTrain<'_>,
+        loss: &mut RowLoss<'_>,
+        dhidden: ViewMut<'_>,
+        dweight: ViewMut<'_>,
+    ) -> TokenStats;
     /// Divergences between the laws of student and teacher, and their weighted sum's gradient: `dhidden[T, D]` is
     /// written, `dweight[V, D]` is added to. Logits of both are computed by row chunks.
     fn lm_head_distill(&self, args: DistillHead<'_>, dhidden: ViewMut<'_>, dweight: ViewMut<'_>) -> DistillStats;

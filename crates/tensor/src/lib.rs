@@ -24,7 +24,7 @@ mod linear;
 
 pub use args::{
     AdamWStep, AttentionGrad, AttnShape, DeviceInfo, DistillHead, DistillStats, Divergence, HeadNorm, HeadNormGrad,
-    LmHead, LmHeadGrad, NormGrad, NormShape, SampleRow, Sampled, SeqSpan, TokenStats,
+    LmHead, LmHeadGrad, LmHeadTrain, NormGrad, NormShape, RowGrads, RowLoss, SampleRow, Sampled, SeqSpan, TokenStats,
 };
 pub use buffer::{Buffer, View, ViewMut};
 pub use cpu::{CpuConfig, CpuDevice, Isa};

@@ -7,8 +7,8 @@ use super::{
 use super::{aligned::AlignedVec, pool::Pool};
 use crate::{
     AdamWStep, AttentionGrad, AttnShape, Buffer, Device, DeviceInfo, DistillHead, DistillStats, HeadNorm, HeadNormGrad,
-    KvCache, KvCacheSpec, LinearShape, LmHead, LmHeadGrad, NormGrad, NormShape, PackedLinear, Reduction, RopeTable,
-    SampleRow, Sampled, SeqSpan, Store, TokenStats, View, ViewMut,
+    KvCache, KvCacheSpec, LinearShape, LmHead, LmHeadGrad, LmHeadTrain, NormGrad, NormShape, PackedLinear, Reduction,
+    RopeTable, RowLoss, SampleRow, Sampled, SeqSpan, Store, TokenStats, View, ViewMut,
 };
 use temper_types::DType;
 
@@ -215,6 +215,16 @@ impl Device for CpuDevice {
 
     fn lm_head_grad(&self, args: LmHeadGrad<'_>, dhidden: ViewMut<'_>, dweight: ViewMut<'_>) {
         lm_head::grad(self, args, dhidden.data, dweight.data);
+    }
+
+    fn lm_head_train(
+        &self,
+        args: LmHeadTrain<'_>,
+        loss: &mut RowLoss<'_>,
+        dhidden: ViewMut<'_>,
+        dweight: ViewMut<'_>,
+    ) -> TokenStats {
+        lm_head::train(self, args, loss, (dhidden.data, dweight.data))
     }
 
     fn lm_head_distill(&self, args: DistillHead<'_>, dhidden: ViewMut<'_>, dweight: ViewMut<'_>) -> DistillStats {

@@ -1,8 +1,10 @@
 //! The LM head fused with its softmax: logits exist for a chunk of rows at a time.
 
 mod law;
+mod train;
 
 pub(crate) use law::{BLOCK, Laws, MaxOf, Moments, PARTS, Weights, part_ids, shifted};
+pub(crate) use train::train;
 
 use super::gemm;
 use super::math::{exp, ln, load_lanes, store_lanes};
@@ -113,16 +115,21 @@ pub(crate) fn stats(dev: &CpuDevice, args: LmHead<'_>) -> TokenStats {
     let (vocab, inv_temperature) = (args.head.shape().n, 1.0 / args.temperature);
     let mut stats = TokenStats::default();
     for_chunks(dev, args.hidden.data, args.head, args.masked_ids, |first, logits| {
-        let rows = logits.len() / vocab;
-        let laws = Laws::new(dev, logits, &vec![inv_temperature; rows], Moments::Take);
-        for row in 0..rows {
-            let logit = logits[row * vocab + args.targets[first + row] as usize];
-            stats.log_probs.push(laws.log_prob(row, logit, inv_temperature));
-            stats.entropies.push(laws.entropy(row) as f32);
-            stats.sum_squares.push(laws.sum_squares(row) as f32);
-        }
+        let laws = Laws::new(dev, logits, &vec![inv_temperature; logits.len() / vocab], Moments::Take);
+        add_stats(&mut stats, &laws, logits, (&args.targets[first..], inv_temperature));
     });
     stats
+}
+
+/// Add what the laws of some rows say of their targets.
+fn add_stats(stats: &mut TokenStats, laws: &Laws, logits: &[f32], (targets, inv_temperature): (&[u32], f32)) {
+    let vocab = logits.len() / laws.max.len().max(1);
+    for row in 0..laws.max.len() {
+        let logit = logits[row * vocab + targets[row] as usize];
+        stats.log_probs.push(laws.log_prob(row, logit, inv_temperature));
+        stats.entropies.push(laws.entropy(row) as f32);
+        stats.sum_squares.push(laws.sum_squares(row) as f32);
+    }
 }
 
 /// Logits of a range of ids become the gradient of the loss with respect to them, but for the target's part.
@@ -193,7 +200,13 @@ fn grad_of_rows(dev: &CpuDevice, args: LmHeadGrad<'_>, dhidden: &mut [f32], dwei
     let (shape, hidden) = (forward.head.shape(), forward.hidden.data);
     for_chunks_of(dev, BACKWARD_LOGITS, hidden, (forward.head, forward.masked_ids), |first, logits| {
         for (index, logits) in logits.chunks_mut(LAW_ROWS * shape.n).enumerate() {
-            logit_grads(dev, &args, first + index * LAW_ROWS, logits);
+            let rows = first + index * LAW_ROWS..first + index * LAW_ROWS + logits.len() / shape.n;
+            let moments = if args.d_entropies.is_empty() { Moments::Skip } else { Moments::Take };
+            let laws = Laws::new(dev, logits, &vec![1.0 / forward.temperature; rows.len()], moments);
+            let d_entropies = args.d_entropies.get(rows.clone()).unwrap_or_default();
+            let outputs = (&args.d_log_probs[rows.clone()], d_entropies);
+            let all: Vec<usize> = (0..rows.len()).collect();
+            logit_grads(dev, &forward, LogitRows { laws: &laws, rows: &all, first: rows.start, outputs }, logits);
         }
         let rows = logits.len() / shape.n;
         let span = first * shape.k..(first + rows) * shape.k;
@@ -202,32 +215,39 @@ fn grad_of_rows(dev: &CpuDevice, args: LmHeadGrad<'_>, dhidden: &mut [f32], dwei
     });
 }
 
+/// Rows whose logits become gradients: some of those that follow `first`, of which all are in `laws` and `outputs`.
+#[derive(Clone, Copy)]
+struct LogitRows<'a> {
+    laws: &'a Laws,
+    rows: &'a [usize],
+    first: usize,
+    /// d loss / d log-prob, and d loss / d entropy or nothing.
+    outputs: (&'a [f32], &'a [f32]),
+}
+
 /// Turn the logits of some rows into gradients with respect to them.
-fn logit_grads(dev: &CpuDevice, args: &LmHeadGrad<'_>, first: usize, logits: &mut [f32]) {
-    let forward = &args.forward;
+fn logit_grads(dev: &CpuDevice, forward: &LmHead<'_>, of: LogitRows<'_>, logits: &mut [f32]) {
     let (vocab, inv_temperature) = (forward.head.shape().n, 1.0 / forward.temperature);
-    let rows = logits.len() / vocab;
-    let with_entropy = !args.d_entropies.is_empty();
-    let moments = if with_entropy { Moments::Take } else { Moments::Skip };
-    let laws = Laws::new(dev, logits, &vec![inv_temperature; rows], moments);
+    let (laws, (d_log_probs, d_entropies)) = (of.laws, of.outputs);
     let shared = SharedMut::new(logits);
-    dev.pool.run(rows * PARTS, &|task| {
-        let (row, ids) = (task / PARTS, part_ids(vocab, task % PARTS));
-        // SAFETY: every (row, part) belongs to one task.
-        let logits = unsafe { shared.range(row * vocab + ids.start..row * vocab + ids.end) };
+    dev.pool.run(of.rows.len() * PARTS, &|task| {
+        let (place, ids) = (task / PARTS, part_ids(vocab, task % PARTS));
+        let row = of.rows[place];
+        // SAFETY: every (place, part) belongs to one task.
+        let logits = unsafe { shared.range(place * vocab + ids.start..place * vocab + ids.end) };
         dev.isa.run(LogitGrads {
             logits,
             inv_temperature,
             max: laws.max[row],
             log_total: ln(laws.total[row]) as f32,
             inv_total: (1.0 / laws.total[row]) as f32,
-            entropy: if with_entropy { laws.entropy(row) as f32 } else { 0.0 },
-            d_log_prob: args.d_log_probs[first + row],
-            d_entropy: if with_entropy { args.d_entropies[first + row] } else { 0.0 },
+            entropy: if d_entropies.is_empty() { 0.0 } else { laws.entropy(row) as f32 },
+            d_log_prob: d_log_probs[row],
+            d_entropy: d_entropies.get(row).copied().unwrap_or(0.0),
         });
     });
-    for (row, grads) in logits.chunks_exact_mut(vocab).enumerate() {
-        grads[forward.targets[first + row] as usize] += args.d_log_probs[first + row] * inv_temperature;
+    for (row, grads) in of.rows.iter().zip(logits.chunks_exact_mut(vocab)) {
+        grads[forward.targets[of.first + row] as usize] += d_log_probs[*row] * inv_temperature;
         for id in forward.masked_ids {
             grads[*id as usize] = 0.0;
         }

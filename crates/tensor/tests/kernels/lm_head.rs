@@ -3,7 +3,8 @@
 use crate::reference;
 use crate::support::{assert_bits, assert_close, device, devices, dot, finite_differences, host, random, wide};
 use temper_tensor::{
-    CpuDevice, DType, Device, LinearShape, LmHead, LmHeadGrad, Reduction, SampleRow, Sampled, TokenStats,
+    CpuDevice, DType, Device, LinearShape, LmHead, LmHeadGrad, LmHeadTrain, Reduction, RowGrads, SampleRow, Sampled,
+    TokenStats,
 };
 use temper_types::uniform53;
 
@@ -46,6 +47,28 @@ impl Case {
         let args = LmHeadGrad { forward, weight: weight.all(), d_log_probs, d_entropies };
         dev.lm_head_grad(args, dhidden.all_mut(), dweight.all_mut());
         (host(dev, &dhidden), host(dev, &dweight))
+    }
+
+    /// What one walk says and gives; the loss's gradients are `outputs`, and it must be asked for every row once with
+    /// what [`Case::stats`] says.
+    fn train(&self, dev: &CpuDevice, outputs: (&[f32], &[f32])) -> (TokenStats, Vec<f32>, Vec<f32>) {
+        let (weight, hidden) = (dev.upload(&self.weight), dev.upload(&self.hidden));
+        let shape = LinearShape { n: self.vocab, k: self.dim };
+        let head = dev.pack(weight.all(), shape, DType::F32, Reduction::Groups8);
+        let (mut dhidden, mut dweight) = (dev.upload(&self.hidden), dev.upload(&vec![1.0; weight.len()]));
+        let args = LmHeadTrain { forward: self.head(&head, hidden.all()), weight: weight.all() };
+        let mut asked = TokenStats::default();
+        let mut loss = |rows: std::ops::Range<usize>, said: &TokenStats| {
+            assert_eq!(rows.start, asked.log_probs.len(), "rows come in order");
+            asked.log_probs.extend(&said.log_probs);
+            asked.entropies.extend(&said.entropies);
+            asked.sum_squares.extend(&said.sum_squares);
+            let d_entropies = outputs.1.get(rows.clone()).unwrap_or_default().to_vec();
+            RowGrads { d_log_probs: outputs.0[rows].to_vec(), d_entropies }
+        };
+        let stats = dev.lm_head_train(args, &mut loss, dhidden.all_mut(), dweight.all_mut());
+        assert_eq!(stats, asked);
+        (stats, host(dev, &dhidden), host(dev, &dweight))
     }
 
     /// `(log-probs of targets, entropies, sums of squares)` by definition.
@@ -138,6 +161,42 @@ fn chunks_of_rows_do_not_reach_a_bit() {
         assert_bits(&got.log_probs, &stats.log_probs[row..=row], "log-prob");
         assert_bits(&got.entropies, &stats.entropies[row..=row], "entropy");
     }
+}
+
+/// One walk says what the statistics say and gives what the gradient gives, bit for bit where both cut the rows alike.
+#[test]
+fn one_walk_equals_statistics_and_gradients() {
+    for (rows, vocab, dim) in [(40, 1500, 24), (1, 30, 8), (100, 49_152, 4)] {
+        let case = Case::new(rows, vocab, dim, 0.9);
+        let (mut d_log_probs, d_entropies) = (random(rows, 5, 1.0), random(rows, 6, 1.0));
+        let stats = case.stats(&device(1), DType::F32);
+        for zeros in [false, true] {
+            if zeros {
+                (0..rows).filter(|row| row % 3 != 1).for_each(|row| d_log_probs[row] = 0.0);
+            }
+            for d_entropies in [&[][..], &d_entropies] {
+                let (want_hidden, want_weight) = case.grad(&device(2), &d_log_probs, d_entropies);
+                for dev in [device(1), device(2)] {
+                    let (said, dhidden, dweight) = case.train(&dev, (&d_log_probs, d_entropies));
+                    assert_eq!(said, stats, "{rows} rows");
+                    assert_bits(&dhidden, &want_hidden, "dhidden");
+                    assert_bits(&dweight, &want_weight, "dweight");
+                }
+            }
+        }
+    }
+}
+
+/// More rows with a gradient than memory holds at a time: each row as before, the weight's gradient to rounding.
+#[test]
+fn one_walk_gathers_rows_over_blocks() {
+    let case = Case::new(1_000, 49_152, 2, 1.0);
+    let mut d_log_probs = random(1_000, 5, 1.0);
+    (0..1_000).filter(|row| row % 5 == 0).for_each(|row| d_log_probs[row] = 0.0);
+    let (want_hidden, want_weight) = case.grad(&device(2), &d_log_probs, &[]);
+    let (_, dhidden, dweight) = case.train(&device(2), (&d_log_probs, &[]));
+    assert_bits(&dhidden, &want_hidden, "dhidden");
+    assert_close(&dweight, &wide(&want_weight), (1e-5, 1e-5), "dweight");
 }
 
 /// Rows whose gradients are all zero: the bits of the other rows alone, and zeros.
