@@ -6,6 +6,8 @@ mod commands;
 mod control;
 mod env;
 mod kill;
+mod plan;
+mod planned;
 mod recipe;
 mod reward_models;
 mod runtime;
@@ -34,6 +36,7 @@ struct Cli {
 enum Command {
     Train(commands::train::Train),
     Check(commands::check::Check),
+    Plan(commands::plan::Plan),
     Recipes(commands::recipes::Recipes),
     Generate(commands::generate::Generate),
     Score(commands::score::Score),
@@ -110,6 +113,7 @@ impl Command {
         match self {
             Command::Train(command) => command.run(),
             Command::Check(command) => command.run(),
+            Command::Plan(command) => command.run(),
             Command::Recipes(command) => command.run(),
             Command::Generate(command) => command.run(),
             Command::Score(command) => command.run(),

@@ -136,7 +136,8 @@ fn check_stage(
     }
 }
 
-fn config_error(source: &Source, error: temper_controller::Error) -> RecipeError {
+/// An error of a stage's own check, by file and line.
+pub fn config_error(source: &Source, error: temper_controller::Error) -> RecipeError {
     match error {
         temper_controller::Error::Config { key, problem } => source.error(&key, problem),
         other => source.error("stage", other),

@@ -16,9 +16,9 @@ mod source;
 mod stage;
 mod typed;
 
-pub use check::{CheckReport, check};
+pub use check::{CheckReport, check, config_error};
 pub use error::RecipeError;
 pub use render::render;
 pub use source::Source;
 use typed::ModelSource;
-pub use typed::{Placement, PlacementMode, Recipe, ShardingKind};
+pub use typed::{Placement, PlacementMode, Recipe, ShardingKind, typed};

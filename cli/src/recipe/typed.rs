@@ -179,7 +179,7 @@ fn read<T: DeserializeOwned>(source: &Source, key: &str) -> Result<Option<T>, Re
 }
 
 /// Deserialize the value at `key`; errors name the innermost key and where it was given.
-pub(super) fn typed<T: DeserializeOwned>(source: &Source, key: &str, value: Value) -> Result<T, RecipeError> {
+pub fn typed<T: DeserializeOwned>(source: &Source, key: &str, value: Value) -> Result<T, RecipeError> {
     serde_path_to_error::deserialize(value).map_err(|error| {
         let inner = error.path().to_string().replace('[', ".").replace(']', "");
         let mut path = if inner == "." { key.to_owned() } else { format!("{key}.{inner}") };

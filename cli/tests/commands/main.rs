@@ -9,5 +9,6 @@ mod eval;
 mod files;
 mod generate;
 mod inspect;
+mod plan;
 mod score;
 mod support;

@@ -1,5 +1,6 @@
 //! `temper bench`: how fast this machine generates, trains and multiplies.
 
+pub mod calibrate;
 mod gemm;
 mod grpo;
 mod rollout;
@@ -12,7 +13,7 @@ use clap::Subcommand;
 /// Measure speed on this machine. Every sample is kept in the JSON; figures are medians.
 #[derive(clap::Args)]
 #[command(
-    after_help = "Examples:\n  temper bench gemm\n  temper bench rollout --model models/smollm2-135m --batch 32 --prompt-len 64 --new-tokens 128 --dtype bf16 --json\n  temper bench train --model models/smollm2-135m --batch 8 --seq 256 --json\n  temper bench grpo --model models/smollm2-135m --prompts 4 --gens 8 --len 64 --json"
+    after_help = "Examples:\n  temper bench gemm\n  temper bench rollout --model models/smollm2-135m --batch 32 --prompt-len 64 --new-tokens 128 --dtype bf16 --json\n  temper bench train --model models/smollm2-135m --batch 8 --seq 256 --json\n  temper bench grpo --model models/smollm2-135m --prompts 4 --gens 8 --len 64 --json\n  temper bench calibrate recipes/quickstart.toml --output quickstart.calibration.json"
 )]
 pub struct Bench {
     #[command(subcommand)]
@@ -25,6 +26,7 @@ enum Command {
     Rollout(rollout::Rollout),
     Train(train::Train),
     Grpo(grpo::Grpo),
+    Calibrate(calibrate::Calibrate),
 }
 
 impl Bench {
@@ -38,6 +40,7 @@ impl Bench {
             Command::Rollout(command) => command.run(),
             Command::Train(command) => command.run(),
             Command::Grpo(command) => command.run(),
+            Command::Calibrate(command) => command.run(),
         }
     }
 }

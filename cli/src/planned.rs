@@ -1,0 +1,151 @@
+//! From a recipe to the work that is planned for it: its stage, its model's sizes, its prompts' lengths.
+
+use crate::plan::{Expected, Workload, policy_stage};
+use crate::recipe::{Recipe, RecipeError, Source, config_error};
+use crate::usage;
+use anyhow::{Context, Result};
+use std::path::Path;
+use temper_actor::{ModelConfig, Tokenizer};
+use temper_controller::{PolicyStage, Stage, load_dataset};
+use temper_types::{DType, PromptRow};
+
+/// Prompts whose lengths are taken for those of all.
+const SAMPLED_PROMPTS: usize = 256;
+
+/// Lengths that the recipe does not tell.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub struct Lengths {
+    /// Expected tokens of a prompt; without it the mean over the first prompts of the stage's data.
+    #[arg(long, value_name = "N")]
+    pub prompt_tokens: Option<f64>,
+    /// Expected tokens of a response, such as response_length_mean of an earlier run; without it max_new_tokens.
+    #[arg(long, value_name = "N")]
+    pub response_tokens: Option<f64>,
+}
+
+/// A recipe to plan for.
+pub struct Planned {
+    /// The recipe.
+    pub recipe: Recipe,
+    /// The model.
+    pub config: ModelConfig,
+    /// Number format that the recipe computes in on this machine.
+    pub dtype: DType,
+    /// Index of the stage.
+    pub stage: usize,
+    /// What a step of it does.
+    pub work: Workload,
+}
+
+impl Planned {
+    /// Read a recipe and find out what a step of its stage does. Weights are not read.
+    ///
+    /// # Errors
+    /// A recipe that cannot be (exit code 2), by file, line and key; no stage that learns from samples.
+    pub fn load((path, set): (&Path, &[String]), stage: Option<&str>, lengths: &Lengths) -> Result<Self> {
+        let source = Source::read(path, set).map_err(usage)?;
+        let recipe = Recipe::from_source(&source).map_err(usage)?;
+        let (index, policy) = find_stage(&recipe, &source, stage).map_err(usage)?;
+        recipe.stages[index].validate(&format!("stage.{index}")).map_err(|e| usage(config_error(&source, e)))?;
+        recipe.engine.validate().map_err(|e| usage(source.error("engine", e)))?;
+        crate::trainer_ranks::check(&recipe.placement, &source).map_err(usage)?;
+        let config = model_config(&recipe, &source)?;
+        let expected = expect(&recipe, &source, policy, lengths)?;
+        let longest = config.max_position_embeddings as f64;
+        if expected.prompt_tokens + expected.response_tokens > longest {
+            let (prompt, response) = (expected.prompt_tokens, expected.response_tokens);
+            let problem = format!("{prompt:.1} + {response:.1} tokens do not fit the model's {longest} positions");
+            return Err(usage(source.error(&format!("stage.{index}"), problem)));
+        }
+        let dtype = recipe.dtype.resolve(crate::runtime::device(1).info().native_bf16);
+        let work =
+            Workload::new(&recipe.stages[index], (&config, dtype), (&recipe.engine, &recipe.placement), expected)
+                .context("a stage that learns from samples")?;
+        Ok(Planned { stage: index, config, dtype, work, recipe })
+    }
+
+    /// The stage.
+    pub fn policy(&self) -> Result<&PolicyStage> {
+        policy_stage(&self.recipe.stages[self.stage]).context("a stage that learns from samples")
+    }
+}
+
+fn find_stage<'a>(
+    recipe: &'a Recipe,
+    source: &Source,
+    name: Option<&str>,
+) -> Result<(usize, &'a PolicyStage), RecipeError> {
+    let all = || recipe.stages.iter().enumerate();
+    let names = || recipe.stages.iter().map(Stage::name).collect::<Vec<_>>().join(", ");
+    let chosen = match name {
+        None => all().find_map(|(index, stage)| Some((index, policy_stage(stage)?))),
+        Some(name) => {
+            let Some((index, stage)) = all().find(|(_, stage)| stage.name() == name) else {
+                return Err(source.error("stage", format!("--stage {name}: expected one of: {}", names())));
+            };
+            policy_stage(stage).map(|policy| (index, policy))
+        }
+    };
+    chosen.ok_or_else(|| {
+        let which = name.map_or_else(|| "no stage".to_owned(), |name| format!("stage `{name}` does not"));
+        let problem = format!("{which} of {} draws samples: nothing is generated, there is nothing to place", names());
+        source.error("stage", problem)
+    })
+}
+
+fn model_config(recipe: &Recipe, source: &Source) -> Result<ModelConfig> {
+    match (&recipe.model.path, &recipe.model.init) {
+        (Some(path), None) => ModelConfig::load(path).map_err(|e| usage(source.error("model.path", e))),
+        (None, Some(init)) => init.model_config().map_err(|e| usage(source.error("model.init", e))),
+        _ => {
+            Err(usage(source.error("model", "expected `path` (a Hugging Face directory) or [model.init], one of them")))
+        }
+    }
+}
+
+fn expect(recipe: &Recipe, source: &Source, policy: &PolicyStage, lengths: &Lengths) -> Result<Expected> {
+    let most = f64::from(policy.sampling.max_new_tokens);
+    let response_tokens = lengths.response_tokens.unwrap_or(most);
+    if !(1.0..=most).contains(&response_tokens) {
+        return Err(usage(format!(
+            "--response-tokens {response_tokens}: expected from 1 to max_new_tokens = {most} of the stage"
+        )));
+    }
+    let prompt_tokens = match lengths.prompt_tokens {
+        Some(tokens) if tokens >= 1.0 && tokens.is_finite() => tokens,
+        Some(tokens) => return Err(usage(format!("--prompt-tokens {tokens}: expected 1 or more"))),
+        None => mean_prompt_tokens(recipe, source, &policy.data)?,
+    };
+    Ok(Expected { prompt_tokens, response_tokens })
+}
+
+/// Mean over the first prompts of a dataset.
+fn mean_prompt_tokens(recipe: &Recipe, source: &Source, name: &str) -> Result<f64> {
+    let key = format!("data.{name}");
+    let Some(config) = recipe.data.get(name) else {
+        return Err(usage(source.error(&key, format!("there is no dataset `{name}`"))));
+    };
+    let rows = load_dataset(&key, config).map_err(|e| usage(source.error(&key, e)))?;
+    let rows = &rows[..rows.len().min(SAMPLED_PROMPTS)];
+    let total = match (&recipe.model.path, &recipe.model.init) {
+        (Some(path), _) => {
+            let tokenizer = Tokenizer::load(path).map_err(|e| {
+                usage(source.error("model.path", format!("{e}; or say --prompt-tokens, which needs no tokenizer")))
+            })?;
+            let count = |row: &PromptRow| Ok(tokenizer.encode_prompt(&row.prompt)?.len());
+            rows.iter().map(count).sum::<Result<usize>>()?
+        }
+        // A model that is made with the run has a token for every character.
+        (None, _) => rows.iter().map(characters).sum(),
+    };
+    Ok(total as f64 / rows.len() as f64)
+}
+
+fn characters(row: &PromptRow) -> usize {
+    use temper_types::PromptContent;
+    match &row.prompt {
+        PromptContent::Text(text) => text.chars().count(),
+        PromptContent::Messages(messages) => messages.iter().map(|m| m.content.chars().count()).sum(),
+        PromptContent::TokenIds(ids) => ids.len(),
+    }
+}
