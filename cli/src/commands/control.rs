@@ -1,5 +1,6 @@
 //! `temper status`, `watch`, `workers`, `pause`, `drain`, `resume`, `snapshot`, `set`, `stop`: a run under way.
 
+use crate::commands::common::address::host_port;
 use crate::control::read_address;
 use crate::usage;
 use anyhow::Context;
@@ -12,7 +13,7 @@ use temper_proto::grpc::{ControlClient, Endpoint, GrpcRuntime, TransportConfig, 
 #[derive(clap::Args)]
 pub struct Target {
     /// HOST:PORT of the run, as it prints when it starts.
-    #[arg(long, value_name = "HOST:PORT")]
+    #[arg(long, value_name = "HOST:PORT", value_parser = host_port)]
     controller: Option<String>,
     /// Directory of the run, which knows its address.
     #[arg(long, value_name = "DIR", conflicts_with = "controller")]

@@ -1,5 +1,6 @@
 //! `temper serve`: a worker of a run, in a process of its own.
 
+use crate::commands::common::address::host_port;
 use crate::workers::{ServeOptions, WhenLost, end_with_stdin, serve_worker};
 use std::net::SocketAddr;
 use temper_proto::WorkerRole;
@@ -10,13 +11,13 @@ use temper_proto::WorkerRole;
 /// proves them by their hash, and ends when the run does. It needs no files but the model's directory.
 #[derive(clap::Args)]
 #[command(
-    after_help = "Examples:\n  temper train recipes/quickstart.toml --set placement.mode=processes --set placement.workers=join --set placement.listen=127.0.0.1:7070\n  temper serve trainer --join 127.0.0.1:7070\n  temper serve rollout --join 127.0.0.1:7070\n  temper serve reward --join 127.0.0.1:7070"
+    after_help = "Examples:\n  temper train recipes/quickstart.toml --set placement.mode=processes --set placement.spawn_workers=false --set placement.listen=127.0.0.1:7070\n  temper serve trainer --join 127.0.0.1:7070\n  temper serve rollout --join 127.0.0.1:7070\n  temper serve reward --join 127.0.0.1:7070"
 )]
 pub struct Serve {
     /// What it does.
     role: Role,
     /// HOST:PORT of the controller.
-    #[arg(long)]
+    #[arg(long, value_name = "HOST:PORT", value_parser = host_port)]
     join: String,
     /// Name of the worker; default: the controller names it.
     #[arg(long, default_value = "")]

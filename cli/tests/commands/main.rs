@@ -12,3 +12,4 @@ mod inspect;
 mod plan;
 mod score;
 mod support;
+mod usage;

@@ -1,5 +1,6 @@
 //! What commands share: models, devices, sampling flags, files of results.
 
+pub mod address;
 pub mod compute;
 pub mod engine;
 pub mod output;
