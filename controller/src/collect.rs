@@ -9,7 +9,7 @@ use crate::rollouts::Group;
 use crate::{Controller, Error, Phase, PolicyStage};
 use serde_json::json;
 use temper_algos::{Plan, filters};
-use temper_proto::ScoreRequest;
+use temper_proto::{ScoreRequest, Unused};
 use temper_types::{FinishReason, RewardComponent, RewardOutcome, Sample};
 
 /// What a step has gathered.
@@ -40,6 +40,7 @@ impl Controller {
                 numbers.count_generated(&group.samples);
                 if plan.filter_groups && !filters::keep_group(&metric_values(&group.samples, &filter.metric)) {
                     numbers.num_filtered_groups += 1;
+                    self.attribute(self.services.rollout.settle(0, &group.dropped(Unused::Filtered)))?;
                     continue;
                 }
                 num_groups += 1;

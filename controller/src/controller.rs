@@ -1,5 +1,6 @@
 //! A run from start to end: stages, steps, checkpoints, resume.
 
+use crate::accounts::Accounts;
 use crate::checkpoint::{self, PendingCheckpoint};
 use crate::control::RunControl;
 use crate::preference_step::PreferenceCache;
@@ -53,6 +54,7 @@ pub enum RunOutcome {
 pub struct Controller {
     pub(crate) spec: RunSpec,
     pub(crate) services: Services,
+    pub(crate) accounts: Arc<Accounts>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) state: RunState,
     pub(crate) data: BTreeMap<String, Vec<PromptRow>>,
@@ -85,10 +87,13 @@ impl Controller {
         let control = Arc::new(RunControl::default());
         control.begin(&spec.name, spec.stages.iter().map(Stage::steps).sum());
         let record = Record::open(&dir, &spec.name, (&clock, &control))?;
+        let accounts = Arc::new(Accounts::new(services.rollout));
+        let services = Services { rollout: accounts.clone(), ..services };
         let state = RunState::new(&spec.identity);
         Ok(Controller {
             spec,
             services,
+            accounts,
             clock,
             state,
             data,
@@ -131,7 +136,7 @@ impl Controller {
     /// # Errors
     /// A worker's failure, damaged data, or a full disk; what was completed before stays on disk.
     pub fn run(&mut self, resume: Option<&CheckpointInfo>) -> Result<RunOutcome, Error> {
-        let result = self.run_stages(resume);
+        let result = self.run_stages(resume).and_then(|outcome| self.check_accounts().map(|()| outcome));
         if let Err(error) = &result {
             tracing::error!(step = self.current_step, phase = self.phase.name(), %error, "the run failed");
             let fields = [("step", json!(self.state.step)), ("error", json!(error.to_string()))];
@@ -240,7 +245,9 @@ impl Controller {
     }
 
     /// Write a row of metrics and count the step as done.
-    pub(crate) fn finish_step(&mut self, row: &MetricsRow) -> Result<(), Error> {
+    pub(crate) fn finish_step(&mut self, row: &mut MetricsRow) -> Result<(), Error> {
+        self.accounts.columns(row);
+        self.check_accounts()?;
         self.record.metrics(row)?;
         self.state.metric = row.get(&self.spec.checkpoint.best_metric);
         self.state.step += 1;

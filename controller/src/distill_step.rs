@@ -41,6 +41,7 @@ impl Controller {
         for (sample, log_probs) in lesson.samples.iter_mut().zip(&report.log_probs) {
             sample.old_log_probs.clone_from(log_probs);
         }
+        self.settle(&lesson.samples, &(0..lesson.samples.len()).collect())?;
         self.publish(self.state.step + 1)?;
         numbers.train_seconds = (self.clock.elapsed() - begin).as_secs_f64();
         numbers.finish(self.clock.elapsed());
@@ -56,7 +57,7 @@ impl Controller {
         if !lesson.samples.is_empty() {
             self.record.samples(self.state.step + 1, &lesson.samples)?;
         }
-        self.finish_step(&row)?;
+        self.finish_step(&mut row)?;
         Ok(row)
     }
 

@@ -65,6 +65,16 @@ pub enum Error {
         /// What is wrong.
         problem: String,
     },
+    /// A sample is neither trained on nor dropped.
+    #[error("step {step}: {num_samples} issued samples are neither trained on nor dropped: {samples}")]
+    Unaccounted {
+        /// Global step.
+        step: u64,
+        /// How many.
+        num_samples: usize,
+        /// The first of them, by prompt, group and index.
+        samples: String,
+    },
     /// A step had no sample to train on.
     #[error("step {step}: no sample can be trained on: {cause}")]
     NothingToTrain {

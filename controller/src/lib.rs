@@ -8,6 +8,7 @@
 //! weights: no clock, arrival order or thread reaches one · a checkpoint is complete or absent · resuming from one
 //! gives the run that was not interrupted.
 
+mod accounts;
 mod beliefs;
 mod checkpoint;
 mod clock;

@@ -35,10 +35,11 @@ impl Controller {
         let begin = self.clock.elapsed();
         self.log_probs_of_pairs(stage, &sampled.pairs, &mut collected.samples)?;
         let reports = self.update_on_pairs(stage, &sampled.pairs, &mut collected.samples)?;
+        let trained: Vec<usize> = sampled.pairs.iter().flat_map(|p| [p.chosen, p.rejected]).collect();
+        self.settle(&collected.samples, &trained.iter().copied().collect())?;
         self.publish(self.state.step + 1)?;
         numbers.train_seconds = (self.clock.elapsed() - begin).as_secs_f64();
         numbers.finish(self.clock.elapsed());
-        let trained: Vec<usize> = sampled.pairs.iter().flat_map(|p| [p.chosen, p.rejected]).collect();
         columns.extend(drift(&trained, &collected.samples).map(|kl| ("kl".to_owned(), kl)));
         self.record_step(policy, collected, &trained, (numbers, reports, columns))
     }

@@ -2,7 +2,7 @@
 
 use crate::collect::reward_of;
 use crate::{Error, PolicyStage};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use temper_algos::{Grouping, Plan, widen};
 use temper_proto::{GlobalCounts, TokenSequence, TrainRow};
@@ -55,6 +55,14 @@ impl Packed {
             return Ok(packed);
         }
         Err(Error::NothingToTrain { step, cause: why_nothing(samples) })
+    }
+
+    /// Indices of the samples that the step trains on.
+    pub(crate) fn trained(&self) -> BTreeSet<usize> {
+        match &self.drawn_rows {
+            Some(rows) => rows.iter().map(|row| self.samples[*row]).collect(),
+            None => self.samples.iter().copied().collect(),
+        }
     }
 
     /// Give every row the reward of its prompt's greedy response; every packed row has one where any has.

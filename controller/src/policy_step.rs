@@ -41,6 +41,7 @@ impl Controller {
         columns.extend(self.draw_rows(stage, &mut packed, samples)?);
         columns.extend(self.update_critic(stage, &packed, samples)?);
         let reports = self.update(stage, &packed, samples)?;
+        self.settle(samples, &packed.trained())?;
         self.sync_reference(stage)?;
         self.publish(self.state.step + 1)?;
         numbers.train_seconds = (self.clock.elapsed() - begin).as_secs_f64();

@@ -57,7 +57,7 @@ impl Controller {
             set_columns(&mut row, self.held_out_columns(stage, "val")?);
         }
         self.enter(Phase::Record);
-        self.finish_step(&row)?;
+        self.finish_step(&mut row)?;
         Ok(row)
     }
 

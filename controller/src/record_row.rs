@@ -100,7 +100,7 @@ impl Controller {
         });
         self.enter(Phase::Record);
         self.record.samples(self.state.step + 1, &collected.into_record())?;
-        self.finish_step(&row)?;
+        self.finish_step(&mut row)?;
         Ok(row)
     }
 }

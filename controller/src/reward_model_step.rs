@@ -33,7 +33,7 @@ impl Controller {
             row.set(name, *value);
         });
         self.enter(Phase::Record);
-        self.finish_step(&row)?;
+        self.finish_step(&mut row)?;
         Ok(row)
     }
 

@@ -1,10 +1,11 @@
 //! From prompts to responses: requests with their seeds, and results in the order of the requests.
 
+use crate::accounts::{dropped, settled};
 use crate::record_row::StepNumbers;
 use crate::{Controller, Error, Phase, PolicyStage};
 use std::collections::BTreeMap;
 use std::time::Duration;
-use temper_proto::{GeneratedSample, GroupRequest, GroupResult, ServiceError};
+use temper_proto::{Fate, GeneratedSample, GroupRequest, GroupResult, ServiceError, Settled, Unused};
 use temper_types::{ErrorCode, GroupId, PromptRow, Sample, SampleIndex, SamplingParams, Step, derive_seed};
 
 /// Prompts with the pass over the data in which they were drawn.
@@ -21,6 +22,11 @@ pub(crate) struct Group {
 }
 
 impl Group {
+    /// Its samples, none of which is trained on.
+    pub(crate) fn dropped(&self, reason: Unused) -> Vec<Settled> {
+        self.samples.iter().map(|sample| settled(sample, Fate::Dropped(reason))).collect()
+    }
+
     /// Everything that is scored.
     pub(crate) fn all(&self) -> impl Iterator<Item = &Sample> {
         self.samples.iter().chain(&self.baseline)
@@ -57,6 +63,7 @@ impl Controller {
         let mut results = self.run_groups(requests.clone())?;
         numbers.rollout_seconds += (self.clock.elapsed() - begin).as_secs_f64();
         let greedy = results.split_off(rows.len());
+        self.attribute(self.services.rollout.settle(0, &dropped(&greedy, Unused::Baseline)))?;
         let groups = rows.iter().zip(&requests).zip(results);
         let samples = groups.map(|(((row, _), request), result)| self.to_samples(row, request, result));
         let mut groups: Vec<Group> =

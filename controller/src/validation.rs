@@ -1,10 +1,11 @@
 //! Held-out prompts: generate, score, and report mean@n, best@n and pass@k by data source.
 
+use crate::accounts::dropped;
 use crate::record_row::Columns;
 use crate::{Controller, Error, Phase, PolicyStage};
 use std::collections::BTreeMap;
 use temper_algos::metrics::{best_at_k, mean_at_n, pass_at_k};
-use temper_proto::{GroupRequest, ScoreRequest};
+use temper_proto::{GroupRequest, ScoreRequest, Unused};
 use temper_types::{GroupId, PromptRow, RewardOutcome, Sample, SamplingParams, derive_seed};
 
 /// Keeps the noise of validation apart from that of training.
@@ -49,6 +50,7 @@ impl Controller {
         };
         let requests = rows.iter().enumerate().map(request).collect::<Result<Vec<_>, Error>>()?;
         let results = self.run_groups(requests.clone())?;
+        self.attribute(self.services.rollout.settle(0, &dropped(&results, Unused::Validation)))?;
         let groups = rows.iter().zip(&requests).zip(results);
         let groups = groups.map(|((row, request), result)| self.to_samples(row, request, result)).collect::<Vec<_>>();
         let scores = self.validation_scores(&groups)?;

@@ -11,6 +11,7 @@
 mod control;
 mod distill;
 mod error;
+mod fate;
 pub mod grpc;
 mod reward;
 mod rollout;
@@ -23,6 +24,7 @@ mod worker;
 pub use control::{Changed, ControlService, RunEvent, RunPhase, RunStatus, Snapshot, WorkerStatus};
 pub use distill::{DistillService, DistillSpec};
 pub use error::{ServiceError, ServiceResult};
+pub use fate::{Fate, FleetCounts, Settled, Unused};
 pub use reward::{RewardService, ScoreRequest};
 pub use rollout::{
     DraftCounts, GeneratedSample, GroupRequest, GroupResult, NUM_MATCH_BUCKETS, RolloutService, RolloutStats,

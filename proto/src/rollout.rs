@@ -1,6 +1,6 @@
 //! Generation.
 
-use crate::ServiceResult;
+use crate::{FleetCounts, ServiceResult, Settled};
 use std::time::Duration;
 use temper_types::{FinishReason, GroupId, PolicyVersion, PromptId, SampleIndex, SampleTimings, SamplingParams};
 
@@ -179,4 +179,16 @@ pub trait RolloutService: Send + Sync {
     fn set_version(&self, version: PolicyVersion) -> ServiceResult<()>;
     /// Counters.
     fn stats(&self) -> RolloutStats;
+    /// Say what became of samples of groups that were handed on, each once: `step` trained on those that it trained on.
+    /// An engine has no use for it; whoever keeps account of what it issued does.
+    ///
+    /// # Errors
+    /// `InvalidArgument` or `Internal` where a sample is not open.
+    fn settle(&self, _step: u64, _samples: &[Settled]) -> ServiceResult<()> {
+        Ok(())
+    }
+    /// What many workers did besides answering once; `None` of a single one.
+    fn fleet_counts(&self) -> Option<FleetCounts> {
+        None
+    }
 }

@@ -1,14 +1,16 @@
 //! N rollout workers as one [`RolloutService`].
 
-use super::event::{Event, GroupSpec, Job, JobKey, Origin, Role, Settlement, Ticket};
-use super::ledger::Ledger;
+use super::event::{Event, Fence, GroupSpec, Job, JobKey, Origin, Role, Settlement, Ticket};
+use super::ledger::{DropReason, Ledger};
 use super::pool::WorkerPhase;
 use super::roster::{Desk, Farewell, FleetConfig, Next, Order, Shared, State, WorkerStatus};
 use crate::{Clock, SystemClock};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use temper_proto::{GroupRequest, GroupResult, RolloutService, RolloutStats, ServiceError, ServiceResult};
+use temper_proto::{
+    Fate, FleetCounts, GroupRequest, GroupResult, RolloutService, RolloutStats, ServiceError, ServiceResult, Settled,
+};
 use temper_types::{ErrorCode, GroupId, PolicyVersion};
 
 /// Groups of which a worker's thread remembers the attempt, so that a second answer is known as one.
@@ -95,7 +97,7 @@ impl FleetRollout {
     }
 
     /// Messages of workers that changed nothing, by kind.
-    pub fn fences(&self) -> BTreeMap<super::Fence, u64> {
+    pub fn fences(&self) -> BTreeMap<Fence, u64> {
         self.shared.lock().plane.fences().clone()
     }
 
@@ -115,6 +117,26 @@ impl FleetRollout {
         }
         self.shared.tell(&mut state, Event::StepDone { step, version: None });
         Ok(())
+    }
+
+    /// Samples of whole groups: those of which none was trained on are let go of.
+    fn settle_groups(&self, step: u64, samples: &[Settled]) -> ServiceResult<()> {
+        let mut groups: BTreeMap<GroupId, BTreeSet<u32>> = BTreeMap::new();
+        for sample in samples {
+            let trained = groups.entry(sample.group_id).or_default();
+            if sample.fate == Fate::Trained {
+                trained.insert(sample.sample_index.0);
+            }
+        }
+        let (trained, unused): (Vec<_>, Vec<_>) = groups.into_iter().partition(|(_, trained)| !trained.is_empty());
+        let unused = unused.into_iter().map(|(group, _)| group).collect();
+        self.shared.tell(&mut self.shared.lock(), Event::Discard { groups: unused });
+        let settlement =
+            |(group, trained): (GroupId, BTreeSet<u32>)| Settlement { group, trained: trained.into_iter().collect() };
+        if trained.is_empty() {
+            return Ok(());
+        }
+        FleetRollout::settle(self, step, trained.into_iter().map(settlement).collect())
     }
 
     fn is_served(state: &RolloutState, version: PolicyVersion) -> bool {
@@ -200,6 +222,21 @@ impl RolloutService for FleetRollout {
             }
         }
         Ok(())
+    }
+
+    fn settle(&self, step: u64, samples: &[Settled]) -> ServiceResult<()> {
+        self.settle_groups(step, samples)
+    }
+
+    fn fleet_counts(&self) -> Option<FleetCounts> {
+        let (ledger, fences) = (self.ledger(), self.fences());
+        let fenced = |fence| fences.get(&fence).copied().unwrap_or(0);
+        let lost = |reason| ledger.dropped().get(&reason).copied().unwrap_or(0);
+        Some(FleetCounts {
+            late_answers: fenced(Fence::LateAnswer) + fenced(Fence::StaleIncarnation),
+            duplicates: fenced(Fence::DuplicateAnswer),
+            reissued: lost(DropReason::WorkerLost) + lost(DropReason::Superseded),
+        })
     }
 
     /// Sums over all workers; one that is lost counts as it was when it was last asked.

@@ -1,0 +1,237 @@
+//! Where every sample ends that a run asked for: in one step that trained on it, or dropped for one reason.
+//!
+//! Owns: the books between the loop and its engines. It stands in front of the rollout service, so that nothing is
+//! issued or handed on without being noted, whoever asks. The loop says what became of each sample
+//! ([`RolloutService::settle`]); at the end of every step, and of the run, nothing may be left over.
+//!
+//! Attempts that were lost with a worker are not seen here: a fleet issues them again and keeps books of its own.
+
+use crate::{Controller, Error};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{sync::Arc, time::Duration};
+use temper_proto::{
+    Fate, FleetCounts, GroupRequest, GroupResult, RolloutService, RolloutStats, ServiceError, ServiceResult, Settled,
+    Unused,
+};
+use temper_telemetry::MetricsRow;
+use temper_types::{ErrorCode, GroupId, PolicyVersion, PromptId, RewardOutcome, Sample, SampleIndex};
+
+/// Samples that an error names.
+const MAX_NAMED: usize = 8;
+
+/// A rollout service that keeps account of what is asked of it.
+pub(crate) struct Accounts {
+    engine: Arc<dyn RolloutService>,
+    books: Mutex<Books>,
+}
+
+/// A group of which a sample's fate is open.
+#[derive(Debug, PartialEq)]
+struct Group {
+    prompt: PromptId,
+    is_delivered: bool,
+    open: BTreeSet<SampleIndex>,
+}
+
+#[derive(Debug, Default)]
+struct Books {
+    groups: BTreeMap<GroupId, Group>,
+    /// Since the last balance: samples issued, and samples settled, by what became of them.
+    issued: u64,
+    settled: BTreeMap<Fate, u64>,
+}
+
+fn wrong(operation: &'static str, message: String) -> ServiceError {
+    ServiceError::new(ErrorCode::Internal, "accounts", operation, message)
+}
+
+impl Books {
+    fn issue(&mut self, request: &GroupRequest) -> ServiceResult<()> {
+        let open: BTreeSet<SampleIndex> = (0..request.seeds.len() as u32).map(SampleIndex).collect();
+        let num_samples = open.len() as u64;
+        let group = Group { prompt: request.prompt_id, is_delivered: false, open };
+        if let Some(earlier) = self.groups.insert(request.group_id, group) {
+            let (id, prompt, open) = (request.group_id, earlier.prompt, earlier.open.len());
+            let message = format!("group {id} is issued while {open} samples of it (prompt {prompt}) are not settled");
+            return Err(wrong("issue", message));
+        }
+        self.issued += num_samples;
+        Ok(())
+    }
+
+    fn deliver(&mut self, result: &GroupResult) -> ServiceResult<()> {
+        match self.groups.get_mut(&result.group_id) {
+            Some(group) if !group.is_delivered => {
+                group.is_delivered = true;
+                Ok(())
+            }
+            known => {
+                let what = if known.is_some() { "was delivered before" } else { "is not open" };
+                let message = format!("group {} (prompt {}) {what}", result.group_id, result.prompt_id);
+                Err(wrong("deliver", message))
+            }
+        }
+    }
+
+    fn settle(&mut self, step: u64, settled: &Settled) -> ServiceResult<()> {
+        let Settled { group_id, sample_index, fate } = *settled;
+        let group = self.groups.get_mut(&group_id).filter(|group| group.is_delivered);
+        let Some(group) = group.filter(|group| group.open.contains(&sample_index)) else {
+            let message = format!(
+                "step {step}: sample {sample_index} of group {group_id} ends as {fate:?}, and has ended before or was \
+                 never delivered"
+            );
+            return Err(wrong("settle", message));
+        };
+        group.open.remove(&sample_index);
+        if group.open.is_empty() {
+            self.groups.remove(&group_id);
+        }
+        *self.settled.entry(fate).or_default() += 1;
+        Ok(())
+    }
+
+    fn abort(&mut self) {
+        let is_aborted = |group: &Group| !group.is_delivered;
+        let num_samples: u64 = self.groups.values().filter(|g| is_aborted(g)).map(|g| g.open.len() as u64).sum();
+        self.groups.retain(|_, group| !is_aborted(group));
+        if num_samples > 0 {
+            *self.settled.entry(Fate::Dropped(Unused::Aborted)).or_default() += num_samples;
+        }
+    }
+
+    /// Samples that are open and not among `waiting`, in words.
+    fn left_over(&self, waiting: &BTreeSet<(GroupId, SampleIndex)>) -> Vec<String> {
+        let samples =
+            self.groups.iter().flat_map(|(id, group)| group.open.iter().map(move |index| (*id, group, *index)));
+        let lost = samples.filter(|(id, _, index)| !waiting.contains(&(*id, *index)));
+        lost.map(|(id, group, index)| format!("(prompt {}, group {id}, sample {index})", group.prompt)).collect()
+    }
+}
+
+impl Accounts {
+    pub(crate) fn new(engine: Arc<dyn RolloutService>) -> Self {
+        Accounts { engine, books: Mutex::default() }
+    }
+
+    /// A panic elsewhere leaves the books whole: each change is one.
+    fn books(&self) -> MutexGuard<'_, Books> {
+        self.books.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Fail where a sample has no fate and is not among those that wait for a later step.
+    pub(crate) fn check(&self, step: u64, waiting: &BTreeSet<(GroupId, SampleIndex)>) -> Result<(), Error> {
+        let lost = self.books().left_over(waiting);
+        if lost.is_empty() {
+            return Ok(());
+        }
+        let num_samples = lost.len();
+        Err(Error::Unaccounted { step, num_samples, samples: lost[..num_samples.min(MAX_NAMED)].join(", ") })
+    }
+
+    /// What was issued and settled since the last row, as columns of this one; none where nothing was.
+    pub(crate) fn columns(&self, row: &mut MetricsRow) {
+        let (issued, settled) = {
+            let mut books = self.books();
+            (std::mem::take(&mut books.issued), std::mem::take(&mut books.settled))
+        };
+        if issued > 0 || !settled.is_empty() {
+            row.set_count("ledger/issued", issued);
+            row.set_count("ledger/trained", settled.get(&Fate::Trained).copied().unwrap_or(0));
+        }
+        for (fate, count) in settled {
+            if let Fate::Dropped(reason) = fate {
+                row.set_count(&format!("ledger/dropped/{}", reason.name()), count);
+            }
+        }
+        if let Some(counts) = self.engine.fleet_counts() {
+            row.set_count("fleet/late_answers", counts.late_answers).set_count("fleet/duplicates", counts.duplicates);
+            row.set_count("fleet/reissued", counts.reissued);
+        }
+    }
+}
+
+impl RolloutService for Accounts {
+    fn submit(&self, groups: Vec<GroupRequest>) -> ServiceResult<()> {
+        groups.iter().try_for_each(|request| self.books().issue(request))?;
+        self.engine.submit(groups)
+    }
+
+    fn next_group(&self, timeout: Duration) -> ServiceResult<Option<GroupResult>> {
+        let result = self.engine.next_group(timeout)?;
+        result.iter().try_for_each(|group| self.books().deliver(group))?;
+        Ok(result)
+    }
+
+    fn abort_all(&self) -> ServiceResult<usize> {
+        let num_groups = self.engine.abort_all()?;
+        self.books().abort();
+        Ok(num_groups)
+    }
+
+    fn set_version(&self, version: PolicyVersion) -> ServiceResult<()> {
+        self.engine.set_version(version)
+    }
+
+    fn stats(&self) -> RolloutStats {
+        self.engine.stats()
+    }
+
+    fn settle(&self, step: u64, samples: &[Settled]) -> ServiceResult<()> {
+        samples.iter().try_for_each(|settled| self.books().settle(step, settled))?;
+        self.engine.settle(step, samples)
+    }
+
+    fn fleet_counts(&self) -> Option<FleetCounts> {
+        self.engine.fleet_counts()
+    }
+}
+
+/// Generated samples that all end for one reason.
+pub(crate) fn dropped(groups: &[GroupResult], reason: Unused) -> Vec<Settled> {
+    let of_group = |group: &GroupResult| {
+        let group_id = group.group_id;
+        let settled = move |s: &temper_proto::GeneratedSample| Settled {
+            group_id,
+            sample_index: s.sample_index,
+            fate: Fate::Dropped(reason),
+        };
+        group.samples.iter().map(settled).collect::<Vec<_>>()
+    };
+    groups.iter().flat_map(of_group).collect()
+}
+
+/// A sample and what became of it.
+pub(crate) fn settled(sample: &Sample, fate: Fate) -> Settled {
+    Settled { group_id: sample.group_id, sample_index: sample.sample_index, fate }
+}
+
+/// Why a step did not train on a sample of its batch.
+fn unused(sample: &Sample) -> Unused {
+    match &sample.outcome {
+        Some(RewardOutcome::Failed(_)) => Unused::RewardError,
+        _ if !sample.is_trainable() => Unused::Masked,
+        _ => Unused::NotChosen,
+    }
+}
+
+impl Controller {
+    /// Say what became of a step's samples, before the weights that they made are published. `trained` are indices.
+    pub(crate) fn settle(&self, samples: &[Sample], trained: &BTreeSet<usize>) -> Result<(), Error> {
+        let fate = |(index, sample): (usize, &Sample)| {
+            let is_trained = trained.contains(&index);
+            settled(sample, if is_trained { Fate::Trained } else { Fate::Dropped(unused(sample)) })
+        };
+        let all: Vec<Settled> = samples.iter().enumerate().map(fate).collect();
+        self.attribute(self.services.rollout.settle(self.state.step + 1, &all))
+    }
+
+    /// Fail where a sample was lost.
+    pub(crate) fn check_accounts(&self) -> Result<(), Error> {
+        self.accounts.check(self.state.step, &BTreeSet::new())
+    }
+}
+
+#[cfg(test)]
+mod tests;
