@@ -5,9 +5,11 @@ mod run;
 
 use common::{SMALL, recipe, stderr, temper};
 use run::{Outcome, outcome, train};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
+use temper_data::trajectories::read_dataset;
 use temper_types::Philox;
 
 const PROCESSES: [&str; 2] = ["--set", "placement.mode=processes"];
@@ -25,6 +27,13 @@ fn start(recipe: &Path, run_dir: &Path, sets: &[&str]) -> Child {
     sets.iter().for_each(|set| {
         command.args(["--set", set]);
     });
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary starts")
+}
+
+/// Go on with the run in `run_dir` from its last checkpoint.
+fn resume(recipe: &Path, run_dir: &Path) -> Child {
+    let mut command = temper();
+    command.arg("train").arg(recipe).arg("--run-dir").arg(run_dir).args(PROCESSES).arg("--resume");
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary starts")
 }
 
@@ -139,7 +148,7 @@ fn workers_of_every_role_are_killed_and_stopped_and_the_result_stays() {
     let child = start(&recipe, &run_dir, &["placement.rollout_workers=2", "placement.reward_workers=2"]);
     let names = ["rollout-0", "trainer-0", "reward-1", "rollout-1", "trainer-0", "reward-0"];
     let noise = Philox::new(3);
-    let mut lives = std::collections::BTreeMap::new();
+    let mut lives = BTreeMap::new();
     let mut kills = 0;
     for (index, name) in names.into_iter().enumerate() {
         let before = lives.get(name).copied().unwrap_or(0);
@@ -157,6 +166,31 @@ fn workers_of_every_role_are_killed_and_stopped_and_the_result_stays() {
     assert!(kills >= 4, "only {kills} kills before the run was over");
     finish(child);
     assert_eq!(run::whole_outcome(&run_dir), run::whole_outcome(&reference));
+    check_accounts(&run_dir);
+}
+
+/// By the rows of the run: no sample is lost, and none is trained on twice.
+fn check_accounts(run_dir: &Path) {
+    let mut per_step: BTreeMap<u64, u64> = BTreeMap::new();
+    let mut seen = BTreeSet::new();
+    for sample in read_dataset(&run_dir.join("rollouts")).expect("a dataset") {
+        let key = (sample.prompt_id, sample.epoch, sample.sample_index);
+        assert!(seen.insert(key), "step {}: sample {:?} is there twice", sample.step, sample.key());
+        *per_step.entry(sample.step.0).or_default() += 1;
+    }
+    assert!(per_step.len() >= 40, "{} steps over samples", per_step.len());
+    let metrics = std::fs::read_to_string(run_dir.join("metrics.jsonl")).expect("metrics");
+    for line in metrics.lines() {
+        let row: serde_json::Map<String, serde_json::Value> = serde_json::from_str(line).expect("a row");
+        let Some(recorded) = per_step.get(&row["step"].as_u64().expect("a step")) else { continue };
+        let count = |key: &str| row.get(key).map_or(0, |value| value.as_f64().expect("a count") as u64);
+        let dropped = |reason: &str| count(&format!("ledger/dropped/{reason}"));
+        let with_a_row = count("ledger/trained")
+            + ["reward_error", "masked", "not_chosen", "baseline"].into_iter().map(dropped).sum::<u64>();
+        let without = ["filtered", "validation", "aborted"].into_iter().map(dropped).sum::<u64>();
+        assert_eq!((count("ledger/issued"), *recorded), (with_a_row + without, with_a_row), "{line}");
+        assert!(count("ledger/trained") > 0, "{line}");
+    }
 }
 
 fn is_complete(run_dir: &Path) -> bool {
@@ -166,7 +200,8 @@ fn is_complete(run_dir: &Path) -> bool {
 #[test]
 fn a_run_is_paused_changed_saved_and_drained_while_it_runs() {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let recipe = recipe(dir.path(), &longer().replace("steps = 40", "steps = 4000"));
+    let text = longer().replace("steps = 40", "steps = 4000").replace("every_steps = 4", "every_steps = 4000");
+    let recipe = recipe(dir.path(), &text);
     let run_dir = dir.path().join("run");
     let child = start(&recipe, &run_dir, &[]);
     until("the second stage", || {
@@ -186,11 +221,25 @@ fn a_run_is_paused_changed_saved_and_drained_while_it_runs() {
     assert!(stderr(&refused).contains("what can: learning_rate, temperature"), "{}", stderr(&refused));
     assert_eq!(control_json(&run_dir, &["status"]).expect("it answers")["step"].as_u64(), Some(step), "it waits");
     assert_eq!(control_json(&run_dir, &["resume"]).expect("it goes on")["state"], "running");
-    until("a step with the new rate", || {
-        let metrics = std::fs::read_to_string(run_dir.join("metrics.jsonl")).ok()?;
-        let row: serde_json::Value = serde_json::from_str(metrics.lines().last()?).ok()?;
-        (row["step"].as_u64()? > step && row["lr"].as_f64()? <= 2.5e-4).then_some(())
+    let rates = || -> Vec<(u64, f64)> {
+        let metrics = std::fs::read_to_string(run_dir.join("metrics.jsonl")).unwrap_or_default();
+        let row = |line: &str| {
+            let row: serde_json::Value = serde_json::from_str(line).ok()?;
+            Some((row["step"].as_u64()?, row["lr"].as_f64()?))
+        };
+        metrics.lines().filter_map(row).collect()
+    };
+    until("a step with the new rate", || rates().last().filter(|(at, rate)| *at > step && *rate <= 2.5e-4).map(|_| ()));
+    // The change came after the last checkpoint; the run that goes on from there makes it again.
+    signal(u64::from(child.id()), "KILL");
+    assert!(!child.wait_with_output().expect("the process ends").status.success());
+    let child = resume(&recipe, &run_dir);
+    until("steps of the resumed run", || {
+        let status = control_json(&run_dir, &["status"])?;
+        (status["state"] == "running" && status["step"].as_u64()? > step + 1).then_some(())
     });
+    let after: Vec<(u64, f64)> = rates().into_iter().filter(|(at, _)| *at > step).collect();
+    assert!(!after.is_empty() && after.iter().all(|(_, rate)| *rate <= 2.5e-4), "from step {}: {after:?}", step + 1);
     assert!(control(&run_dir, &["drain"]).status.success());
     let output = child.wait_with_output().expect("the process ends");
     assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));

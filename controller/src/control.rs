@@ -3,7 +3,8 @@
 //! The loop comes by before every step ([`RunControl::gate`]); nothing here interrupts a step, so that what a request
 //! changes is a function of the step at which it takes effect.
 
-use std::collections::BTreeMap;
+use crate::control_journal::{Change, ControlJournal};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -36,11 +37,15 @@ struct Inner {
     status: RunStatus,
     wants_pause: bool,
     wants_drain: bool,
-    is_in_step: bool,
     has_ended: bool,
     /// Settings of the stage under way that can be changed, with their values.
     settings: BTreeMap<String, f64>,
     changes: Vec<(String, f64)>,
+    /// The step before which a change that comes now takes effect.
+    next_step: u64,
+    journal: Option<ControlJournal>,
+    /// Changes of before the run was resumed, in their order.
+    replay: VecDeque<Change>,
     snapshots_asked: u64,
     snapshots_answered: u64,
     last_snapshot: Option<Snapshot>,
@@ -120,7 +125,8 @@ impl RunControl {
     /// Change a setting of the stage under way from its next step on.
     ///
     /// # Errors
-    /// `InvalidArgument` for a key that cannot be changed in this stage, or a value out of range.
+    /// `InvalidArgument` for a key that cannot be changed in this stage, or a value out of range; `Unavailable` where the
+    /// change cannot be made durable, and is not made.
     pub fn set(&self, key: &str, value: f64) -> ServiceResult<Changed> {
         let mut inner = self.lock();
         let Some(previous) = inner.settings.get(key).copied() else {
@@ -134,10 +140,13 @@ impl RunControl {
         if !(value.is_finite() && value >= 0.0) {
             return Err(error(ErrorCode::InvalidArgument, "set", format!("{key} = {value}: expected 0 or more")));
         }
-        inner.changes.push((key.to_owned(), value));
-        inner.settings.insert(key.to_owned(), value);
-        let from_step = inner.status.step + if inner.is_in_step { 2 } else { 1 };
-        Ok(Changed { previous, from_step })
+        let change = Change { step: inner.next_step, key: key.to_owned(), value };
+        if let Some(Err(problem)) = inner.journal.as_ref().map(|journal| journal.append(&change)) {
+            return Err(error(ErrorCode::Unavailable, "set", format!("the change cannot be stored: {problem}")));
+        }
+        inner.settings.insert(change.key.clone(), value);
+        inner.changes.push((change.key, value));
+        Ok(Changed { previous, from_step: change.step })
     }
 
     fn wait<T>(
@@ -165,7 +174,8 @@ impl RunControl {
     pub(crate) fn gate(&self, settings: BTreeMap<String, f64>, is_stopping: impl Fn() -> bool) -> Directive {
         const TICK: Duration = Duration::from_millis(100);
         let mut inner = self.lock();
-        inner.is_in_step = false;
+        inner.next_step = inner.status.step + 1;
+        inner.take_due();
         let pending: Vec<(String, f64)> = inner.changes.clone();
         inner.settings = settings;
         inner.settings.extend(pending);
@@ -178,7 +188,7 @@ impl RunControl {
             }
             if !inner.wants_pause || is_stopping() {
                 inner.status.state = RunPhase::Running;
-                inner.is_in_step = true;
+                inner.next_step += 1;
                 return Directive::Go(std::mem::take(&mut inner.changes));
             }
             if inner.status.state != RunPhase::Paused {
@@ -200,6 +210,18 @@ impl RunControl {
         inner.snapshots_answered = inner.snapshots_asked;
         inner.last_snapshot = Some(snapshot);
         self.changed.notify_all();
+    }
+
+    /// The loop's side: keep changes in `journal`, and make those that stand there before their steps.
+    pub(crate) fn keep(&self, (journal, changes): (ControlJournal, Vec<Change>)) {
+        let mut inner = self.lock();
+        inner.journal = Some(journal);
+        inner.replay = changes.into();
+    }
+
+    /// The loop's side: the state after `step` is there; it holds the changes before.
+    pub(crate) fn resume_after(&self, step: u64) {
+        self.lock().replay.retain(|change| change.step > step);
     }
 
     /// The loop's side: names that do not change.
@@ -237,12 +259,22 @@ impl RunControl {
     pub(crate) fn end(&self, error: &str) {
         let mut inner = self.lock();
         inner.has_ended = true;
-        inner.is_in_step = false;
         inner.settings.clear();
         inner.status.state = if error.is_empty() { RunPhase::Completed } else { RunPhase::Failed };
         error.clone_into(&mut inner.status.error);
         inner.watchers.clear();
         self.changed.notify_all();
+    }
+}
+
+impl Inner {
+    /// Changes of before that are due at this gate come before those of now.
+    fn take_due(&mut self) {
+        let mut index = 0;
+        while let Some(change) = self.replay.pop_front_if(|change| change.step <= self.next_step) {
+            self.changes.insert(index, (change.key, change.value));
+            index += 1;
+        }
     }
 }
 

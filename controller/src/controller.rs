@@ -3,6 +3,7 @@
 use crate::accounts::Accounts;
 use crate::checkpoint::{self, PendingCheckpoint};
 use crate::control::RunControl;
+use crate::control_journal::ControlJournal;
 use crate::preference_step::PreferenceCache;
 use crate::record::Record;
 use crate::{
@@ -87,6 +88,7 @@ impl Controller {
         let control = Arc::new(RunControl::default());
         control.begin(&spec.name, spec.stages.iter().map(Stage::steps).sum());
         let record = Record::open(&dir, &spec.name, (&clock, &control))?;
+        control.keep(ControlJournal::open(&dir.control_journal(), &clock)?);
         let accounts = Arc::new(Accounts::new(services.rollout));
         let services = Services { rollout: accounts.clone(), ..services };
         let state = RunState::new(&spec.identity);
@@ -203,6 +205,7 @@ impl Controller {
         self.state = checkpoint.state.clone();
         self.state.identity = self.spec.identity.clone();
         self.current_step = self.state.step;
+        self.control.resume_after(self.state.step);
         if !self.is_complete() {
             self.begin_stage()?;
         }

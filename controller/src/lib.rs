@@ -16,6 +16,7 @@ mod collect;
 mod components;
 mod config;
 mod control;
+mod control_journal;
 mod controller;
 mod correction;
 mod critic_step;

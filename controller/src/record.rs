@@ -9,7 +9,7 @@ use temper_telemetry::{EventLog, MetricsLog, MetricsRow};
 use temper_types::{Sample, Step};
 
 /// Adapts the run's clock to the event log's.
-struct EventClock(Arc<dyn Clock>);
+pub(crate) struct EventClock(pub(crate) Arc<dyn Clock>);
 
 impl temper_telemetry::Clock for EventClock {
     fn unix_ms(&self) -> u64 {

@@ -51,6 +51,11 @@ impl RunDir {
         self.root.join("events.jsonl")
     }
 
+    /// Settings that were changed while the run goes on.
+    pub fn control_journal(&self) -> PathBuf {
+        self.root.join("control.jsonl")
+    }
+
     /// One row a step.
     pub fn metrics(&self) -> PathBuf {
         self.root.join("metrics.jsonl")

@@ -3,7 +3,9 @@
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use temper_controller::{Controller, PolicyStage, RunDir, RunSpec, Services, Stage, SystemClock, latest_checkpoint};
+use temper_controller::{
+    CheckpointInfo, Controller, PolicyStage, RunDir, RunSpec, Services, Stage, SystemClock, latest_checkpoint,
+};
 use temper_proto::{
     DistillService, DistillSpec, GeneratedSample, GroupRequest, GroupResult, LogProbs, MiniBatch, PolicyRole,
     PreferencePair, RewardService, RolloutService, RolloutStats, ScalarModelService, ScalarModelSpec, ScalarReport,
@@ -256,8 +258,10 @@ fn spec(stage: PolicyStage) -> RunSpec {
     }
 }
 
-/// Run, or go on from the last checkpoint of `dir`; gives what the trainer was asked.
-pub fn run_in(dir: &Path, stage: PolicyStage, behaviour: Behaviour) -> Result<Vec<Call>, temper_controller::Error> {
+/// A run in `dir`, the checkpoint that it goes on from, and what the trainer is asked.
+pub type Prepared = (Controller, Option<CheckpointInfo>, Arc<Mutex<Vec<Call>>>);
+
+pub fn prepare(dir: &Path, stage: PolicyStage, behaviour: Behaviour) -> Result<Prepared, temper_controller::Error> {
     let calls: Arc<Mutex<Vec<Call>>> = Arc::default();
     let services = Services {
         rollout: Arc::new(Rollout::default()),
@@ -267,7 +271,13 @@ pub fn run_in(dir: &Path, stage: PolicyStage, behaviour: Behaviour) -> Result<Ve
     };
     let run_dir = RunDir::open(dir)?;
     let resume = latest_checkpoint(&run_dir.checkpoints())?;
-    let mut controller = Controller::new(spec(stage), services, run_dir, Arc::new(SystemClock::default()))?;
+    let controller = Controller::new(spec(stage), services, run_dir, Arc::new(SystemClock::default()))?;
+    Ok((controller, resume, calls))
+}
+
+/// Run, or go on from the last checkpoint of `dir`; gives what the trainer was asked.
+pub fn run_in(dir: &Path, stage: PolicyStage, behaviour: Behaviour) -> Result<Vec<Call>, temper_controller::Error> {
+    let (mut controller, resume, calls) = prepare(dir, stage, behaviour)?;
     controller.run(resume.as_ref())?;
     drop(controller);
     Ok(std::mem::take(&mut *calls.lock().expect("no panic elsewhere")))

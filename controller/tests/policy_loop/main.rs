@@ -1,5 +1,6 @@
 //! The policy loop over fake workers: what reaches the trainer, what is recorded, and what a resumed run repeats.
 
+mod changes;
 mod critic;
 mod estimators;
 mod fakes;
