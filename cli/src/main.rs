@@ -4,6 +4,7 @@
 
 mod commands;
 mod control;
+mod draft_model;
 mod env;
 mod kill;
 mod plan;

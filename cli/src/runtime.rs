@@ -1,6 +1,7 @@
 //! Assembly: from a checked recipe to the services of one process.
 
 use crate::control::{LocalControl, write_address};
+use crate::draft_model;
 use crate::recipe::{CheckReport, PlacementMode, Recipe, Source, render};
 use crate::reward_models::RewardModels;
 use crate::workers::{Cluster, ClusterSpec, Work};
@@ -9,9 +10,9 @@ use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use temper_actor::{SpecialTokens, Tokenizer};
-use temper_controller::{RunSpec, Services};
+use temper_controller::{ReplaySpec, RunSpec, Services};
 use temper_proto::{ServiceError, ServiceResult, TextService};
-use temper_rollout::{LocalRolloutService, TokenByteTable};
+use temper_rollout::{LocalRolloutService, Replay, TokenByteTable};
 use temper_tensor::{CpuConfig, CpuDevice, Device};
 use temper_types::{DType, ErrorCode, PromptContent};
 
@@ -133,6 +134,8 @@ pub fn embedded(recipe: &Recipe, report: &CheckReport, (model_dir, run_dir): (&P
     let bytes = text.token_byte_table(vocab_size);
     let rollout =
         LocalRolloutService::new(Arc::clone(&device), trainer.policy, recipe.engine.clone(), Arc::new(bytes))?;
+    let rollout = draft_model::attach(rollout, (&device, dtype), Some(&text), &recipe.engine)?;
+    let rollout = rollout.with_history(&history_dir(recipe, run_dir));
     let trainer = trainer.service;
     let scorer = Arc::clone(&trainer);
     let models = RewardModels { trainer: scorer, device: &device, policy_dir: model_dir, dtype };
@@ -140,6 +143,12 @@ pub fn embedded(recipe: &Recipe, report: &CheckReport, (model_dir, run_dir): (&P
         Services { rollout: Arc::new(rollout), reward: Arc::new(models.reward_service(recipe)?), trainer, text };
     let spec = run_spec(recipe, report, (dtype, &format!("{initial}")), model_dir)?;
     Ok(Runtime { services, spec, dtype, device, cluster: None })
+}
+
+/// Where drafters remember earlier responses.
+pub fn history_dir(recipe: &Recipe, run_dir: &Path) -> PathBuf {
+    let given = Path::new(&recipe.engine.history_dir);
+    if recipe.engine.history_dir.is_empty() { run_dir.join("history") } else { given.to_owned() }
 }
 
 /// Start the services of a recipe where it places them.
@@ -220,5 +229,10 @@ fn run_spec(
         validation: recipe.validation.clone(),
         checkpoint: recipe.checkpoint.clone(),
         rollout_timeout_seconds: recipe.rollout_timeout_seconds,
+        replay: match recipe.engine.replay {
+            Replay::Exact => ReplaySpec::Exact,
+            Replay::Coupled => ReplaySpec::Coupled,
+            Replay::Lenient => ReplaySpec::Lenient { lenience: recipe.engine.lenience },
+        },
     })
 }

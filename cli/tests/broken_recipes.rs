@@ -195,6 +195,35 @@ fn a_good_recipe_is_explained_in_words() {
     assert!(text.contains("2 optimizer step(s) of 8 samples"), "{text}");
 }
 
+/// What replays tokens or noise is another run; what only guesses is not.
+#[test]
+fn replay_is_part_of_the_identity_and_announced() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = recipe(dir.path(), SMALL);
+    let check = |sets: &[&str]| {
+        let output = temper().arg("check").arg(&path).arg("--json").args(sets).output().expect("the binary starts");
+        assert!(output.status.success(), "{}", common::stderr(&output));
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).expect("a report");
+        (report["identity"].to_string(), report.to_string())
+    };
+    let (plain, text) = check(&[]);
+    assert!(!text.contains("LOSSY") && !text.contains("coupled"));
+    assert_eq!(check(&["--set", "engine.speculative=auto"]).0, plain);
+    let (coupled, text) = check(&["--set", "engine.replay=coupled"]);
+    assert!(text.contains("the noise of the first") && coupled != plain, "{text}");
+    let lenient = ["--set", "engine.replay=lenient", "--set", "engine.speculative=replay"];
+    let (identity, text) = check(&lenient);
+    assert!(text.contains("LOSSY") && text.contains("no rollout correction"), "{text}");
+    assert!(identity != plain && identity != coupled);
+    assert_ne!(check(&[&lenient[..], &["--set", "engine.lenience=1.5"]].concat()).0, identity);
+
+    let top_p = ["--set", "stage.1.sampling.top_p=0.9"];
+    let output = temper().arg("check").arg(&path).args(lenient).args(top_p).output().expect("the binary starts");
+    let message = common::stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    assert!(message.contains("stage.1.sampling") && message.contains("untruncated law"), "{message}");
+}
+
 #[test]
 fn a_resolved_recipe_names_origins_and_is_a_recipe_of_the_same_run() {
     let dir = tempfile::tempdir().expect("a temporary directory");

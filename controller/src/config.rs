@@ -399,4 +399,21 @@ pub struct RunSpec {
     pub checkpoint: CheckpointConfig,
     /// Longest wait for one finished group, in seconds.
     pub rollout_timeout_seconds: f64,
+    /// What a later pass over a prompt has of the pass before.
+    pub replay: ReplaySpec,
+}
+
+/// What a later pass over a prompt has of the pass before.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub enum ReplaySpec {
+    /// Nothing that changes a token.
+    #[default]
+    Exact,
+    /// The noise of the first pass.
+    Coupled,
+    /// Its tokens, each with probability min(1, lenience p_new / p_old) until one is not taken.
+    Lenient {
+        /// l, more than 0.
+        lenience: f32,
+    },
 }

@@ -6,6 +6,7 @@ use crate::control::RunControl;
 use crate::control_journal::ControlJournal;
 use crate::preference_step::PreferenceCache;
 use crate::record::Record;
+use crate::reuse::EarlierSteps;
 use crate::{
     CheckpointInfo, Clock, Error, Phase, PhaseObserver, RunDir, RunSpec, RunState, Stage, load_dataset,
     verify_checkpoint,
@@ -61,6 +62,7 @@ pub struct Controller {
     pub(crate) data: BTreeMap<String, Vec<PromptRow>>,
     pub(crate) record: Record,
     pub(crate) preferences: Option<PreferenceCache>,
+    pub(crate) earlier: EarlierSteps,
     pub(crate) dir: RunDir,
     observer: Box<dyn PhaseObserver>,
     sink: StepSink,
@@ -101,6 +103,7 @@ impl Controller {
             data,
             record,
             preferences: None,
+            earlier: EarlierSteps::default(),
             dir,
             observer: Box::new(()),
             sink: Box::new(|_| {}),

@@ -37,6 +37,7 @@ mod preference_step;
 mod record;
 mod record_row;
 mod reference;
+mod reuse;
 mod reward_model_step;
 mod rollouts;
 mod run_dir;
@@ -48,7 +49,7 @@ mod validation;
 pub use checkpoint::{CheckpointInfo, latest_checkpoint, list_checkpoints, verify_checkpoint};
 pub use clock::{Clock, SystemClock};
 pub use config::{
-    CheckpointConfig, DatasetConfig, MemoryConfig, PolicyStage, RunSpec, SftStage, Stage, ValidationConfig,
+    CheckpointConfig, DatasetConfig, MemoryConfig, PolicyStage, ReplaySpec, RunSpec, SftStage, Stage, ValidationConfig,
 };
 pub use control::RunControl;
 pub use controller::{Controller, RunOutcome, Services};

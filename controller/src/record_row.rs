@@ -113,6 +113,10 @@ fn sample_columns(samples: &[Sample], row: &mut MetricsRow) {
     row.set("reward_mean", mean(rewards.iter().copied())).set("reward_std", std(&rewards));
     row.set_count("num_samples", samples.len() as u64).set_count("num_reward_errors", failed as u64);
     row.set("response_length_mean", mean(lengths.clone())).set("response_length_max", lengths.fold(0.0, f64::max));
+    if samples.iter().any(|s| !s.response_reused.is_empty()) {
+        let num_reused = samples.iter().flat_map(|s| &s.response_reused).map(|flag| u64::from(*flag)).sum();
+        row.set_count("num_reused_tokens", num_reused);
+    }
     row.set("truncated_ratio", cut as f64 / samples.len().max(1) as f64);
     for (name, values) in component_values(samples) {
         row.set(&format!("reward/{name}"), mean(values.iter().copied()));
@@ -167,8 +171,10 @@ fn time_columns(samples: &[Sample], numbers: &StepNumbers, row: &mut MetricsRow)
 /// sides are computed; a kernel that is off by one unit in the last place shows here.
 pub(crate) fn log_prob_gap(samples: &[Sample], trained: &[usize]) -> f64 {
     let gap = |sample: &Sample| {
-        let pairs = sample.rollout_log_probs.iter().zip(&sample.old_log_probs);
-        pairs.map(|(rollout, old)| (f64::from(*rollout) - f64::from(*old)).abs()).fold(0.0, f64::max)
+        let pairs = sample.rollout_log_probs.iter().zip(&sample.old_log_probs).enumerate();
+        // A reused token has the log-prob of the weights that drew it.
+        let own = pairs.filter(|(index, _)| sample.response_reused.get(*index) != Some(&1));
+        own.map(|(_, (rollout, old))| (f64::from(*rollout) - f64::from(*old)).abs()).fold(0.0, f64::max)
     };
     trained.iter().map(|index| gap(&samples[*index])).fold(0.0, f64::max)
 }

@@ -2,7 +2,7 @@
 
 use crate::accounts::{dropped, settled};
 use crate::record_row::StepNumbers;
-use crate::{Controller, Error, Phase, PolicyStage};
+use crate::{Controller, Error, Phase, PolicyStage, ReplaySpec};
 use std::collections::BTreeMap;
 use std::time::Duration;
 use temper_proto::{Fate, GeneratedSample, GroupRequest, GroupResult, ServiceError, Settled, Unused};
@@ -55,6 +55,7 @@ impl Controller {
             draws.iter().map(|d| (self.data[&stage.data][d.index as usize].clone(), d.epoch)).collect();
         let first_group = self.state.next_group_id;
         let mut requests = self.requests(&rows, (first_group, seed), stage)?;
+        self.offer_earlier_responses(&mut requests)?;
         if stage.algorithm.plan().greedy_baseline {
             let greedy: Vec<GroupRequest> = requests.iter().map(|r| greedy_request(r, rows.len() as u64)).collect();
             requests.extend(greedy);
@@ -84,13 +85,15 @@ impl Controller {
         let request = |(index, (row, epoch)): (usize, &(PromptRow, u64))| {
             let prompt_token_ids = self.attribute(self.services.text.encode_prompt(&row.prompt))?;
             let samples = 0..stage.num_generations as u32;
+            let noise_epoch = if self.spec.replay == ReplaySpec::Coupled { 0 } else { *epoch };
             Ok(GroupRequest {
                 group_id: GroupId(first_group + index as u64),
                 prompt_id: row.prompt_id,
                 epoch: *epoch,
                 prompt_token_ids,
-                seeds: samples.map(|i| derive_seed(seed, row.prompt_id.0, i, *epoch)).collect(),
+                seeds: samples.map(|i| derive_seed(seed, row.prompt_id.0, i, noise_epoch)).collect(),
                 sampling: sampling.clone(),
+                ..GroupRequest::default()
             })
         };
         rows.iter().enumerate().map(request).collect()
@@ -139,6 +142,7 @@ impl Controller {
             prompt_token_ids: request.prompt_token_ids.clone(),
             response_mask: vec![1; s.token_ids.len()],
             response_token_ids: s.token_ids,
+            response_reused: s.reused,
             rollout_log_probs: s.log_probs,
             sampled_log_probs: s.sampled_log_probs,
             surviving_mass: s.surviving_mass,
@@ -168,6 +172,7 @@ fn greedy_request(request: &GroupRequest, offset: u64) -> GroupRequest {
         group_id: GroupId(request.group_id.0 + offset),
         seeds: request.seeds.iter().copied().take(1).collect(),
         sampling: SamplingParams { temperature: 0.0, ..request.sampling.clone() },
+        reuse: None,
         ..request.clone()
     }
 }

@@ -46,6 +46,7 @@ impl Controller {
                 prompt_token_ids: self.attribute(self.services.text.encode_prompt(&row.prompt))?,
                 seeds: (0..num_samples as u32).map(noise).collect(),
                 sampling: sampling.clone(),
+                ..GroupRequest::default()
             })
         };
         let requests = rows.iter().enumerate().map(request).collect::<Result<Vec<_>, Error>>()?;

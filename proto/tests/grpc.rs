@@ -39,6 +39,7 @@ fn sample() -> GeneratedSample {
         sample_index: SampleIndex(1),
         seed: u64::MAX - 5,
         token_ids: vec![1, 2, 300_000],
+        reused: vec![1, 0, 0],
         log_probs: vec![-0.5, f32::NEG_INFINITY, -1e-30],
         sampled_log_probs: vec![],
         surviving_mass: vec![0.25, 0.5, 1.0],
@@ -265,6 +266,14 @@ fn generation_goes_over_the_wire_unchanged() {
             bad_words_ids: vec![vec![1], vec![2, 3]],
             ..SamplingParams::default()
         },
+        priority: -3,
+        reuse: Some(Reuse {
+            lenience: 1.5,
+            responses: vec![
+                EarlierResponse { token_ids: vec![7], log_probs: vec![-0.5], policy_versions: vec![(VERSION, 1)] },
+                EarlierResponse::default(),
+            ],
+        }),
     };
     client.submit(vec![request.clone()]).unwrap();
     assert_eq!(wire.fake.last(), format!("{:?}", vec![request]));

@@ -95,6 +95,7 @@ impl<M: Model> Bench<'_, M> {
             prompt_token_ids: (0..self.spec.prompt_len as u64).map(|i| noise.below(vocab_size, i, 1) as u32).collect(),
             seeds: vec![index],
             sampling: SamplingParams { max_new_tokens: new_tokens, ..SamplingParams::default() },
+            ..GroupRequest::default()
         }
     }
 }

@@ -1,10 +1,10 @@
 //! Limits of the engine: as a recipe gives them, and resolved against a model.
 
-use crate::speculation::{SpeculationConfig, Speculative};
+use crate::speculation::{Replay, SpeculationConfig, Speculative};
 use crate::{Error, ModelLimits};
 use serde::{Deserialize, Serialize};
 
-/// Engine limits as they stand in a recipe. None of them changes a bit of any response.
+/// Engine limits as they stand in a recipe. None but `replay` and `lenience` changes a bit of any response.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct EngineConfig {
@@ -30,12 +30,23 @@ pub struct EngineConfig {
     pub prefix_cache: bool,
     /// Which drafters guess tokens ahead; every guess is verified, so no choice changes a response.
     pub speculative: Speculative,
+    /// What a later pass over a prompt has of the pass before: see [`Replay`]. With `lenience` the only key of this
+    /// table that is part of a run's identity.
+    pub replay: Replay,
+    /// l of `replay = "lenient"`: an earlier token is taken again with probability min(1, l p_new / p_old); from 1 on,
+    /// where more reuses more.
+    pub lenience: f32,
     /// Longest draft of one sequence in one step.
     pub max_draft_tokens: usize,
-    /// Earlier passes over a prompt whose responses the drafters remember, in memory.
+    /// Hugging Face directory of a smaller model of the same vocabulary that drafts, for `speculative = "model"` or
+    /// `"auto"`; empty for none.
+    pub draft_model: String,
+    /// Earlier passes over a prompt whose responses the drafters remember.
     pub history_epochs: usize,
     /// Most response tokens remembered of earlier passes, all prompts together.
     pub history_tokens: usize,
+    /// Directory of files in which they are remembered, across runs too; empty for `history/` of the run directory.
+    pub history_dir: String,
 }
 
 impl Default for EngineConfig {
@@ -52,9 +63,13 @@ impl Default for EngineConfig {
             max_queued_samples: 1 << 20,
             prefix_cache: true,
             speculative: Speculative::Off,
+            replay: Replay::Exact,
+            lenience: 1.0,
             max_draft_tokens: 24,
+            draft_model: String::new(),
             history_epochs: 2,
             history_tokens: 1 << 23,
+            history_dir: String::new(),
         }
     }
 }
@@ -92,7 +107,14 @@ impl EngineConfig {
         check(self.max_batch_tokens > self.max_num_seqs, "max_batch_tokens", self.max_batch_tokens, &more_rows)?;
         let is_multiple = self.block_size > 0 && self.block_size.is_multiple_of(16);
         check(is_multiple, "block_size", self.block_size, "a positive multiple of 16")?;
-        check((0.0..1.0).contains(&self.watermark), "watermark", self.watermark, "0 or more, less than 1")
+        check((0.0..1.0).contains(&self.watermark), "watermark", self.watermark, "0 or more, less than 1")?;
+        check(self.lenience > 0.0 && self.lenience.is_finite(), "lenience", self.lenience, "more than 0")?;
+        let (has_model, speculative) = (!self.draft_model.is_empty(), self.speculative);
+        let takes_model = matches!(speculative, Speculative::Model | Speculative::Auto);
+        let expected = "none where speculative is not \"model\" or \"auto\"";
+        check(takes_model || !has_model, "draft_model", &self.draft_model, expected)?;
+        let is_served = has_model || speculative != Speculative::Model;
+        check(is_served, "speculative", "model", "a draft_model beside it, or another drafter")
     }
 
     /// What the drafters need of it.
@@ -162,9 +184,13 @@ mod tests {
             "max_queued_samples",
             "prefix_cache",
             "speculative",
+            "replay",
+            "lenience",
             "max_draft_tokens",
+            "draft_model",
             "history_epochs",
             "history_tokens",
+            "history_dir",
         ];
         assert_eq!(keys, expected);
         assert!(serde_json::from_str::<EngineConfig>(r#"{"max_num_seq": 3}"#).is_err());
@@ -193,6 +219,9 @@ mod tests {
             (broken(|c| c.block_size = 24), "block_size"),
             (broken(|c| c.watermark = 1.0), "watermark"),
             (broken(|c| c.kv_cache_bytes = 999), "kv_cache_bytes"),
+            (broken(|c| c.lenience = 0.0), "lenience"),
+            (broken(|c| c.draft_model = "small".to_owned()), "draft_model"),
+            (broken(|c| c.speculative = Speculative::Model), "speculative"),
         ] {
             assert!(message.starts_with(&format!("rollout.{key} = ")), "{message}");
         }

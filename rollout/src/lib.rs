@@ -17,6 +17,7 @@
 //! - `log_probs` are the bits that the training forward computes for the same tokens under the same weights.
 //! - Every accepted group ends with exactly one result, and every block of the pool has a known owner.
 
+mod beam;
 mod bench;
 mod block_manager;
 mod clock;
@@ -31,6 +32,7 @@ pub mod speculation;
 mod stop;
 mod weight_receiver;
 
+pub use beam::{BeamHypothesis, BeamSpec};
 pub use bench::{BenchReport, BenchSpec, measure_generation};
 pub use block_manager::{BlockCopy, BlockHash, BlockManager, BlockTable, OutOfBlocks};
 pub use clock::{Clock, SystemClock};
@@ -41,6 +43,6 @@ pub use model::{Model, ModelLimits, StepBatch, StepOutput};
 pub use policy_model::PolicyModel;
 pub use scheduler::GroupShape;
 pub use service::LocalRolloutService;
-pub use speculation::{Speculation, SpeculationConfig, Speculative};
+pub use speculation::{ModelDrafter, Replay, Speculation, SpeculationConfig, Speculative};
 pub use stop::{StopMatcher, StopState, TokenByteTable, TokenBytes};
 pub use weight_receiver::{Sources, SyncedRolloutService, WeightReceiver};

@@ -61,4 +61,10 @@ pub trait Model: Send {
     /// # Errors
     /// Where the weights cannot be read; nothing the engine relies on has changed then.
     fn step(&mut self, batch: StepBatch<'_>) -> Result<StepOutput, Error>;
+
+    /// Draw again from rows of the last [`Model::step`].
+    ///
+    /// # Errors
+    /// Where the weights cannot be read.
+    fn draw_again(&mut self, draw_rows: &[u32], draws: &[SampleRow<'_>]) -> Result<Vec<Sampled>, Error>;
 }

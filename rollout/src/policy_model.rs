@@ -4,7 +4,7 @@ use crate::model::{Model, ModelLimits, StepBatch, StepOutput};
 use crate::{BlockCopy, EngineConfig, Error, SchedulerLimits};
 use std::sync::{Arc, RwLock, RwLockReadGuard};
 use temper_actor::{Batch, Head, PackedPolicy, Workspace};
-use temper_tensor::{Device, KvCache, KvCacheSpec};
+use temper_tensor::{Device, KvCache, KvCacheSpec, SampleRow, Sampled};
 use temper_types::PolicyVersion;
 
 /// A policy over a paged pool. The pool takes memory at the first step and can be given back between runs.
@@ -86,6 +86,10 @@ impl Model for PolicyModel {
             policy.sample(&mut self.workspace, batch.draw_rows, batch.draws)
         };
         Ok(StepOutput { version: policy.version, sampled })
+    }
+
+    fn draw_again(&mut self, draw_rows: &[u32], draws: &[SampleRow<'_>]) -> Result<Vec<Sampled>, Error> {
+        Ok(lock(&self.policy)?.sample(&mut self.workspace, draw_rows, draws))
     }
 }
 

@@ -9,7 +9,8 @@ use crate::engine::{Engine, EngineOptions};
 use crate::model::Model;
 use crate::policy_model::PolicyModel;
 use crate::stop::TokenBytes;
-use crate::{EngineConfig, Error};
+use crate::{BeamHypothesis, BeamSpec, EngineConfig, Error, ModelDrafter, Speculative};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 use temper_actor::PackedPolicy;
@@ -51,6 +52,47 @@ impl LocalRolloutService {
         Ok(Self::with_engine(model, options))
     }
 
+    /// Let `policy`, a smaller model of the same vocabulary, draft too. `config` is the engine's; the pool of the
+    /// draft model takes at most a quarter of its bytes.
+    ///
+    /// # Errors
+    /// Where the models have other vocabularies, or the configuration asks for no drafts.
+    pub fn with_draft_model(
+        mut self,
+        device: Arc<dyn Device>,
+        policy: Arc<RwLock<PackedPolicy>>,
+        config: &EngineConfig,
+    ) -> Result<Self, Error> {
+        let own = EngineConfig {
+            block_size: 16,
+            num_blocks: 0,
+            kv_cache_bytes: config.kv_cache_bytes / 4,
+            speculative: Speculative::Off,
+            draft_model: String::new(),
+            ..config.clone()
+        };
+        let (model, limits) = PolicyModel::new(device, policy, &own)?;
+        let engine = self.engine.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let drafter = ModelDrafter::new(model, limits, engine.model().limits())?;
+        let no_drafts = || Error::InvalidConfig {
+            key: "draft_model",
+            value: config.draft_model.clone(),
+            expected: "none where speculative is off".to_owned(),
+        };
+        engine.speculation_mut().ok_or_else(no_drafts)?.add_drafter(Box::new(drafter));
+        Ok(self)
+    }
+
+    /// Search for the best responses to `prompt`, best first.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a search that does not fit the engine, `Internal` where groups are open or the model
+    /// fails.
+    pub fn beam_search(&self, prompt: &[u32], spec: &BeamSpec) -> ServiceResult<(Vec<BeamHypothesis>, PolicyVersion)> {
+        const OPERATION: &str = "beam_search";
+        self.lock(OPERATION)?.beam_search(prompt, spec).map_err(self.convert(OPERATION))
+    }
+
     /// Give the K/V pool's memory back until the next step; refused (false) while a group is open.
     ///
     /// # Errors
@@ -73,6 +115,16 @@ impl<M: Model> LocalRolloutService<M> {
         worker.clone_into(&mut self.worker);
         let engine = self.engine.get_mut().unwrap_or_else(PoisonError::into_inner);
         engine.set_worker(worker);
+        self
+    }
+
+    /// Remember earlier responses in a file of `dir` under the engine's name, and know what stands there already. Does
+    /// nothing where there are no drafters.
+    #[must_use]
+    pub fn with_history(mut self, dir: &Path) -> Self {
+        let path = dir.join(format!("{}.tokens", self.worker));
+        let engine = self.engine.get_mut().unwrap_or_else(PoisonError::into_inner);
+        engine.keep_history(&path);
         self
     }
 

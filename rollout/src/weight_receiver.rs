@@ -3,8 +3,9 @@
 //! What arrives lies apart from what is served: a transfer that is cut anywhere, or that does not hash to the version
 //! that was announced, leaves the old version serving.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use temper_actor::{PackedPolicy, ParamStore};
 use temper_collective::reshard::{Layout, Receiver, Transfer, Unit, plan};
 use temper_proto::{
@@ -152,12 +153,13 @@ impl Writer<'_> {
 pub struct SyncedRolloutService<S> {
     engine: S,
     receiver: WeightReceiver,
+    refit_micros: AtomicU64,
 }
 
 impl<S: RolloutService> SyncedRolloutService<S> {
     /// `engine` generates with the policy that `receiver` fills.
     pub fn new(engine: S, receiver: WeightReceiver) -> Self {
-        SyncedRolloutService { engine, receiver }
+        SyncedRolloutService { engine, receiver, refit_micros: AtomicU64::new(0) }
     }
 }
 
@@ -175,12 +177,15 @@ impl<S: RolloutService> RolloutService for SyncedRolloutService<S> {
     }
 
     fn set_version(&self, version: PolicyVersion) -> ServiceResult<()> {
-        self.receiver.receive(version)?;
+        let begin = Instant::now();
+        let received = self.receiver.receive(version);
+        self.refit_micros.fetch_add(begin.elapsed().as_micros() as u64, Ordering::Relaxed);
+        received?;
         self.engine.set_version(version)
     }
 
     fn stats(&self) -> RolloutStats {
-        self.engine.stats()
+        RolloutStats { refit_micros: self.refit_micros.load(Ordering::Relaxed), ..self.engine.stats() }
     }
 }
 

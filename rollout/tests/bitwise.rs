@@ -129,6 +129,7 @@ fn group() -> impl Strategy<Value = GroupRequest> {
             prompt_token_ids,
             seeds,
             sampling,
+            ..GroupRequest::default()
         },
     )
 }
@@ -193,6 +194,7 @@ fn singles(count: u64) -> Vec<GroupRequest> {
         prompt_token_ids: (0..30).map(|i| ((i * 13 + id * 7) % 90) as u32).collect(),
         seeds: vec![id],
         sampling: SamplingParams { max_new_tokens: 12, ..SamplingParams::default() },
+        ..GroupRequest::default()
     };
     (0..count).map(request).collect()
 }

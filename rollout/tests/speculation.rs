@@ -67,6 +67,7 @@ fn requests(pass: u64) -> Vec<GroupRequest> {
             min_new_tokens: 6,
             ..SamplingParams::default()
         },
+        ..GroupRequest::default()
     };
     (0..2).map(group).collect()
 }

@@ -1,7 +1,7 @@
 //! `temper eval`: how good a model is on prompts with known answers.
 
 use super::common::compute::ComputeArgs;
-use super::common::engine::{Generator, Naming, Request, SpeculativeArg, as_chat, write_dataset};
+use super::common::engine::{Generator, Naming, Request, as_chat, write_dataset};
 use super::common::output::print;
 use super::common::sampling::SamplingArgs;
 use crate::reward_models::launcher;
@@ -16,6 +16,7 @@ use std::time::Duration;
 use temper_algos::metrics::{best_at_k, maj_at_n, mean_at_n, pass_at_k};
 use temper_proto::ScoreRequest;
 use temper_reward::{LocalRewardService, RewardConfig, Scorer};
+use temper_rollout::EngineConfig;
 use temper_types::{RewardOutcome, Sample};
 
 /// Score a model on prompts with known answers: mean@n, best@n, maj@n and pass@k, by data source.
@@ -109,7 +110,7 @@ impl Eval {
             as_chat(&mut rows);
         }
         let naming = if self.output.is_some() { Naming::Hash } else { Naming::None };
-        let generator = Generator::load(&self.model, &self.compute, naming, SpeculativeArg::Off)?;
+        let generator = Generator::load(&self.model, &self.compute, naming, &EngineConfig::default())?;
         if generator.text.is_none() {
             return Err(anyhow!("{} has no tokenizer.json: responses have no text to score", self.model.display()));
         }

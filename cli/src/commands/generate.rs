@@ -1,15 +1,18 @@
 //! `temper generate`: answers to prompts, with their token ids and log-probs.
 
+use super::common::beam::BeamArgs;
 use super::common::compute::ComputeArgs;
-use super::common::engine::{Generator, Naming, Request, SpeculativeArg, as_chat, write_dataset};
+use super::common::engine::{Generator, Naming, Request, as_chat, write_dataset};
 use super::common::output::{Output, print};
 use super::common::sampling::SamplingArgs;
+use super::common::speculation::SpeculationArgs;
 use crate::usage;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use temper_proto::{GroupRequest, GroupResult};
 use temper_types::{PromptContent, PromptId, PromptRow, Sample};
 
 /// Layout of the result.
@@ -27,11 +30,11 @@ enum Format {
 /// the chat template) or "prompt_token_ids"; in a .txt file every line is a prompt. The result has --n rows for every
 /// prompt, in the prompts' order: prompt_token_ids, response_token_ids (the stop token included), response (without
 /// it), rollout_log_probs, finish_reason. rollout_log_probs is log_softmax(logits / temperature), never truncated;
-/// where --top-p, --top-k, --min-p or a penalty acts, sampled_log_probs and surviving_mass stand beside it. Tokens and
-/// log-probs do not depend on batch mates, threads, the order of prompts or speculation.
+/// where --top-p, --top-k, --min-p, a penalty, a bias or a ban acts, sampled_log_probs and surviving_mass stand
+/// beside it. Tokens and log-probs do not depend on batch mates, threads, the order of prompts or speculation.
 #[derive(clap::Args)]
 #[command(
-    after_help = "Examples:\n  temper generate --model models/smollm2-135m --prompt 'What is 2+2?' --chat --max-new-tokens 64\n  temper generate --model models/smollm2-135m --prompts prompts.jsonl --n 4 --seed 7 --max-new-tokens 128 --output out.jsonl\n  temper generate --model models/smollm2-135m --prompts prompts.jsonl --max-new-tokens 128 --format arrow --output out/"
+    after_help = "Examples:\n  temper generate --model models/smollm2-135m --prompt 'What is 2+2?' --chat --max-new-tokens 64\n  temper generate --model models/smollm2-135m --prompts prompts.jsonl --n 4 --seed 7 --max-new-tokens 128 --output out.jsonl\n  temper generate --model models/smollm2-135m --prompts prompts.jsonl --max-new-tokens 128 --format arrow --output out/\n  temper generate --model models/smollm2-135m --prompt '17 + 25 =' --beam-width 4 --n 2 --length-penalty 0.6 --max-new-tokens 16"
 )]
 pub struct Generate {
     /// Hugging Face model directory.
@@ -52,9 +55,10 @@ pub struct Generate {
     sampling: SamplingArgs,
     #[command(flatten)]
     compute: ComputeArgs,
-    /// Drafter of speculative decoding; changes how long it takes, and no token or log-prob.
-    #[arg(long, value_enum, default_value_t = SpeculativeArg::Off)]
-    speculative: SpeculativeArg,
+    #[command(flatten)]
+    speculation: SpeculationArgs,
+    #[command(flatten)]
+    beam: BeamArgs,
     /// Longest wait for the next finished prompt, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 3600)]
     timeout: u64,
@@ -133,7 +137,7 @@ impl Generate {
             as_chat(&mut rows);
         }
         let naming = if self.format == Format::Arrow { Naming::Hash } else { Naming::None };
-        let generator = Generator::load(&self.model, &self.compute, naming, self.speculative)?;
+        let generator = Generator::load(&self.model, &self.compute, naming, &self.speculation.engine()?)?;
         let request = Request {
             num_samples: self.n,
             seed: self.sampling.seed,
@@ -148,14 +152,32 @@ impl Generate {
         self.report(&summary, begin.elapsed(), &generator)
     }
 
+    /// Answer every prompt by drawing or by searching; `each` gets the samples of a prompt, with their scores where
+    /// they were searched for.
+    fn answer(
+        &self,
+        generator: &Generator,
+        (rows, request): (&[PromptRow], &Request),
+        mut each: impl FnMut(Vec<Sample>, &[f64]) -> Result<()>,
+    ) -> Result<()> {
+        let samples = |row: &PromptRow, group: &GroupRequest, result: GroupResult| -> Vec<Sample> {
+            let sample = |s| generator.to_sample(row, group, &result.worker, s);
+            result.samples.into_iter().map(sample).collect()
+        };
+        match self.beam.resolve(request)? {
+            None => generator.run(rows, request, |row, group, result| each(samples(row, group, result), &[])),
+            Some(spec) => generator
+                .search(rows, (request, &spec), |row, group, result, scores| each(samples(row, group, result), scores)),
+        }
+    }
+
     fn jsonl(&self, generator: &Generator, rows: &[PromptRow], request: &Request) -> Result<Summary> {
         let mut output = Output::create(self.output.as_deref())?;
         let mut summary = Summary::default();
-        generator.run(rows, request, |row, group, result| {
-            for sample in result.samples {
-                let sample = generator.to_sample(row, group, &result.worker, sample);
-                summary.add(&sample);
-                output.json_line(&to_json(&sample))?;
+        self.answer(generator, (rows, request), |samples, scores| {
+            for (index, sample) in samples.iter().enumerate() {
+                summary.add(sample);
+                output.json_line(&to_json(sample, scores.get(index).copied()))?;
             }
             Ok(())
         })?;
@@ -166,13 +188,13 @@ impl Generate {
     fn arrow(&self, generator: &Generator, rows: &[PromptRow], request: &Request) -> Result<Summary> {
         let dir = self.output.as_deref().context("--format arrow needs --output")?;
         let mut summary = Summary::default();
-        let mut samples = Vec::new();
-        generator.run(rows, request, |row, group, result| {
-            samples.extend(result.samples.into_iter().map(|s| generator.to_sample(row, group, &result.worker, s)));
+        let mut all = Vec::new();
+        self.answer(generator, (rows, request), |samples, _| {
+            all.extend(samples);
             Ok(())
         })?;
-        samples.iter().for_each(|sample| summary.add(sample));
-        write_dataset(dir, "generate", &samples)?;
+        all.iter().for_each(|sample| summary.add(sample));
+        write_dataset(dir, "generate", &all)?;
         Ok(summary)
     }
 
@@ -201,14 +223,18 @@ impl Generate {
     }
 }
 
-/// The columns of a response. `sampled_log_probs` and `surviving_mass` are there where the law was truncated.
-fn to_json(sample: &Sample) -> Value {
+/// The columns of a response. `sampled_log_probs` and `surviving_mass` are there where the law was truncated,
+/// `beam_score` where it was searched for.
+fn to_json(sample: &Sample, beam_score: Option<f64>) -> Value {
     let mut row = Map::new();
     row.insert("prompt_token_ids".to_owned(), json!(sample.prompt_token_ids));
     row.insert("response_token_ids".to_owned(), json!(sample.response_token_ids));
     row.insert("response".to_owned(), json!(sample.response));
     row.insert("rollout_log_probs".to_owned(), json!(sample.rollout_log_probs));
     row.insert("finish_reason".to_owned(), json!(sample.finish_reason.name()));
+    if let Some(score) = beam_score {
+        row.insert("beam_score".to_owned(), json!(score));
+    }
     for (name, values) in [("sampled_log_probs", &sample.sampled_log_probs), ("surviving_mass", &sample.surviving_mass)]
     {
         if !values.is_empty() {

@@ -3,7 +3,7 @@
 use super::check_reward_model::{self, check_directories, check_earlier, check_pairs};
 use super::render::to_table;
 use super::{ModelSource, PlacementMode, Recipe, RecipeError, Source};
-use super::{check_distill, preference_stage};
+use super::{check_distill, check_replay, preference_stage};
 use crate::reward_models::launcher;
 use crate::trainer_ranks;
 use std::collections::BTreeMap;
@@ -49,6 +49,7 @@ pub fn check(recipe: &Recipe, source: &Source) -> Result<CheckReport, RecipeErro
         return Err(source.error("rollout_timeout_seconds", format!("{timeout} is out of range: expected more than 0")));
     }
     check_placement(recipe, source)?;
+    check_replay::check(recipe, source)?;
     let identity = identity(recipe, &data);
     let num_rows: BTreeMap<String, usize> = data.into_iter().map(|(name, rows)| (name, rows.len())).collect();
     Ok(CheckReport { summary: summary(recipe, &num_rows), num_rows, identity })
@@ -260,6 +261,7 @@ fn identity(recipe: &Recipe, data: &Data) -> String {
     }
     let mut hasher = blake3::Hasher::new();
     hasher.update(table.to_string().as_bytes());
+    hasher.update(check_replay::identity(recipe).as_bytes());
     for rows in data.values() {
         hasher.update(format!("{rows:?}").as_bytes());
     }
@@ -280,6 +282,7 @@ pub fn summary(recipe: &Recipe, num_rows: &BTreeMap<String, usize>) -> String {
     if let Some(rows) = num_rows.get(&recipe.validation.data) {
         lines.push(format!("validation: {rows} held-out prompts x {} samples", recipe.validation.num_samples));
     }
+    lines.extend(check_replay::summary(recipe));
     lines.extend(placement_summary(recipe));
     lines.extend(trainer_ranks::summary(&recipe.placement));
     lines.join("\n")

@@ -8,6 +8,7 @@
 
 mod check;
 mod check_distill;
+mod check_replay;
 mod check_reward_model;
 mod error;
 mod preference_stage;

@@ -2,8 +2,8 @@
 
 use crate::recipe::{Placement, Recipe, Source};
 use crate::reward_models::RewardModels;
-use crate::runtime::{LocalText, device};
-use crate::trainer_ranks;
+use crate::runtime::{LocalText, device, history_dir};
+use crate::{draft_model, trainer_ranks};
 use anyhow::{Context, bail};
 use std::io::Read;
 use std::net::{SocketAddr, TcpListener};
@@ -260,6 +260,8 @@ impl Joined<'_> {
         let bytes = Arc::new(text.token_byte_table(config.vocab_size));
         let engine = LocalRolloutService::new(Arc::clone(device), Arc::clone(&policy), recipe.engine.clone(), bytes)?
             .named(name);
+        let engine = draft_model::attach(engine, (device, *dtype), Some(&text), &recipe.engine)?;
+        let engine = engine.with_history(&history_dir(recipe, Path::new(&self.assignment.run_dir)));
         let ranks = self.sources(|endpoint| Arc::new(WeightClient::new(endpoint)) as Arc<dyn WeightService>)?;
         let sources = Sources { ranks, layout: trainer_ranks::layout(&recipe.placement) };
         let receiver = WeightReceiver::new(Arc::clone(device), policy, params, sources, name.clone());

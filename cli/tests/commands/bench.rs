@@ -35,7 +35,16 @@ fn generation_is_timed() {
         "6",
         "--runs",
         "3",
+        "--group",
+        "4",
     ]);
+    let group = &report["group"];
+    assert_eq!((&group["prompt_rows_of_1"], &group["prompt_rows_of_n"]), (&Value::from(5), &Value::from(5)));
+    assert_near("group", &group["first_token_s_of_n"], median(&group["samples_s_of_n"]));
+    for (key, expected) in [("num_requests_running", 0.0), ("num_preemptions_total", 0.0), ("weight_version", 0.0)] {
+        assert_eq!(report["metrics"][key].as_f64(), Some(expected), "{key}");
+    }
+    assert_eq!(report["metrics"]["spec_decode_num_drafts_total"].as_f64(), Some(0.0));
     assert_eq!(numbers(&report["samples_s"]).len(), 3);
     assert_near("tokens_per_second", &report["tokens_per_second"], 12.0 / median(&report["samples_s"]));
     assert_near("prefill_tok_s", &report["prefill_tok_s"], 10.0 / median(&report["prefill_samples_s"]));

@@ -8,6 +8,7 @@ mod common;
 mod eval;
 mod files;
 mod generate;
+mod generate_flags;
 mod inspect;
 mod plan;
 mod score;

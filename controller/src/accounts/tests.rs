@@ -17,6 +17,7 @@ fn result(request: &GroupRequest) -> GroupResult {
         sample_index: SampleIndex(index as u32),
         seed: *seed,
         token_ids: vec![1],
+        reused: vec![],
         log_probs: vec![0.0],
         sampled_log_probs: vec![],
         surviving_mass: vec![],
@@ -62,6 +63,7 @@ fn request(group: u64) -> GroupRequest {
         prompt_token_ids: vec![1],
         seeds: vec![5, 6],
         sampling: SamplingParams::default(),
+        ..GroupRequest::default()
     }
 }
 

@@ -260,8 +260,10 @@ fn at_rest(stats: RolloutStats) -> RolloutStats {
 
 fn sum(a: RolloutStats, b: RolloutStats) -> RolloutStats {
     let mut speculation = a.speculation;
-    let theirs = b.speculation.suffix.iter().chain(&b.speculation.replay);
-    for (ours, theirs) in speculation.suffix.iter_mut().chain(&mut speculation.replay).zip(theirs) {
+    let theirs = b.speculation.suffix.iter().chain(&b.speculation.replay).chain(&b.speculation.model);
+    let ours = speculation.suffix.iter_mut().chain(&mut speculation.replay).chain(&mut speculation.model);
+    speculation.num_drafts += b.speculation.num_drafts;
+    for (ours, theirs) in ours.zip(theirs) {
         ours.num_draft_tokens += theirs.num_draft_tokens;
         ours.num_accepted_tokens += theirs.num_accepted_tokens;
     }
@@ -281,6 +283,11 @@ fn sum(a: RolloutStats, b: RolloutStats) -> RolloutStats {
         prefix_cache_hits: a.prefix_cache_hits + b.prefix_cache_hits,
         step_micros: a.step_micros + b.step_micros,
         tail_micros: a.tail_micros + b.tail_micros,
+        num_reused_tokens: a.num_reused_tokens + b.num_reused_tokens,
+        weight_version: a.weight_version.max(b.weight_version),
+        num_refits: a.num_refits + b.num_refits,
+        refit_micros: a.refit_micros + b.refit_micros,
+        pause_micros: a.pause_micros + b.pause_micros,
         speculation,
     }
 }

@@ -91,7 +91,7 @@ fn length_penalties_are_components_of_every_sample() {
     let reward = |r: &ScoreRequest| Some(f64::from(first_id(r) % 3));
     let algorithm = json!({"stop_properly_penalty_coef": 0.5,
         "overlong": {"enable": true, "len": 2, "max_response_length": 3}});
-    let (dir, _) = run(PolicyStage { ..stage(1, algorithm) }, Behaviour { reward, gap: 0.0 });
+    let (dir, _) = run(PolicyStage { ..stage(1, algorithm) }, Behaviour { reward, ..Behaviour::default() });
     for sample in super::samples(dir.path()) {
         let Some(temper_types::RewardOutcome::Scored { reward, components }) = &sample.outcome else {
             panic!("scored")

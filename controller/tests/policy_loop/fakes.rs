@@ -4,7 +4,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use temper_controller::{
-    CheckpointInfo, Controller, PolicyStage, RunDir, RunSpec, Services, Stage, SystemClock, latest_checkpoint,
+    CheckpointInfo, Controller, PolicyStage, ReplaySpec, RunDir, RunSpec, Services, Stage, SystemClock,
+    latest_checkpoint,
 };
 use temper_proto::{
     DistillService, DistillSpec, GeneratedSample, GroupRequest, GroupResult, LogProbs, MiniBatch, PolicyRole,
@@ -36,11 +37,13 @@ pub struct Behaviour {
     pub gap: f32,
     /// The reward of a response.
     pub reward: fn(&ScoreRequest) -> Option<f64>,
+    /// What later passes have of earlier ones.
+    pub replay: ReplaySpec,
 }
 
 impl Default for Behaviour {
     fn default() -> Self {
-        Behaviour { gap: 0.0, reward: |r| Some(f64::from(first_id(r) % 3) / 2.0) }
+        Behaviour { gap: 0.0, reward: |r| Some(f64::from(first_id(r) % 3) / 2.0), replay: ReplaySpec::Exact }
     }
 }
 
@@ -94,10 +97,13 @@ impl RolloutService for Rollout {
     fn next_group(&self, _timeout: Duration) -> ServiceResult<Option<GroupResult>> {
         let Some(group) = self.0.lock().expect("no panic elsewhere").pop() else { return Ok(None) };
         let sample = |(index, seed): (usize, &u64)| {
-            let token_ids = response(*seed, group.sampling.temperature);
+            let earlier = group.reuse.as_ref().map(|reuse| reuse.responses[index].token_ids.clone());
+            let reused = earlier.iter().flatten().map(|_| 1).collect();
+            let token_ids = earlier.unwrap_or_else(|| response(*seed, group.sampling.temperature));
             GeneratedSample {
                 sample_index: SampleIndex(index as u32),
                 seed: *seed,
+                reused,
                 log_probs: token_ids.iter().map(|id| engine_log_prob(*id)).collect(),
                 policy_versions: vec![(PolicyVersion::default(), token_ids.len() as u32)],
                 token_ids,
@@ -242,7 +248,7 @@ pub fn stage(steps: u64, algorithm: serde_json::Value) -> PolicyStage {
     PolicyStage { steps, prompts_per_step: 4, num_generations: 4, algorithm, ..PolicyStage::default() }
 }
 
-fn spec(stage: PolicyStage) -> RunSpec {
+fn spec(stage: PolicyStage, replay: ReplaySpec) -> RunSpec {
     let data = serde_json::json!({"train": {"generate": {
         "generator": {"task": "sort_digits", "min_digits": 2, "max_digits": 3}, "num_rows": 8
     }}});
@@ -255,6 +261,7 @@ fn spec(stage: PolicyStage) -> RunSpec {
         validation: Default::default(),
         checkpoint: serde_json::from_value(serde_json::json!({"every_steps": 2, "keep_last": 9})).expect("settings"),
         rollout_timeout_seconds: 5.0,
+        replay,
     }
 }
 
@@ -271,7 +278,8 @@ pub fn prepare(dir: &Path, stage: PolicyStage, behaviour: Behaviour) -> Result<P
     };
     let run_dir = RunDir::open(dir)?;
     let resume = latest_checkpoint(&run_dir.checkpoints())?;
-    let controller = Controller::new(spec(stage), services, run_dir, Arc::new(SystemClock::default()))?;
+    let controller =
+        Controller::new(spec(stage, behaviour.replay), services, run_dir, Arc::new(SystemClock::default()))?;
     Ok((controller, resume, calls))
 }
 

@@ -4,6 +4,7 @@ mod changes;
 mod critic;
 mod estimators;
 mod fakes;
+mod replay;
 
 use fakes::{Behaviour, Call, engine_log_prob, first_id, metrics, run_in, stage, updates};
 use serde_json::{Value, json};
@@ -130,7 +131,8 @@ fn a_failed_greedy_response_masks_its_group_out() {
         (!is_lost).then(|| f64::from(first_id(r) % 3))
     };
     let algorithm = json!({"advantage": {"adv_estimator": "remax"}});
-    let (dir, calls) = run(PolicyStage { prompts_per_step: 8, ..stage(1, algorithm) }, Behaviour { reward, gap: 0.0 });
+    let (dir, calls) =
+        run(PolicyStage { prompts_per_step: 8, ..stage(1, algorithm) }, Behaviour { reward, ..Behaviour::default() });
     let lost = number(&metrics(dir.path())[0], "num_baseline_errors") as usize;
     assert!(lost > 0 && lost < 8, "{lost}");
     assert_eq!(updates(&calls)[0].rows.len(), 4 * (8 - lost));
@@ -186,7 +188,7 @@ fn dynamic_sampling_refills_and_says_when_it_runs_out() {
     let reward = |r: &ScoreRequest| {
         Some(if r.key.prompt_id.0.is_multiple_of(2) { 1.0 } else { f64::from(r.key.sample_index.0) })
     };
-    let behaviour = Behaviour { reward, gap: 0.0 };
+    let behaviour = Behaviour { reward, ..Behaviour::default() };
     let filter = |limit: u32| json!({"filter_groups": {"enable": true, "max_num_gen_batches": limit}});
     let (dir, calls) = run(stage(1, filter(0)), behaviour);
     let row = &metrics(dir.path())[0];
@@ -203,7 +205,7 @@ fn dynamic_sampling_refills_and_says_when_it_runs_out() {
     let events = std::fs::read_to_string(dir.path().join("events.jsonl")).expect("events");
     assert!(events.contains("dynamic_sampling_ran_out"), "{events}");
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let same = Behaviour { reward: |_| Some(1.0), gap: 0.0 };
+    let same = Behaviour { reward: |_| Some(1.0), ..Behaviour::default() };
     let error = run_in(dir.path(), stage(1, filter(3)), same).expect_err("nothing to train on").to_string();
     assert!(error.contains("3 batches") && error.contains("max_num_gen_batches"), "{error}");
 }
@@ -212,7 +214,7 @@ fn dynamic_sampling_refills_and_says_when_it_runs_out() {
 fn best_of_n_trains_on_the_best_and_the_worst_of_each_group() {
     let reward = |r: &ScoreRequest| Some(f64::from([2, 5, 1, 3][r.key.sample_index.0 as usize]));
     let algorithm = json!({"advantage": {"adv_estimator": "rloo"}, "best_of_n": {"best": 1, "worst": 1}});
-    let (dir, calls) = run(stage(1, algorithm), Behaviour { reward, gap: 0.0 });
+    let (dir, calls) = run(stage(1, algorithm), Behaviour { reward, ..Behaviour::default() });
     let rows = &updates(&calls)[0].rows;
     let first: Vec<f64> = rows.iter().map(|row| row.advantages[0]).collect();
     assert_eq!(first, [4.0, -4.0].repeat(4), "leave-one-out among the two that are kept");
@@ -223,7 +225,8 @@ fn best_of_n_trains_on_the_best_and_the_worst_of_each_group() {
 fn pf_ppo_draws_rows_by_score() {
     let reward = |r: &ScoreRequest| Some(f64::from(u8::from(r.key.sample_index.0 == 0)));
     let algorithm = json!({"pf_ppo": {"enable": true, "reweight_method": "pow", "weight_pow": 2.0}});
-    let (dir, calls) = run(PolicyStage { mini_batches: 2, ..stage(1, algorithm) }, Behaviour { reward, gap: 0.0 });
+    let (dir, calls) =
+        run(PolicyStage { mini_batches: 2, ..stage(1, algorithm) }, Behaviour { reward, ..Behaviour::default() });
     let sizes: Vec<usize> = updates(&calls).iter().map(|batch| batch.rows.len()).collect();
     assert_eq!(sizes, [8, 8]);
     let rows = updates(&calls).into_iter().flat_map(|batch| &batch.rows);
@@ -252,7 +255,7 @@ fn a_curriculum_passes_over_what_is_solved_and_resumes_in_its_state() {
     let mut stage = stage(6, json!({}));
     stage.curriculum.enable = true;
     stage.curriculum.revisit_after = 2;
-    let dir = resumes_equal(stage, Behaviour { reward, gap: 0.0 });
+    let dir = resumes_equal(stage, Behaviour { reward, ..Behaviour::default() });
     let counts = |from: u64, to: u64, rest: u64| {
         let of_steps = samples(dir.path()).into_iter().filter(|s| (from..=to).contains(&s.step.0));
         of_steps.filter(|s| s.prompt_id.0 % 2 == rest).count()
@@ -270,7 +273,7 @@ fn a_curriculum_without_prompts_in_its_band_takes_those_it_passed_over() {
     let mut stage = stage(6, json!({}));
     stage.curriculum.enable = true;
     stage.curriculum.revisit_after = 1000;
-    let dir = resumes_equal(stage, Behaviour { reward: |_| Some(1.0), gap: 0.0 });
+    let dir = resumes_equal(stage, Behaviour { reward: |_| Some(1.0), ..Behaviour::default() });
     assert_eq!(samples(dir.path()).len(), 6 * 16);
 }
 

@@ -25,6 +25,7 @@ fn sample(step: u64, outcome: RewardOutcome) -> Sample {
         prompt_token_ids: vec![1, 2, 3],
         response_token_ids: vec![4, 5],
         response_mask: vec![1, 1],
+        response_reused: Vec::new(),
         rollout_log_probs: vec![-0.5, -0.25],
         sampled_log_probs: Vec::new(),
         surviving_mass: Vec::new(),

@@ -1508,6 +1508,33 @@ pub struct GroupRequest {
     pub seeds: ::prost::alloc::vec::Vec<u64>,
     #[prost(message, optional, tag = "6")]
     pub sampling: ::core::option::Option<SamplingParams>,
+    /// Served before groups of a lower one.
+    #[prost(sint32, tag = "7")]
+    pub priority: i32,
+    /// Earlier responses whose tokens may be taken again.
+    #[prost(message, optional, tag = "8")]
+    pub reuse: ::core::option::Option<Reuse>,
+}
+/// Lenient replay of earlier responses.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Reuse {
+    /// l, more than 0.
+    #[prost(float, tag = "1")]
+    pub lenience: f32,
+    /// One for each seed.
+    #[prost(message, repeated, tag = "2")]
+    pub responses: ::prost::alloc::vec::Vec<EarlierResponse>,
+}
+/// A response that may be reused; one without tokens stands for none.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct EarlierResponse {
+    #[prost(uint32, repeated, tag = "1")]
+    pub token_ids: ::prost::alloc::vec::Vec<u32>,
+    /// Under the policy that drew it.
+    #[prost(float, repeated, tag = "2")]
+    pub log_probs: ::prost::alloc::vec::Vec<f32>,
+    #[prost(message, repeated, tag = "3")]
+    pub policy_versions: ::prost::alloc::vec::Vec<VersionRun>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct SubmitRequest {
@@ -1568,6 +1595,9 @@ pub struct GeneratedSample {
     pub queue_seconds: f64,
     #[prost(double, tag = "12")]
     pub rollout_seconds: f64,
+    /// 1 where the token is of an earlier response.
+    #[prost(bytes = "vec", tag = "13")]
+    pub reused: ::prost::alloc::vec::Vec<u8>,
 }
 /// Consecutive tokens of one version.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1637,6 +1667,20 @@ pub struct RolloutStats {
     pub suffix_drafts: ::prost::alloc::vec::Vec<DraftCounts>,
     #[prost(message, repeated, tag = "17")]
     pub replay_drafts: ::prost::alloc::vec::Vec<DraftCounts>,
+    #[prost(message, repeated, tag = "18")]
+    pub model_drafts: ::prost::alloc::vec::Vec<DraftCounts>,
+    #[prost(uint64, tag = "19")]
+    pub num_drafts: u64,
+    #[prost(uint64, tag = "20")]
+    pub num_reused_tokens: u64,
+    #[prost(uint64, tag = "21")]
+    pub weight_version: u64,
+    #[prost(uint64, tag = "22")]
+    pub num_refits: u64,
+    #[prost(uint64, tag = "23")]
+    pub refit_micros: u64,
+    #[prost(uint64, tag = "24")]
+    pub pause_micros: u64,
 }
 /// Generated client implementations.
 pub mod rollout_service_client {

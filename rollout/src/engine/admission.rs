@@ -42,7 +42,20 @@ pub(super) fn check_request(
             limits.num_drawable_ids
         ));
     }
+    check_reuse(request, limits)?;
     check_length(request, limits)
+}
+
+/// Earlier responses are of this model, and the law is the one that their log-probs are of.
+fn check_reuse(request: &GroupRequest, limits: ModelLimits) -> Result<(), Error> {
+    let Some(reuse) = &request.reuse else { return Ok(()) };
+    let group_id = request.group_id;
+    let is_truncated = || "reuse: expected the untruncated law, without penalties, bias or bans".to_owned();
+    let cause = super::reuse::problem(reuse, request.seeds.len());
+    if let Some(cause) = cause.or_else(|| request.sampling.is_truncated().then(is_truncated)) {
+        return Err(Error::InvalidRequest { group_id, cause });
+    }
+    reuse.responses.iter().try_for_each(|response| check_ids(group_id, "reuse", &response.token_ids, limits))
 }
 
 /// Bias, allowed ids and bad words name ids of the model, and no turn of a response can leave nothing to draw.
@@ -88,7 +101,7 @@ fn check_ids(group_id: GroupId, what: &str, ids: &[u32], limits: ModelLimits) ->
 
 fn check_length(request: &GroupRequest, limits: ModelLimits) -> Result<GroupShape, Error> {
     let (prompt_len, max_new_tokens) = (request.prompt_token_ids.len(), request.sampling.max_new_tokens as usize);
-    let shape = GroupShape { prompt_len, max_new_tokens, num_samples: request.seeds.len() };
+    let shape = GroupShape { prompt_len, max_new_tokens, num_samples: request.seeds.len(), ..GroupShape::default() };
     if shape.max_slots() <= limits.max_positions {
         return Ok(shape);
     }

@@ -38,6 +38,7 @@ impl StepBuffers {
         self.gather_seen(scheduler, samples);
         self.gather_banned(scheduler, samples);
         gather_draws(scheduler, samples, (&self.seen, &self.banned), &mut self.draw_rows, &mut draws);
+        gather_scored(scheduler, samples, &mut self.draw_rows, &mut draws);
         let output = model.step(StepBatch {
             token_ids: &self.token_ids,
             positions: &self.positions,
@@ -102,6 +103,24 @@ fn gather_draws<'a>(
             let own = if sample.has_bad_words() { banned.next() } else { None };
             let banned_ids = own.map_or_else(|| sample.banned_stops(draw.slot), Vec::as_slice);
             out.push(sample.draw(draw.slot, seen, banned_ids));
+        }
+    }
+}
+
+/// Behind all draws, one for each token of an earlier response that may be taken: it allows no other, so that its
+/// log-prob is known.
+fn gather_scored<'a>(
+    scheduler: &Scheduler,
+    samples: &'a [Option<OpenSample>],
+    draw_rows: &mut Vec<u32>,
+    out: &mut Vec<SampleRow<'a>>,
+) {
+    for draw in &scheduler.plan().draws {
+        let sample = open(samples, draw.key.index());
+        if let Some(token_id) = sample.earlier_token(draw.slot) {
+            draw_rows.push(draw.row);
+            let plain = sample.draw(draw.slot, &[], &[]);
+            out.push(SampleRow { allowed_ids: std::slice::from_ref(token_id), ..plain });
         }
     }
 }

@@ -95,6 +95,10 @@ impl Model for FakeModel {
         let sampled = batch.draw_rows.iter().zip(batch.draws).map(draw).collect();
         Ok(StepOutput { version: self.version, sampled })
     }
+
+    fn draw_again(&mut self, _: &[u32], _: &[SampleRow<'_>]) -> Result<Vec<Sampled>, Error> {
+        Err(Error::Model("a model without numbers has no most likely token".to_owned()))
+    }
 }
 
 /// The first `max_new_tokens` tokens and log-probs of a sample, stop rules and penalties left out.

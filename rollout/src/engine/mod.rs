@@ -28,9 +28,13 @@
 
 mod admission;
 mod batch;
+mod lengths;
 mod prefix;
+mod refits;
+mod reuse;
 mod sample;
 
+use crate::beam::{BeamHypothesis, BeamSpec, beam_search};
 use crate::clock::Clock;
 use crate::model::{Model, ModelLimits, StepOutput};
 use crate::scheduler::{Scheduler, SeqKey};
@@ -38,13 +42,14 @@ use crate::speculation::{Speculation, SpeculationConfig};
 use crate::stop::{StopMatcher, TokenBytes};
 use crate::{Error, SchedulerLimits};
 use batch::StepBuffers;
+use lengths::LengthHistory;
 use prefix::{BlockNamer, Chain};
-use sample::{GroupContext, OpenSample};
+use refits::RefitClock;
+use sample::{Drawn, GroupContext, OpenSample};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use temper_proto::{GeneratedSample, GroupRequest, GroupResult, RolloutStats};
-use temper_tensor::Sampled;
 use temper_types::{FinishReason, GroupId, PolicyVersion};
 
 /// What an engine is made with, beside its model.
@@ -97,6 +102,9 @@ pub struct Engine<M> {
     /// Most draws of one step so far.
     widest: usize,
     num_generated_tokens: u64,
+    num_reused_tokens: u64,
+    refits: RefitClock,
+    lengths: LengthHistory,
 }
 
 impl<M: Model> Engine<M> {
@@ -120,6 +128,9 @@ impl<M: Model> Engine<M> {
             tail_micros: 0,
             widest: 0,
             num_generated_tokens: 0,
+            num_reused_tokens: 0,
+            refits: RefitClock::default(),
+            lengths: LengthHistory::default(),
         }
     }
 
@@ -131,6 +142,43 @@ impl<M: Model> Engine<M> {
     /// Use these drafters from now on; what others remember is dropped.
     pub fn set_speculation(&mut self, speculation: Option<Speculation>) {
         self.speculation = speculation;
+    }
+
+    /// Keep what drafters know of earlier responses in the file at `path`.
+    pub(crate) fn keep_history(&mut self, path: &std::path::Path) {
+        let Some(speculation) = &mut self.speculation else { return };
+        let mut vocabulary = blake3::Hasher::new();
+        let vocab_size = self.model.limits().vocab_size as u32;
+        vocabulary.update(&vocab_size.to_le_bytes());
+        for id in 0..vocab_size {
+            let bytes = self.options.token_bytes.as_ref().map_or(&[][..], |table| table.token_bytes(id));
+            vocabulary.update(&(bytes.len() as u64).to_le_bytes()).update(bytes);
+        }
+        speculation.keep_history(path, &vocabulary.finalize().to_hex());
+    }
+
+    /// The drafters, to change while the engine is idle.
+    pub fn speculation_mut(&mut self) -> Option<&mut Speculation> {
+        self.speculation.as_mut()
+    }
+
+    /// Search for the best responses to `prompt`, best first, and tell the weights that were searched with.
+    ///
+    /// # Errors
+    /// Where groups are open, prompt and responses do not fit the pool, or the model fails.
+    pub fn beam_search(
+        &mut self,
+        prompt: &[u32],
+        spec: &BeamSpec,
+    ) -> Result<(Vec<BeamHypothesis>, PolicyVersion), Error> {
+        if !self.is_idle() {
+            return Err(Error::Model(format!(
+                "beam search needs an idle engine: {} groups are open",
+                self.groups.len()
+            )));
+        }
+        self.clear_prefix_cache();
+        beam_search(&mut self.model, self.options.limits, prompt, spec)
     }
 
     /// Queue groups behind those already queued.
@@ -152,7 +200,9 @@ impl<M: Model> Engine<M> {
             return Ok(());
         }
         let begin = self.options.clock.now();
-        self.follow_version(self.model.version()?);
+        let version = self.model.version()?;
+        self.refits.begin_step(version, begin);
+        self.follow_version(version);
         self.propose_drafts();
         self.scheduler.schedule();
         self.model.copy_blocks(&self.scheduler.plan().copies);
@@ -216,6 +266,11 @@ impl<M: Model> Engine<M> {
             prefix_cache_hits: scheduler.prefix_cache_hits,
             step_micros: self.step_micros,
             tail_micros: self.tail_micros,
+            num_reused_tokens: self.num_reused_tokens,
+            weight_version: self.refits.version.map_or(0, |version| version.number),
+            num_refits: self.refits.num_refits,
+            refit_micros: 0,
+            pause_micros: self.refits.pause_micros,
             speculation: self.speculation.as_ref().map(Speculation::stats).unwrap_or_default(),
         }
     }
@@ -272,6 +327,8 @@ impl<M: Model> Engine<M> {
             prompt_len: request.prompt_token_ids.len(),
             max_new_tokens: request.sampling.max_new_tokens as usize,
             num_samples: request.seeds.len(),
+            priority: request.priority,
+            reserve_tokens: self.lengths.reserve(&request.prompt_token_ids),
         };
         let group_id = request.group_id;
         let context = Arc::new(self.context(request));
@@ -356,6 +413,13 @@ impl<M: Model> Engine<M> {
             return;
         }
         let vocab_size = self.model.limits().vocab_size;
+        if speculation.wants_all() {
+            let room = |key: &SeqKey| scheduler.draft_room(*key);
+            let drafting = scheduler.running().iter().filter(|key| room(key) > 0);
+            let open = drafting.filter_map(|key| Some((samples[key.index()].as_ref()?, room(key))));
+            let contexts: Vec<_> = open.map(|(sample, room)| sample.draft_context(vocab_size, room)).collect();
+            speculation.prepare(&contexts);
+        }
         for &key in scheduler.running() {
             let room = scheduler.draft_room(key);
             if let Some(sample) = samples[key.index()].as_ref().filter(|_| room > 0) {
@@ -370,23 +434,28 @@ impl<M: Model> Engine<M> {
     }
 
     fn record(&mut self, output: &StepOutput) {
-        let mut at = 0;
-        while at < output.sampled.len() {
-            let draws = &self.scheduler.plan().draws[at..];
+        let num_draws = self.scheduler.plan().draws.len();
+        let (mut drawn, mut scored) = output.sampled.split_at(num_draws);
+        while !drawn.is_empty() {
+            let draws = &self.scheduler.plan().draws[num_draws - drawn.len()..];
             let key = draws[0].key;
-            let num_draws = draws.iter().take_while(|draw| draw.key == key).count();
-            self.verify(key, &output.sampled[at..at + num_draws], output.version);
-            at += num_draws;
+            let draws = draws.iter().take_while(|draw| draw.key == key);
+            let sample = self.samples[key.index()].as_ref().expect("a drawing sample is open");
+            let (num_scored, num_own) =
+                draws.fold((0, 0), |(s, n), draw| (s + usize::from(sample.earlier_token(draw.slot).is_some()), n + 1));
+            let tokens = Drawn { tokens: &drawn[..num_own], scored: &scored[..num_scored], version: output.version };
+            (drawn, scored) = (&drawn[num_own..], &scored[num_scored..]);
+            self.verify(key, tokens);
         }
     }
 
-    fn verify(&mut self, key: SeqKey, drawn: &[Sampled], version: PolicyVersion) {
+    fn verify(&mut self, key: SeqKey, drawn: Drawn<'_>) {
         let sample = self.samples[key.index()].as_mut().expect("a drawing sample is open");
-        let verified = sample.verify(drawn, version);
+        let verified = sample.verify(drawn);
         self.num_generated_tokens += verified.num_kept as u64;
         if let Some(speculation) = &mut self.speculation {
             let vocab_size = self.model.limits().vocab_size;
-            speculation.settle(&sample.proposal, drawn.len() - 1, verified.num_accepted);
+            speculation.settle(&sample.proposal, drawn.tokens.len() - 1, verified.num_accepted);
             speculation.observe(&sample.draft_context(vocab_size, 0), verified.num_kept);
         }
         self.name_blocks(key);
@@ -399,6 +468,7 @@ impl<M: Model> Engine<M> {
     /// Count the step; what it cost by rows where all its rows draw.
     fn note_step(&mut self, begin: Duration) {
         let elapsed = self.options.clock.now().saturating_sub(begin);
+        self.refits.end_step(begin + elapsed, !self.groups.is_empty());
         let plan = self.scheduler.plan();
         let num_rows = plan.num_rows();
         self.num_rows += num_rows as u64;
@@ -416,6 +486,7 @@ impl<M: Model> Engine<M> {
     fn finish(&mut self, key: SeqKey, reason: FinishReason) {
         self.scheduler.remove(key);
         let sample = self.samples[key.index()].take().expect("a sample finishes once");
+        self.num_reused_tokens += sample.num_reused();
         let group_id = sample.context.request.group_id;
         let group = self.groups.get_mut(&group_id).expect("an open sample's group is open");
         let sample = sample.finish(reason, self.options.clock.now());
@@ -431,6 +502,7 @@ impl<M: Model> Engine<M> {
     fn close(&mut self, group_id: GroupId) {
         let Some(group) = self.groups.remove(&group_id) else { return };
         let samples: Vec<GeneratedSample> = group.finished.into_iter().flatten().collect();
+        self.lengths.note(&group.context.request, &samples);
         if let Some(speculation) = &mut self.speculation {
             speculation.close_group(&group.context.request, &samples);
         }
@@ -444,7 +516,13 @@ impl<M: Model> Engine<M> {
 }
 
 #[cfg(test)]
+mod draft_model_tests;
+#[cfg(test)]
 pub(crate) mod fake_model;
+#[cfg(test)]
+mod life_tests;
+#[cfg(test)]
+mod reuse_tests;
 #[cfg(test)]
 mod speculation_tests;
 #[cfg(test)]

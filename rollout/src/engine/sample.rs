@@ -1,6 +1,7 @@
 //! One response while it grows.
 
 use super::prefix::Chain;
+use super::reuse;
 use crate::speculation::{DraftContext, Proposal};
 use crate::stop::{StopMatcher, StopState, TokenBytes};
 use std::sync::{Arc, OnceLock};
@@ -43,6 +44,20 @@ pub(super) struct OpenSample {
     pub proposal: Proposal,
     num_drafted: u32,
     num_accepted: u32,
+    /// True while every token so far is the earlier response's, so that its next one may be taken again.
+    is_reusing: bool,
+    reused: Vec<u8>,
+}
+
+/// The draws of one sample in a step.
+#[derive(Clone, Copy)]
+pub(super) struct Drawn<'a> {
+    /// The token after the known ones, then those after each drafted token.
+    pub tokens: &'a [Sampled],
+    /// The earlier response's tokens at the same places, as far as it reaches.
+    pub scored: &'a [Sampled],
+    /// The weights that drew.
+    pub version: PolicyVersion,
 }
 
 /// What a step did to a sample.
@@ -78,7 +93,23 @@ impl OpenSample {
             proposal: Proposal::default(),
             num_drafted: 0,
             num_accepted: 0,
+            is_reusing: reuse::earlier_token(context.request.reuse.as_ref(), sample_index as usize, 0).is_some(),
+            reused: Vec::new(),
         }
+    }
+
+    /// The token of the earlier response whose log-prob decides whether it is taken at `slot`; `None` where it is not
+    /// the question.
+    pub fn earlier_token(&self, slot: usize) -> Option<&u32> {
+        let GroupRequest { reuse, prompt_token_ids, .. } = &self.context.request;
+        let index = slot - prompt_token_ids.len();
+        let reuse = reuse.as_ref().filter(|_| self.is_reusing);
+        reuse::earlier_token(reuse, self.sample_index as usize, index)
+    }
+
+    /// Tokens taken from the earlier response.
+    pub fn num_reused(&self) -> u64 {
+        self.reused.iter().map(|flag| u64::from(*flag)).sum()
     }
 
     /// Number of known tokens, prompt and response.
@@ -182,12 +213,15 @@ impl OpenSample {
     }
 
     /// Add what was drawn in a step: the token after the known ones, then those after each drafted token, as long as
-    /// the drafted ones are what was drawn.
-    pub fn verify(&mut self, drawn: &[Sampled], version: PolicyVersion) -> Verified {
-        let num_drafted = drawn.len() - 1;
+    /// the drafted ones are what was drawn. A token of the earlier response goes before the drawn one where it is
+    /// taken.
+    pub fn verify(&mut self, drawn: Drawn<'_>) -> Verified {
+        let num_drafted = drawn.tokens.len() - 1;
         let (mut num_kept, mut num_accepted, mut finish_reason) = (0, 0, None);
-        for (index, token) in drawn.iter().enumerate() {
-            finish_reason = self.push(token, version);
+        for (index, token) in drawn.tokens.iter().enumerate() {
+            let taken = self.take_earlier(drawn.scored.get(index), drawn.version);
+            let (token, version) = taken.unwrap_or((*token, drawn.version));
+            finish_reason = self.push(&token, version);
             num_kept += 1;
             let is_accepted = index < num_drafted && self.proposal.draft.token_ids[index] == token.token_id;
             num_accepted += usize::from(is_accepted);
@@ -198,6 +232,20 @@ impl OpenSample {
         self.num_drafted += num_drafted as u32;
         self.num_accepted += num_accepted as u32;
         Verified { num_kept, num_accepted, finish_reason }
+    }
+
+    /// The next token of the earlier response and the version that drew it, where it is taken.
+    fn take_earlier(&mut self, scored: Option<&Sampled>, today: PolicyVersion) -> Option<(Sampled, PolicyVersion)> {
+        let context = Arc::clone(&self.context);
+        let GroupRequest { reuse, seeds, .. } = &context.request;
+        let reuse = reuse.as_ref()?;
+        let (sample_index, index) = (self.sample_index as usize, self.token_ids.len());
+        let noise = (seeds[sample_index], self.num_tokens() as u64);
+        let earlier = &reuse.responses[sample_index];
+        let scored = scored.filter(|_| self.is_reusing);
+        self.is_reusing = scored.is_some_and(|scored| reuse::is_taken(earlier, (index, scored), reuse.lenience, noise));
+        self.reused.push(u8::from(self.is_reusing));
+        self.is_reusing.then(|| (reuse::as_drawn(earlier, index), reuse::version_of(earlier, index, today)))
     }
 
     /// Add a drawn token; says why the response ends, where it does.
@@ -228,6 +276,9 @@ impl OpenSample {
         let room = sampling.max_new_tokens as usize;
         self.token_ids.reserve(room);
         self.log_probs.reserve(room);
+        if self.context.request.reuse.is_some() {
+            self.reused.reserve(room);
+        }
         if sampling.is_truncated() {
             self.sampled_log_probs.reserve(room);
             self.surviving_mass.reserve(room);
@@ -260,6 +311,7 @@ impl OpenSample {
             sample_index: SampleIndex(self.sample_index),
             seed: context.request.seeds[self.sample_index as usize],
             token_ids: self.token_ids,
+            reused: self.reused,
             log_probs: self.log_probs,
             sampled_log_probs: self.sampled_log_probs,
             surviving_mass: self.surviving_mass,

@@ -54,6 +54,7 @@ pub(super) fn request(group: u64, prompt_len: usize, num_samples: u64, max_new_t
         prompt_token_ids: (0..prompt_len as u32).map(|i| (i * 7 + group as u32) % VOCAB).collect(),
         seeds: (0..num_samples).map(|i| group * 1000 + i).collect(),
         sampling: SamplingParams { max_new_tokens, ..SamplingParams::default() },
+        ..GroupRequest::default()
     }
 }
 
@@ -149,6 +150,53 @@ fn a_group_costs_one_prefill() {
     assert_eq!((stats.num_prefill_tokens, stats.num_generated_tokens), (100, 80));
     assert_eq!(engine.model().rows.iter().sum::<usize>(), 100 + 16 * 4, "the last token is never computed");
     assert_eq!(stats.num_steps, 4 + 4);
+}
+
+/// A group of 16 over 512 tokens computes as many rows to its first tokens as a group of one.
+#[test]
+fn a_group_of_16_computes_its_prompt_as_one_sample_does() {
+    let rows = |num_samples: u64| {
+        let mut engine = engine(SchedulerLimits { max_batch_tokens: 256, prefill_chunk: 128, ..roomy() });
+        engine.submit(vec![request(0, 510, num_samples, 1)]).unwrap();
+        assert_eq!(run(&mut engine)[0].samples.len(), num_samples as usize);
+        engine.stats().num_rows
+    };
+    assert_eq!((rows(1), rows(16)), (510, 510));
+}
+
+/// The first of three prompts is known to be answered shortly, so that more of its samples start at once.
+#[test]
+fn admission_learns_how_long_the_responses_to_a_prompt_are() {
+    let limits = SchedulerLimits { num_blocks: 16, watermark_blocks: 0, reserve_tokens: 200, ..roomy() };
+    let mut engine = engine(limits);
+    let mut first = request(0, 10, 6, 150);
+    first.sampling.stop_token_ids = (0..VOCAB).step_by(4).collect();
+    let mut num_running = Vec::new();
+    for pass in 0..2 {
+        engine.submit(vec![GroupRequest { group_id: GroupId(pass), ..first.clone() }]).unwrap();
+        engine.step().unwrap();
+        num_running.push(engine.stats().num_requests_running);
+        run(&mut engine);
+    }
+    assert!(num_running[0] <= 1 && num_running[1] >= 2, "{num_running:?}");
+}
+
+/// Priorities say when, and never what.
+#[test]
+fn priorities_change_the_order_of_results_alone() {
+    let mut engine = engine(SchedulerLimits { max_num_seqs: 4, ..roomy() });
+    let requests: Vec<GroupRequest> =
+        (0..6).map(|id| GroupRequest { priority: id as i32, ..request(id, 10, 2, 8) }).collect();
+    engine.submit(requests.clone()).unwrap();
+    let mut order = Vec::new();
+    while !engine.is_idle() {
+        engine.step().unwrap();
+        order.extend(std::iter::from_fn(|| engine.pop_finished()).map(|result| result.group_id.0));
+    }
+    assert_eq!(order, [0, 5, 1, 4, 2, 3], "the oldest, and beside it the highest");
+    let mut again = super::tests::engine(roomy());
+    again.submit(requests.clone()).unwrap();
+    check_responses(&mut again, &requests);
 }
 
 /// A prompt that begins as an earlier one pays only for the rest, whatever drew from the blocks before.

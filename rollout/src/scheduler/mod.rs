@@ -7,8 +7,10 @@
 //!
 //! # Policy
 //! - One budget of rows a step: decode rows first, oldest first, then prefill chunks, oldest first.
-//! - Sequences start in order of arrival, and only where the pool covers the expected length of everything that runs
-//!   (`reserve_tokens` ahead) and a watermark stays free. Alone, a sequence always starts.
+//! - Order of service: the oldest open group, then by falling priority, then by arrival. "Oldest" and "youngest" below
+//!   mean first and last in this order.
+//! - Sequences start in this order, and only where the pool covers the expected length of everything that runs (the
+//!   group's reserve ahead, or `reserve_tokens`) and a watermark stays free. Alone, a sequence always starts.
 //! - The first sequence of a group computes the prompt, but for the full blocks that the prefix cache has; its siblings
 //!   wait, draw their first token from the same row, and then share its blocks. A sibling that comes later shares the
 //!   prompt's full blocks.
@@ -20,10 +22,10 @@
 //!   sequence is therefore never stopped by a younger one, and since everything submitted fits alone, it always ends.
 //!
 //! # Invariants
-//! `waiting` and `running` are sorted by rank (arrival, then sample index) and disjoint · a waiting sequence has no
-//! block · blocks are written only while they have one owner · nothing planned is preempted in the same step · a block
-//! enters the prefix cache when all its slots are stored, hold verified tokens, and were computed under the weights of
-//! the day with everything before them.
+//! `waiting` and `running` are sorted by rank (the order of service, then sample index) and disjoint · a waiting
+//! sequence has no block · blocks are written only while they have one owner · nothing planned is preempted in the same
+//! step · a block enters the prefix cache when all its slots are stored, hold verified tokens, and were computed under
+//! the weights of the day with everything before them.
 
 mod plan;
 mod start;
@@ -32,6 +34,7 @@ pub use plan::{Draw, Plan, Work};
 
 use crate::block_manager::{BlockHash, BlockManager, BlockTable, OutOfBlocks};
 use crate::config::SchedulerLimits;
+use std::cmp::Reverse;
 use std::collections::VecDeque;
 
 /// Handle of a sequence, from [`Scheduler::submit`] to [`Scheduler::remove`]; dense, so it can index a slab.
@@ -46,7 +49,7 @@ impl SeqKey {
 }
 
 /// What the scheduler must know of a group.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct GroupShape {
     /// Tokens of the prompt; at least one.
     pub prompt_len: usize,
@@ -54,6 +57,10 @@ pub struct GroupShape {
     pub max_new_tokens: usize,
     /// Number of samples; at least one.
     pub num_samples: usize,
+    /// Served before groups of a lower one, except for the oldest group, which comes first whatever it has.
+    pub priority: i32,
+    /// Response tokens for which each sample must find room when it starts; `None` takes the limits' `reserve_tokens`.
+    pub reserve_tokens: Option<usize>,
 }
 
 impl GroupShape {
@@ -76,9 +83,12 @@ pub struct SchedulerStats {
     pub prefix_cache_hits: u64,
 }
 
-/// Order of service: the lower, the older.
+/// Order of service: the lower, the earlier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 struct Rank {
+    /// False for the oldest group that is open, which so always progresses.
+    is_younger: bool,
+    priority: Reverse<i32>,
     arrival: u64,
     sample_index: u32,
 }
@@ -89,6 +99,7 @@ struct Sequence {
     rank: Rank,
     prompt_len: usize,
     max_slots: usize,
+    reserve_tokens: usize,
     /// Tokens known: the prompt and what was drawn.
     len: usize,
     /// Slots whose K/V are stored.
@@ -119,6 +130,8 @@ pub struct Scheduler {
     followers: Vec<SeqKey>,
     plan: Plan,
     next_arrival: u64,
+    /// Arrival of the oldest open group.
+    oldest: Option<u64>,
     stats: SchedulerStats,
 }
 
@@ -135,6 +148,7 @@ impl Scheduler {
             followers: Vec::with_capacity(limits.max_num_seqs),
             plan: Plan::default(),
             next_arrival: 0,
+            oldest: None,
             stats: SchedulerStats::default(),
         }
     }
@@ -154,7 +168,10 @@ impl Scheduler {
         assert_eq!(self.excess_blocks(shape), None, "{shape:?} can never fit");
         let arrival = self.next_arrival;
         self.next_arrival += 1;
-        (0..shape.num_samples as u32).map(|sample_index| self.enqueue(Rank { arrival, sample_index }, shape)).collect()
+        let (is_younger, priority) = (self.oldest.is_some(), Reverse(shape.priority));
+        self.oldest.get_or_insert(arrival);
+        let rank = |sample_index| Rank { is_younger, priority, arrival, sample_index };
+        (0..shape.num_samples as u32).map(|sample_index| self.enqueue(rank(sample_index), shape)).collect()
     }
 
     fn enqueue(&mut self, rank: Rank, shape: GroupShape) -> SeqKey {
@@ -167,8 +184,10 @@ impl Scheduler {
         sequence.prompt_len = shape.prompt_len;
         sequence.hashes.clear();
         sequence.max_slots = shape.max_slots();
+        sequence.reserve_tokens = shape.reserve_tokens.unwrap_or(self.limits.reserve_tokens);
         sequence.len = shape.prompt_len;
-        self.waiting.push_back(key);
+        let at = self.find_waiting(rank);
+        self.waiting.insert(at, key);
         key
     }
 
@@ -278,6 +297,22 @@ impl Scheduler {
         }
         self.release(key);
         self.free_keys.push(key);
+        if self.oldest == Some(rank.arrival) {
+            self.find_oldest();
+        }
+    }
+
+    /// Let the oldest open group come before all others, whatever their priority.
+    fn find_oldest(&mut self) {
+        let Scheduler { running, waiting, sequences, .. } = self;
+        let arrivals = running.iter().chain(&*waiting).map(|key| sequences[key.index()].rank.arrival);
+        self.oldest = arrivals.min();
+        for key in running.iter().chain(&*waiting) {
+            let rank = &mut sequences[key.index()].rank;
+            rank.is_younger = Some(rank.arrival) != self.oldest;
+        }
+        running.sort_by_key(|key| sequences[key.index()].rank);
+        waiting.make_contiguous().sort_by_key(|key| sequences[key.index()].rank);
     }
 
     /// Block table of `key`; empty while it waits.

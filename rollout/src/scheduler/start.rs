@@ -169,12 +169,12 @@ impl Scheduler {
 
     /// Blocks beyond the prompt's full ones that a sequence is expected to need.
     fn own_demand(&self, sequence: &Sequence) -> usize {
-        let expected = sequence.max_slots.min(sequence.prompt_len + self.limits.reserve_tokens);
+        let expected = sequence.max_slots.min(sequence.prompt_len + sequence.reserve_tokens);
         self.blocks.blocks_for(expected.max(sequence.len)) - sequence.prompt_len / self.limits.block_size
     }
 
     fn running_siblings(&self, rank: Rank) -> impl Iterator<Item = SeqKey> + '_ {
-        let first = Rank { arrival: rank.arrival, sample_index: 0 };
+        let first = Rank { sample_index: 0, ..rank };
         let start = self.running.partition_point(|key| self.sequences[key.index()].rank < first);
         let is_sibling = move |key: &SeqKey| self.sequences[key.index()].rank.arrival == rank.arrival;
         self.running[start..].iter().copied().take_while(is_sibling)

@@ -12,6 +12,13 @@ fn check_invariants(scheduler: &Scheduler) {
     assert!(scheduler.running.iter().map(rank).is_sorted_by(|a, b| a < b), "running is sorted");
     assert!(scheduler.waiting.iter().map(rank).is_sorted_by(|a, b| a < b), "waiting is sorted");
     assert!(scheduler.running.len() <= scheduler.limits.max_num_seqs);
+    let open = || scheduler.running.iter().chain(&scheduler.waiting).map(rank);
+    assert_eq!(scheduler.oldest, open().map(|rank| rank.arrival).min());
+    let first = [scheduler.running.first(), scheduler.waiting.front()].into_iter().flatten().map(rank).min();
+    assert_eq!(first.map(|rank| rank.arrival), scheduler.oldest, "the oldest group comes first");
+    for rank in open() {
+        assert_eq!(rank.is_younger, Some(rank.arrival) != scheduler.oldest);
+    }
     for key in &scheduler.waiting {
         let sequence = &scheduler.sequences[key.index()];
         assert_eq!((sequence.table.blocks().len(), sequence.num_computed), (0, 0), "a waiting sequence has no block");
@@ -74,11 +81,11 @@ enum Op {
 }
 
 fn op() -> impl Strategy<Value = Op> {
-    let shape = (1usize..40, 1usize..30, 1usize..6).prop_map(|(prompt_len, max_new_tokens, num_samples)| GroupShape {
-        prompt_len,
-        max_new_tokens,
-        num_samples,
-    });
+    let (lengths, service) = ((1usize..40, 1usize..30, 1usize..6), (-2i32..3, prop::option::of(0usize..40)));
+    let shape =
+        (lengths, service).prop_map(|((prompt_len, max_new_tokens, num_samples), (priority, reserve_tokens))| {
+            GroupShape { prompt_len, max_new_tokens, num_samples, priority, reserve_tokens }
+        });
     prop_oneof![
         1 => shape.prop_map(Op::Submit),
         5 => (7usize..40, 0usize..9, 0usize..9).prop_map(|(stop_every, num_drafted, num_accepted)| {
@@ -202,7 +209,8 @@ fn roomy() -> SchedulerLimits {
 #[test]
 fn a_group_computes_its_prompt_once_and_shares_it() {
     let mut scheduler = Scheduler::new(roomy());
-    let keys = scheduler.submit(GroupShape { prompt_len: 22, max_new_tokens: 8, num_samples: 5 });
+    let keys =
+        scheduler.submit(GroupShape { prompt_len: 22, max_new_tokens: 8, num_samples: 5, ..GroupShape::default() });
     for (first_slot, num_rows) in [(0, 16), (16, 6)] {
         let plan = scheduler.schedule();
         assert_eq!(plan.work.len(), 1);
@@ -222,11 +230,12 @@ fn a_group_computes_its_prompt_once_and_shares_it() {
 fn decode_rows_come_before_prefill_and_both_fit_the_budget() {
     let limits = SchedulerLimits { max_batch_tokens: 40, ..roomy() };
     let mut scheduler = Scheduler::new(limits);
-    let keys = scheduler.submit(GroupShape { prompt_len: 4, max_new_tokens: 8, num_samples: 30 });
+    let keys =
+        scheduler.submit(GroupShape { prompt_len: 4, max_new_tokens: 8, num_samples: 30, ..GroupShape::default() });
     scheduler.schedule();
     scheduler.commit();
     keys.iter().for_each(|&key| scheduler.append(key, 1));
-    scheduler.submit(GroupShape { prompt_len: 40, max_new_tokens: 8, num_samples: 1 });
+    scheduler.submit(GroupShape { prompt_len: 40, max_new_tokens: 8, num_samples: 1, ..GroupShape::default() });
     let rows: Vec<usize> = scheduler.schedule().work.iter().map(|work| work.num_rows).collect();
     assert_eq!(rows, [vec![1; 30], vec![10]].concat());
 }
@@ -235,7 +244,7 @@ fn decode_rows_come_before_prefill_and_both_fit_the_budget() {
 fn the_youngest_gives_way_and_the_oldest_goes_on() {
     let limits = SchedulerLimits { num_blocks: 4, watermark_blocks: 0, reserve_tokens: 0, ..roomy() };
     let mut scheduler = Scheduler::new(limits);
-    let shape = GroupShape { prompt_len: 8, max_new_tokens: 8, num_samples: 1 };
+    let shape = GroupShape { prompt_len: 8, max_new_tokens: 8, num_samples: 1, ..GroupShape::default() };
     let (old, young) = (scheduler.submit(shape)[0], scheduler.submit(shape)[0]);
     scheduler.schedule();
     scheduler.commit();
@@ -250,7 +259,52 @@ fn the_youngest_gives_way_and_the_oldest_goes_on() {
 #[test]
 fn what_can_never_fit_is_known_at_submit() {
     let scheduler = Scheduler::new(SchedulerLimits { num_blocks: 4, ..roomy() });
-    let shape = |max_new_tokens| GroupShape { prompt_len: 10, max_new_tokens, num_samples: 1 };
+    let shape = |max_new_tokens| GroupShape { prompt_len: 10, max_new_tokens, num_samples: 1, ..GroupShape::default() };
     assert_eq!(scheduler.excess_blocks(shape(7)), None, "the last token is never stored");
     assert_eq!(scheduler.excess_blocks(shape(8)), Some(5));
+}
+
+#[test]
+fn a_higher_priority_goes_first_and_the_oldest_goes_on() {
+    let limits = SchedulerLimits { max_num_seqs: 2, ..roomy() };
+    let mut scheduler = Scheduler::new(limits);
+    let shape =
+        |priority| GroupShape { prompt_len: 4, max_new_tokens: 8, num_samples: 1, priority, reserve_tokens: None };
+    let [first, low, high, higher] = [0, -1, 2, 5].map(|priority| scheduler.submit(shape(priority))[0]);
+    let step = |scheduler: &mut Scheduler| {
+        scheduler.schedule();
+        scheduler.commit();
+        let drawn: Vec<SeqKey> = scheduler.plan().draws.iter().map(|draw| draw.key).collect();
+        drawn.iter().for_each(|key| scheduler.append(*key, 1));
+        check_invariants(scheduler);
+        drawn
+    };
+    assert_eq!(step(&mut scheduler), [first, higher], "the oldest, then the highest");
+    scheduler.remove(higher);
+    assert_eq!(step(&mut scheduler), [first, high]);
+    scheduler.remove(first);
+    let later = scheduler.submit(shape(9))[0];
+    assert_eq!(step(&mut scheduler), [high, low], "the low one is the oldest now, and no later one passes it");
+    scheduler.remove(high);
+    assert_eq!(step(&mut scheduler), [low, later]);
+}
+
+/// A pool of 8 blocks admits as many samples as their reserves fit, not as their caps say.
+#[test]
+fn a_known_length_is_what_admission_reserves() {
+    let limits = SchedulerLimits { num_blocks: 8, watermark_blocks: 0, reserve_tokens: 100, ..roomy() };
+    let shape = |reserve_tokens| GroupShape {
+        prompt_len: 4,
+        max_new_tokens: 28,
+        num_samples: 4,
+        reserve_tokens,
+        ..GroupShape::default()
+    };
+    for (reserve_tokens, num_started) in [(None, 1), (Some(4), 4), (Some(9), 2), (Some(10_000), 1)] {
+        let mut scheduler = Scheduler::new(limits);
+        scheduler.submit(shape(reserve_tokens));
+        scheduler.schedule();
+        scheduler.commit();
+        assert_eq!(scheduler.num_running(), num_started, "{reserve_tokens:?}");
+    }
 }

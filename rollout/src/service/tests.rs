@@ -49,6 +49,7 @@ fn request(group: u64, max_new_tokens: u32) -> GroupRequest {
         prompt_token_ids: vec![1, 2, 3],
         seeds: vec![4, 5],
         sampling: SamplingParams { max_new_tokens, ..SamplingParams::default() },
+        ..GroupRequest::default()
     }
 }
 

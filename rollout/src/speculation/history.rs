@@ -1,8 +1,11 @@
 //! Responses of earlier passes over a prompt, by the prompt's ids.
 //!
-//! Kept in memory and bounded; a resumed run starts without it, which costs time and changes no bit.
+//! Bounded, in memory or in a file ([`super::history_file`]) that survives the process and is read when a prompt is
+//! scheduled. Losing any of it costs time and changes no bit.
 
+use super::history_file::{Found, HistoryFile, PromptKey, Span, prompt_key};
 use std::collections::{HashMap, VecDeque};
+use std::path::Path;
 use std::sync::Arc;
 use temper_proto::GeneratedSample;
 
@@ -15,6 +18,19 @@ pub struct PastResponse {
     pub token_ids: Arc<[u32]>,
 }
 
+/// The responses of one pass over a prompt.
+#[derive(Debug)]
+struct Pass {
+    num_tokens: usize,
+    content: Content,
+}
+
+#[derive(Debug)]
+enum Content {
+    Memory(Vec<PastResponse>),
+    Disk(Span),
+}
+
 /// Earlier responses of all prompts.
 #[derive(Debug)]
 pub(super) struct History {
@@ -22,20 +38,46 @@ pub(super) struct History {
     max_tokens: usize,
     num_tokens: usize,
     /// Passes over each prompt, latest first.
-    passes: HashMap<Arc<[u32]>, VecDeque<Vec<PastResponse>>>,
+    passes: HashMap<PromptKey, VecDeque<Pass>>,
     /// Prompts in the order of their passes, one entry for each.
-    order: VecDeque<Arc<[u32]>>,
+    order: VecDeque<PromptKey>,
+    file: Option<HistoryFile>,
 }
 
 impl History {
     /// Keep the last `max_epochs` passes over each prompt, and at most `max_tokens` tokens in all.
     pub fn new(max_epochs: usize, max_tokens: usize) -> Self {
-        History { max_epochs, max_tokens, num_tokens: 0, passes: HashMap::new(), order: VecDeque::new() }
+        History { max_epochs, max_tokens, num_tokens: 0, passes: HashMap::new(), order: VecDeque::new(), file: None }
+    }
+
+    /// Keep it in the file at `path` from now on, and know what stands there; `vocabulary` is what ids mean. Where the
+    /// file cannot be used, a warning says so and the history stays in memory.
+    pub fn open(&mut self, path: &Path, vocabulary: &str) {
+        let mut found = Vec::new();
+        match HistoryFile::open(path, vocabulary, |record| found.push(record)) {
+            Ok(file) => self.file = Some(file),
+            Err(error) => tracing::warn!(path = %path.display(), %error, "no history on disk: it stays in memory"),
+        }
+        for Found { key, span, num_tokens } in found {
+            self.insert(key, Pass { num_tokens, content: Content::Disk(span) });
+        }
+        self.compact();
     }
 
     /// Responses to `prompt`, latest pass first, ascending samples within.
-    pub fn get(&self, prompt: &[u32]) -> Vec<PastResponse> {
-        self.passes.get(prompt).into_iter().flatten().flatten().cloned().collect()
+    pub fn get(&mut self, prompt: &[u32]) -> Vec<PastResponse> {
+        let mut out = Vec::new();
+        for pass in self.passes.get(&prompt_key(prompt)).into_iter().flatten() {
+            match (&pass.content, &mut self.file) {
+                (Content::Memory(responses), _) => out.extend(responses.iter().cloned()),
+                (Content::Disk(span), Some(file)) => match file.read(*span) {
+                    Ok(responses) => out.extend(responses),
+                    Err(error) => tracing::warn!(%error, "an earlier pass cannot be read back: it is left out"),
+                },
+                (Content::Disk(_), None) => {}
+            }
+        }
+        out
     }
 
     /// Remember a pass over `prompt`.
@@ -48,13 +90,32 @@ impl History {
             token_ids: sample.token_ids.as_slice().into(),
         });
         let pass: Vec<PastResponse> = pass.collect();
-        let key = self.passes.get_key_value(prompt).map_or_else(|| prompt.into(), |(key, _)| Arc::clone(key));
-        self.num_tokens += num_tokens(&pass);
-        self.order.push_back(Arc::clone(&key));
-        self.passes.entry(Arc::clone(&key)).or_default().push_front(pass);
-        if self.passes[prompt].len() > self.max_epochs {
-            self.drop_oldest(prompt);
-            let first = self.order.iter().position(|other| Arc::ptr_eq(other, &key));
+        let num_tokens = pass.iter().map(|response| response.token_ids.len()).sum();
+        let key = prompt_key(prompt);
+        let content = self.write(key, pass);
+        self.insert(key, Pass { num_tokens, content });
+        self.compact();
+    }
+
+    /// Append a pass to the file, or keep it in memory where there is none or it fails.
+    fn write(&mut self, key: PromptKey, pass: Vec<PastResponse>) -> Content {
+        let Some(file) = &mut self.file else { return Content::Memory(pass) };
+        match file.append(key, &pass) {
+            Ok(span) => Content::Disk(span),
+            Err(error) => {
+                tracing::warn!(%error, "a pass cannot be written to the history: it stays in memory");
+                Content::Memory(pass)
+            }
+        }
+    }
+
+    fn insert(&mut self, key: PromptKey, pass: Pass) {
+        self.num_tokens += pass.num_tokens;
+        self.order.push_back(key);
+        self.passes.entry(key).or_default().push_front(pass);
+        if self.passes[&key].len() > self.max_epochs {
+            self.drop_oldest(&key);
+            let first = self.order.iter().position(|other| *other == key);
             first.and_then(|at| self.order.remove(at)).expect("every pass stands in the order");
         }
         while self.num_tokens > self.max_tokens {
@@ -63,55 +124,37 @@ impl History {
         }
     }
 
-    fn drop_oldest(&mut self, prompt: &[u32]) {
-        let Some(passes) = self.passes.get_mut(prompt) else { return };
-        self.num_tokens -= passes.pop_back().as_deref().map_or(0, num_tokens);
+    fn drop_oldest(&mut self, key: &PromptKey) {
+        let Some(passes) = self.passes.get_mut(key) else { return };
+        self.num_tokens -= passes.pop_back().map_or(0, |pass| pass.num_tokens);
         if passes.is_empty() {
-            self.passes.remove(prompt);
+            self.passes.remove(key);
         }
     }
-}
 
-fn num_tokens(pass: &[PastResponse]) -> usize {
-    pass.iter().map(|response| response.token_ids.len()).sum()
+    /// Write the file anew, oldest pass first, where more than half of it is forgotten. So it takes at most about twice
+    /// the bytes of what is kept.
+    fn compact(&mut self) {
+        let Some(file) = &mut self.file else { return };
+        let num_records: usize = self.passes.values().map(VecDeque::len).sum();
+        let kept_bytes = 4 * self.num_tokens as u64 + 64 * num_records as u64;
+        if file.num_bytes() <= 4096 + 2 * kept_bytes {
+            return;
+        }
+        let spans = self.passes.iter_mut().flat_map(|(key, passes)| passes.iter_mut().map(move |pass| (*key, pass)));
+        let mut spans: Vec<(PromptKey, &mut Span)> = spans
+            .filter_map(|(key, pass)| match &mut pass.content {
+                Content::Disk(span) => Some((key, span)),
+                Content::Memory(_) => None,
+            })
+            .collect();
+        spans.sort_by_key(|(_, span)| span.offset());
+        if let Err(error) = file.compact(spans.into_iter()) {
+            tracing::warn!(%error, "the history cannot be written anew: it grows");
+        }
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use temper_types::{FinishReason, SampleIndex, SampleTimings};
-
-    fn sample(sample_index: u32, token_ids: &[u32]) -> GeneratedSample {
-        GeneratedSample {
-            sample_index: SampleIndex(sample_index),
-            seed: 0,
-            token_ids: token_ids.to_vec(),
-            log_probs: Vec::new(),
-            sampled_log_probs: Vec::new(),
-            surviving_mass: Vec::new(),
-            policy_versions: Vec::new(),
-            finish_reason: FinishReason::Length,
-            num_drafted: 0,
-            num_accepted: 0,
-            timings: SampleTimings::default(),
-        }
-    }
-
-    fn first_tokens(history: &History, prompt: &[u32]) -> Vec<u32> {
-        history.get(prompt).iter().map(|past| past.token_ids[0]).collect()
-    }
-
-    #[test]
-    fn the_latest_passes_stay_and_the_oldest_prompts_go() {
-        let mut history = History::new(2, 10);
-        for pass in 0..3 {
-            history.add(&[1], &[sample(0, &[10 * pass, 0]), sample(1, &[10 * pass + 1])]);
-        }
-        assert_eq!(first_tokens(&history, &[1]), [20, 21, 10, 11]);
-        history.add(&[2], &[sample(0, &[7, 7, 7, 7, 7])]);
-        assert_eq!(first_tokens(&history, &[1]), [20, 21], "11 tokens are too many: the oldest pass went");
-        history.add(&[3], &[sample(0, &[9; 11])]);
-        assert_eq!(history.num_tokens, 0, "a pass longer than the bound leaves nothing");
-        assert!(history.passes.is_empty() && history.order.is_empty());
-    }
-}
+#[path = "history_tests.rs"]
+mod tests;

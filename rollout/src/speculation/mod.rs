@@ -10,12 +10,15 @@
 
 mod budget;
 mod calibration;
+mod draft_model;
 mod history;
+mod history_file;
 mod replay;
 mod suffix;
 
 pub use budget::Budget;
 pub use calibration::{Cell, match_bucket};
+pub use draft_model::ModelDrafter;
 pub use history::PastResponse;
 pub use replay::ReplayDrafter;
 pub use suffix::SuffixDrafter;
@@ -40,8 +43,26 @@ pub enum Speculative {
     Suffix,
     /// The same sample's response of the previous pass.
     Replay,
-    /// Suffix and replay, whichever expects more; nothing where nothing pays.
+    /// A smaller model of the same vocabulary.
+    Model,
+    /// Suffix, replay, and the draft model where there is one, whichever expects more; nothing where nothing pays.
     Auto,
+}
+
+/// What a later pass over a prompt has of the pass before, whichever drafters guess.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Replay {
+    /// Nothing but guesses: every pass has noise of its own, and earlier responses change no token.
+    #[default]
+    Exact,
+    /// The noise of the first pass, for the same (prompt, sample): where the weights did not move a draw, it comes out
+    /// as before, and the earlier response is guessed right. Every sample still follows the policy, but the passes over
+    /// a prompt are no independent samples.
+    Coupled,
+    /// Its tokens, taken again with a probability ([`temper_proto::Reuse`]). Lossy: what comes out does not follow the
+    /// policy. Reused tokens are flagged and keep the log-probs they were drawn with.
+    Lenient,
 }
 
 /// Settings of [`Speculation`].
@@ -70,6 +91,8 @@ pub enum DrafterKind {
     Suffix,
     /// [`ReplayDrafter`].
     Replay,
+    /// [`ModelDrafter`](crate::ModelDrafter).
+    Model,
 }
 
 /// A group that starts to generate.
@@ -146,6 +169,16 @@ pub trait Drafter: Send {
     /// The last `num_new` tokens of `context.response` are new.
     fn observe(&mut self, context: &DraftContext<'_>, num_new: usize);
 
+    /// True where [`Drafter::prepare`] wants to see all samples of a step at once.
+    fn wants_all(&self) -> bool {
+        false
+    }
+
+    /// All samples that are about to be guessed for, each with [`Drafter::propose`], `max_tokens` tokens at most.
+    fn prepare(&mut self, contexts: &[DraftContext<'_>], max_tokens: usize) {
+        let _ = (contexts, max_tokens);
+    }
+
     /// Guess how `context` goes on; `draft` comes empty and may stay so.
     fn propose(&mut self, context: &DraftContext<'_>, draft: &mut Draft);
 
@@ -173,6 +206,8 @@ pub struct Speculation {
     proposals: Vec<(SeqKey, Proposal)>,
     num_proposals: usize,
     spare: Draft,
+    /// Longest draft that was granted in the last step that drafted.
+    longest: usize,
     stats: SpeculationStats,
 }
 
@@ -183,6 +218,7 @@ impl Speculation {
             Speculative::Off => return None,
             Speculative::Suffix => vec![Box::new(SuffixDrafter::new(config.max_draft_tokens))],
             Speculative::Replay => vec![Box::new(ReplayDrafter::new(config.max_draft_tokens))],
+            Speculative::Model => Vec::new(),
             Speculative::Auto => vec![
                 Box::new(ReplayDrafter::new(config.max_draft_tokens)),
                 Box::new(SuffixDrafter::new(config.max_draft_tokens)),
@@ -203,6 +239,7 @@ impl Speculation {
             proposals: Vec::new(),
             num_proposals: 0,
             spare: Draft::default(),
+            longest: 2,
             stats: SpeculationStats::default(),
         }
     }
@@ -213,6 +250,31 @@ impl Speculation {
         self.num_proposals = 0;
         let best = self.calibrations.iter().map(Calibration::best).fold(0.0, f64::max);
         self.budget.is_worth_asking(num_rows, best)
+    }
+
+    /// Let this drafter guess too.
+    pub fn add_drafter(&mut self, drafter: Box<dyn Drafter>) {
+        self.drafters.push(drafter);
+        self.calibrations.push(Calibration::default());
+    }
+
+    /// Keep the history in the file at `path`, and know what stands there. `vocabulary` is what ids mean.
+    pub fn keep_history(&mut self, path: &std::path::Path, vocabulary: &str) {
+        self.history.open(path, vocabulary);
+    }
+
+    /// True where a drafter wants to see all samples of a step at once, in [`Speculation::prepare`].
+    pub fn wants_all(&self) -> bool {
+        self.drafters.iter().any(|drafter| drafter.wants_all())
+    }
+
+    /// Show all samples that will be proposed for. Drafters that compute do so up to twice the longest draft that paid
+    /// last time, so that the budget decides the length.
+    pub fn prepare(&mut self, contexts: &[DraftContext<'_>]) {
+        let max_tokens = (2 * self.longest).max(2).min(self.max_draft_tokens);
+        for drafter in self.drafters.iter_mut().filter(|drafter| drafter.wants_all()) {
+            drafter.prepare(contexts, max_tokens);
+        }
     }
 
     /// Ask every drafter how the sample behind `key` goes on, and keep the answer that expects most.
@@ -246,6 +308,7 @@ impl Speculation {
             self.calibrations[proposal.drafter].survivals(&proposal.draft.cells).map(move |s| (s, index))
         });
         let lens = self.budget.choose(proposals.len(), survivals);
+        self.longest = lens.iter().copied().max().unwrap_or(0);
         for ((key, proposal), &len) in proposals.iter_mut().zip(lens) {
             if len > 0 {
                 proposal.draft.truncate(len);
@@ -259,7 +322,9 @@ impl Speculation {
         let counts = match self.drafters[proposal.drafter].kind() {
             DrafterKind::Suffix => &mut self.stats.suffix,
             DrafterKind::Replay => &mut self.stats.replay,
+            DrafterKind::Model => &mut self.stats.model,
         };
+        self.stats.num_drafts += u64::from(num_drafted > 0);
         for (index, cell) in proposal.draft.cells[..num_drafted].iter().enumerate() {
             let DraftCounts { num_draft_tokens, num_accepted_tokens } = &mut counts[cell.match_bucket()];
             *num_draft_tokens += 1;

@@ -2,7 +2,8 @@
 //! token is kept only where the sampler draws it again).
 //!
 //! The guess stands at the same position as the original, so that with the same noise in every pass a response that
-//! left its predecessor finds back to it where the two agree again.
+//! left its predecessor finds back to it where the two agree again. An earlier response that comes with the request, to
+//! be replayed leniently, is the one that is guessed.
 
 use super::calibration::Cell;
 use super::{Draft, DraftContext, Drafter, DrafterKind, GroupStart};
@@ -44,8 +45,10 @@ impl Drafter for ReplayDrafter {
     fn observe(&mut self, _: &DraftContext<'_>, _: usize) {}
 
     fn propose(&mut self, context: &DraftContext<'_>, draft: &mut Draft) {
-        let samples = self.groups.get(&context.group_id);
-        let Some(past) = samples.and_then(|samples| samples.get(context.sample_index)?.as_deref()) else { return };
+        let given = context.request.reuse.as_ref().and_then(|reuse| reuse.responses.get(context.sample_index));
+        let given = given.map(|earlier| earlier.token_ids.as_slice()).filter(|ids| !ids.is_empty());
+        let known = || self.groups.get(&context.group_id)?.get(context.sample_index)?.as_deref();
+        let Some(past) = given.or_else(known) else { return };
         let len = context.response.len();
         let Some(rest) = past.get(len..) else { return };
         let pairs = context.response.iter().zip(past).rev().take(MAX_MATCH);

@@ -12,6 +12,7 @@ fn request(prompt: &[u32], num_samples: u64) -> GroupRequest {
         prompt_token_ids: prompt.to_vec(),
         seeds: (0..num_samples).collect(),
         sampling: SamplingParams::default(),
+        ..GroupRequest::default()
     }
 }
 

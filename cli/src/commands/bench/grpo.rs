@@ -162,6 +162,7 @@ impl Grpo {
             prompt_token_ids: prompt.clone(),
             seeds: (0..self.gens as u32).map(|i| derive_seed(0, index as u64, i, step)).collect(),
             sampling: sampling.clone(),
+            ..GroupRequest::default()
         };
         parts.service.submit(parts.prompts.iter().enumerate().map(group).collect())?;
         let next = |_| parts.service.next_group(Duration::from_secs(3600))?.context("a prompt never came back");

@@ -2,6 +2,7 @@
 
 pub mod calibrate;
 mod gemm;
+mod group;
 mod grpo;
 mod rollout;
 mod samples;

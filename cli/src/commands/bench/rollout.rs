@@ -1,9 +1,11 @@
 //! `temper bench rollout`: generation through the rollout service.
 
+use super::group::GroupTimes;
 use super::samples::{at_least_one, median, peak_rss_mb, random_ids, round, spread};
 use crate::commands::common::compute::ComputeArgs;
-use crate::commands::common::engine::{Generator, Naming, SpeculativeArg};
+use crate::commands::common::engine::{Generator, Naming};
 use crate::commands::common::output::print;
+use crate::commands::common::speculation::SpeculationArgs;
 use anyhow::{Context, Result};
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -35,9 +37,12 @@ pub struct Rollout {
     /// Timed runs, after one that is not.
     #[arg(long, value_name = "R", default_value_t = 3)]
     runs: usize,
-    /// Drafter of speculative decoding. Prompts and noise differ from run to run, so that little can be guessed.
-    #[arg(long, value_enum, default_value_t = SpeculativeArg::Off)]
-    speculative: SpeculativeArg,
+    /// Also time groups of one prompt of --prompt-len tokens that end with their first token: of one sample and of N.
+    #[arg(long, value_name = "N")]
+    group: Option<usize>,
+    // Prompts and noise differ from run to run, so that little can be guessed but by a draft model.
+    #[command(flatten)]
+    speculation: SpeculationArgs,
     #[command(flatten)]
     compute: ComputeArgs,
     /// Print as JSON, every sample included.
@@ -49,9 +54,9 @@ impl Rollout {
     pub(super) fn run(self) -> Result<()> {
         let new_tokens = self.new_tokens as usize;
         at_least_one(&[("--batch", self.batch), ("--prompt-len", self.prompt_len), ("--new-tokens", new_tokens)])?;
-        at_least_one(&[("--runs", self.runs)])?;
+        at_least_one(&[("--runs", self.runs), ("--group", self.group.unwrap_or(1))])?;
         let vocab_size = ModelConfig::load(&self.model)?.vocab_size;
-        let generator = Generator::load(&self.model, &self.compute, Naming::None, self.speculative)?;
+        let generator = Generator::load(&self.model, &self.compute, Naming::None, &self.speculation.engine()?)?;
         self.time(&generator, vocab_size, 0, self.new_tokens)?;
         let timed = |new_tokens, first: u64| {
             (0..self.runs as u64)
@@ -60,7 +65,9 @@ impl Rollout {
         };
         let short = timed(1, 1)?;
         let whole = timed(self.new_tokens, 1 + self.runs as u64)?;
-        self.report(&generator, &short, &whole)
+        let lens = (vocab_size, self.prompt_len);
+        let group = self.group.map(|n| GroupTimes::measure(&generator, n, lens, self.runs)).transpose()?;
+        self.report(&generator, (&short, &whole), group.as_ref())
     }
 
     /// Seconds of one run.
@@ -73,6 +80,7 @@ impl Rollout {
             prompt_token_ids: random_ids(vocab_size, self.prompt_len, (run << 32) + index),
             seeds: vec![derive_seed(run, index, 0, 0)],
             sampling: sampling.clone(),
+            ..GroupRequest::default()
         };
         let groups = (0..self.batch as u64).map(group).collect();
         let begin = Instant::now();
@@ -86,7 +94,12 @@ impl Rollout {
         Ok(begin.elapsed().as_secs_f64())
     }
 
-    fn report(&self, generator: &Generator, short: &[f64], whole: &[f64]) -> Result<()> {
+    fn report(
+        &self,
+        generator: &Generator,
+        (short, whole): (&[f64], &[f64]),
+        group: Option<&GroupTimes>,
+    ) -> Result<()> {
         let (batch, new_tokens) = (self.batch as f64, f64::from(self.new_tokens));
         let (prefill_s, total_s) = (median(short), median(whole));
         let decode = (new_tokens > 1.0).then(|| batch * (new_tokens - 1.0) / (total_s - prefill_s));
@@ -103,13 +116,15 @@ impl Rollout {
                 "spread": round(spread(whole)), "samples_s": whole, "samples_tok_s": rates,
                 "prefill_samples_s": short, "rss_mb": rss,
                 "metrics": stats.metrics().into_iter().collect::<BTreeMap<_, _>>(), "speculation": stats.speculation,
+                "group": group.map(GroupTimes::to_json),
             });
             return print(&format!("{object}\n"));
         }
         let decode = decode.map_or_else(String::new, |d| format!(", decode {d:.0}"));
         let memory = rss.map_or_else(String::new, |mb| format!(", peak memory {mb} MiB"));
+        let group = group.map_or_else(String::new, |group| format!("{}\n", group.to_text()));
         print(&format!(
-            "{} x ({} + {}), {}: {rate:.0} tokens/s{decode}, prefill {prefill:.0}, spread {:.2} over {} runs{memory}\n",
+            "{} x ({} + {}), {}: {rate:.0} tokens/s{decode}, prefill {prefill:.0}, spread {:.2} over {} runs{memory}\n{group}",
             self.batch,
             self.prompt_len,
             self.new_tokens,

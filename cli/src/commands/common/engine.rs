@@ -2,6 +2,7 @@
 
 use super::compute::{ComputeArgs, open_model};
 use super::sampling::SamplingArgs;
+use crate::draft_model;
 use crate::runtime::LocalText;
 use crate::usage;
 use anyhow::{Context, Result, bail};
@@ -12,7 +13,7 @@ use std::time::Duration;
 use temper_actor::tokenizer::TOKENIZER_FILE;
 use temper_actor::{PackedPolicy, ParamStore};
 use temper_proto::{GeneratedSample, GroupRequest, GroupResult, RolloutService, TextService};
-use temper_rollout::{EngineConfig, LocalRolloutService, Speculative, TokenByteTable};
+use temper_rollout::{EngineConfig, LocalRolloutService, TokenByteTable};
 use temper_types::{
     DType, FinishReason, GroupId, PolicyVersion, PromptContent, PromptRow, Sample, SamplingParams, Step, derive_seed,
 };
@@ -43,30 +44,6 @@ pub enum Naming {
     None,
 }
 
-/// Drafters of speculative decoding on the command line. Drafts are verified: no choice changes a token or a log-prob.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum SpeculativeArg {
-    /// No drafts.
-    Off,
-    /// Continuations of the same tokens in the prompt, its other responses and earlier ones.
-    Suffix,
-    /// The same sample's earlier response to the same prompt.
-    Replay,
-    /// Both, as far as measured step times say that they pay.
-    Auto,
-}
-
-impl From<SpeculativeArg> for Speculative {
-    fn from(arg: SpeculativeArg) -> Speculative {
-        match arg {
-            SpeculativeArg::Off => Speculative::Off,
-            SpeculativeArg::Suffix => Speculative::Suffix,
-            SpeculativeArg::Replay => Speculative::Replay,
-            SpeculativeArg::Auto => Speculative::Auto,
-        }
-    }
-}
-
 /// Which samples are wanted of every prompt.
 pub struct Request {
     /// Samples of each prompt.
@@ -84,7 +61,7 @@ impl Generator {
     ///
     /// # Errors
     /// A file that is missing or damaged, by name.
-    pub fn load(model_dir: &Path, compute: &ComputeArgs, naming: Naming, speculative: SpeculativeArg) -> Result<Self> {
+    pub fn load(model_dir: &Path, compute: &ComputeArgs, naming: Naming, engine: &EngineConfig) -> Result<Self> {
         let (config, reader) = open_model(model_dir)?;
         if config.head != temper_actor::Head::CausalLm {
             let dir = model_dir.display();
@@ -112,8 +89,8 @@ impl Generator {
         let end_ids = text.as_ref().map_or_else(|| config.eos_token_ids.clone(), LocalText::stop_token_ids);
         let policy = Arc::new(RwLock::new(policy));
         let table = Arc::new(TokenByteTable(bytes));
-        let engine = EngineConfig { speculative: speculative.into(), ..EngineConfig::default() };
-        let service = LocalRolloutService::new(device, policy, engine, table)?;
+        let service = LocalRolloutService::new(Arc::clone(&device), policy, engine.clone(), table)?;
+        let service = draft_model::attach(service, (&device, dtype), text.as_ref(), engine)?;
         Ok(Generator { service, text, version, dtype, end_ids })
     }
 
@@ -199,6 +176,7 @@ impl Generator {
             prompt_token_ids: self.encode(&row.prompt)?,
             seeds: (0..request.num_samples).map(|i| derive_seed(request.seed, row.prompt_id.0, i, 0)).collect(),
             sampling: request.sampling.clone(),
+            ..GroupRequest::default()
         })
     }
 
@@ -217,6 +195,7 @@ impl Generator {
             prompt_token_ids: group.prompt_token_ids.clone(),
             response_mask: vec![1; sample.token_ids.len()],
             response_token_ids: sample.token_ids,
+            response_reused: sample.reused,
             rollout_log_probs: sample.log_probs,
             sampled_log_probs: sample.sampled_log_probs,
             surviving_mass: sample.surviving_mass,

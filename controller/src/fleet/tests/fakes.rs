@@ -85,6 +85,7 @@ pub fn request(id: u64) -> GroupRequest {
         prompt_token_ids: vec![1 + id as u32 / 2; 5],
         seeds: (0..3).map(|i| 100 * id + i).collect(),
         sampling: SamplingParams { max_new_tokens: 9, ..SamplingParams::default() },
+        ..GroupRequest::default()
     }
 }
 
@@ -154,6 +155,7 @@ impl FakeRollout {
             GeneratedSample {
                 sample_index: SampleIndex(index as u32),
                 seed: *seed + change,
+                reused: Vec::new(),
                 log_probs: token_ids.iter().map(|id| -(*id as f32) / 7.0).collect(),
                 policy_versions: vec![(used, token_ids.len() as u32)],
                 token_ids,

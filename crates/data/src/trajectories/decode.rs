@@ -106,6 +106,7 @@ impl<'a> Row<'a> {
             prompt_token_ids,
             response_token_ids: self.list::<UInt32Type>("response_token_ids")?,
             response_mask: self.list::<UInt8Type>("response_mask")?,
+            response_reused: self.list::<UInt8Type>("response_reused")?,
             rollout_log_probs: self.floats("rollout_log_probs")?,
             sampled_log_probs: self.floats("sampled_log_probs")?,
             surviving_mass: self.floats("surviving_mass")?,

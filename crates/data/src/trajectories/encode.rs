@@ -28,6 +28,7 @@ fn check_lengths(sample: &Sample) -> Result<(), Error> {
     let num_versions: usize = sample.policy_versions.iter().map(|(_, count)| *count as usize).sum();
     let lengths = [
         ("response_mask", sample.response_mask.len()),
+        ("response_reused", sample.response_reused.len()),
         ("rollout_log_probs", sample.rollout_log_probs.len()),
         ("sampled_log_probs", sample.sampled_log_probs.len()),
         ("surviving_mass", sample.surviving_mass.len()),
@@ -120,10 +121,14 @@ fn token_columns(samples: &[Sample]) -> Vec<ArrayRef> {
     let floats = |values: fn(&Sample) -> &[f32]| {
         lists::<Float32Type>(samples.iter().map(|s| Some(values(s).to_vec()).filter(|v| !v.is_empty())))
     };
+    let bytes = |values: fn(&Sample) -> &[u8]| {
+        lists::<UInt8Type>(samples.iter().map(|s| Some(values(s).to_vec()).filter(|v| !v.is_empty())))
+    };
     vec![
         lists::<UInt32Type>(samples.iter().map(|s| Some(s.prompt_token_ids.clone()))),
         lists::<UInt32Type>(samples.iter().map(|s| Some(s.response_token_ids.clone()))),
-        lists::<UInt8Type>(samples.iter().map(|s| Some(s.response_mask.clone()).filter(|mask| !mask.is_empty()))),
+        bytes(|s| &s.response_mask),
+        bytes(|s| &s.response_reused),
         floats(|s| &s.rollout_log_probs),
         floats(|s| &s.sampled_log_probs),
         floats(|s| &s.surviving_mass),

@@ -17,7 +17,7 @@ mod writer;
 pub use self::parquet::export_parquet;
 pub use decode::from_batch;
 pub use encode::to_batch;
-pub use reader::{Dataset, read_dataset};
+pub use reader::{Dataset, read_dataset, read_step};
 pub use schema::{SCHEMA_VERSION, SCHEMA_VERSION_KEY, schema};
 pub use writer::DatasetWriter;
 

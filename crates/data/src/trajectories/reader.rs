@@ -1,11 +1,12 @@
 //! Reading the dataset back.
 
 use super::decode::{check_schema, from_batch};
+use super::shard_name;
 use crate::Error;
 use crate::arrow_io::{Table, data_files, read_ipc};
 use arrow_array::{ArrayRef, RecordBatch};
 use std::path::{Path, PathBuf};
-use temper_types::Sample;
+use temper_types::{Sample, Step};
 
 /// A dataset on disk: the shards that its `state.json` listed when it was opened.
 #[derive(Debug, Clone)]
@@ -41,14 +42,7 @@ impl Dataset {
     /// # Errors
     /// Each item names its shard where that is missing, damaged, or of another schema.
     pub fn samples(&self) -> impl Iterator<Item = Result<Vec<Sample>, Error>> + '_ {
-        self.shards.iter().map(|name| {
-            let path = self.dir.join(name);
-            let mut samples = Vec::new();
-            for batch in read_shard(&path)? {
-                samples.extend(from_batch(&batch).map_err(|problem| Error::file(&path, problem))?);
-            }
-            Ok(samples)
-        })
+        self.shards.iter().map(|name| read_samples(&self.dir.join(name)))
     }
 
     /// One column, a piece per record batch, without decoding the others.
@@ -74,6 +68,23 @@ fn read_shard(path: &Path) -> Result<Vec<RecordBatch>, Error> {
     let Table { batches, .. } = read_ipc(path)?;
     batches.iter().try_for_each(check_schema).map_err(|problem| Error::file(path, problem))?;
     Ok(batches)
+}
+
+fn read_samples(path: &Path) -> Result<Vec<Sample>, Error> {
+    let mut samples = Vec::new();
+    for batch in read_shard(path)? {
+        samples.extend(from_batch(&batch).map_err(|problem| Error::file(path, problem))?);
+    }
+    Ok(samples)
+}
+
+/// The samples of one step of the dataset at `dir`, in order; none where the step has no shard.
+///
+/// # Errors
+/// Names the shard that is damaged or of another schema.
+pub fn read_step(dir: &Path, step: Step) -> Result<Vec<Sample>, Error> {
+    let path = dir.join(shard_name(step));
+    if path.exists() { read_samples(&path) } else { Ok(Vec::new()) }
 }
 
 /// Every sample of the dataset at `dir`, in order.

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, LazyLock};
 
 /// Version of [`schema`]; raised with every change of a column.
-pub const SCHEMA_VERSION: &str = "1";
+pub const SCHEMA_VERSION: &str = "2";
 
 /// Key of the schema's metadata under which [`SCHEMA_VERSION`] stands.
 pub const SCHEMA_VERSION_KEY: &str = "temper.trajectory_version";
@@ -19,6 +19,7 @@ pub const SCHEMA_VERSION_KEY: &str = "temper.trajectory_version";
 /// | `data_source`, `prompt`, `response` | texts; `prompt` is null where only its ids are known |
 /// | `prompt_format` | `text`, `messages` (`prompt` is their JSON text) or `token_ids` |
 /// | `prompt_token_ids`, `response_token_ids`, `response_mask` | token ids, and 1 where a token is trained on |
+/// | `response_reused` | 1 where a token was reused from an earlier response (lossy); null where none could be |
 /// | `rollout_log_probs` to `returns` | per-token quantities |
 /// | `reward`, `reward_components` | null where scoring failed or has not taken place |
 /// | `reward_error_scorer`, `reward_error` | which verifier failed, and why |
@@ -50,6 +51,7 @@ fn build() -> SchemaRef {
         list("prompt_token_ids", DataType::UInt32),
         list("response_token_ids", DataType::UInt32),
         list("response_mask", DataType::UInt8),
+        list("response_reused", DataType::UInt8),
         floats("rollout_log_probs"),
         floats("sampled_log_probs"),
         floats("surviving_mass"),

@@ -61,7 +61,7 @@ fn absent_values_are_null_and_no_column_is_dropped() {
 fn the_schema_is_frozen() {
     let names: Vec<_> = schema().fields().iter().map(|field| field.name().clone()).collect();
     let expected = "run step prompt_id group_id sample_index epoch data_source prompt prompt_format response \
-        prompt_token_ids response_token_ids response_mask rollout_log_probs sampled_log_probs surviving_mass \
+        prompt_token_ids response_token_ids response_mask response_reused rollout_log_probs sampled_log_probs surviving_mass \
         old_log_probs ref_log_probs values advantages returns reward reward_components reward_error_scorer \
         reward_error ground_truth extra_info finish_reason policy_version policy_version_hashes staleness \
         seed worker queue_seconds rollout_seconds reward_seconds num_drafted num_accepted";

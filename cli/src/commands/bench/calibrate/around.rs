@@ -105,6 +105,7 @@ pub(super) fn message_seconds(bench: &Bench<'_>) -> Result<f64> {
         prompt_token_ids: bench.ids(bench.lengths.0, id),
         seeds: (0..per_group as u64).collect(),
         sampling: SamplingParams::default(),
+        ..GroupRequest::default()
     };
     let seconds = median_seconds(|| {
         client.submit((0..groups as u64).map(group).collect())?;
@@ -128,6 +129,7 @@ impl Answers {
             sample_index: SampleIndex(index as u32),
             seed,
             token_ids: self.response.clone(),
+            reused: Vec::new(),
             log_probs: vec![-1.0; self.response.len()],
             sampled_log_probs: Vec::new(),
             surviving_mass: Vec::new(),

@@ -95,6 +95,7 @@ impl Engine {
                 prompt_token_ids: bench.ids(context, id),
                 seeds: (0..per_group.min(rows - start) as u32).map(|i| derive_seed(0, id, i, 0)).collect(),
                 sampling: sampling.clone(),
+                ..GroupRequest::default()
             });
         }
         self.service.submit(groups)?;

@@ -1,0 +1,56 @@
+//! A smaller model of the same vocabulary that drafts for the policy.
+
+use crate::runtime::LocalText;
+use anyhow::{Context, Result, ensure};
+use std::path::Path;
+use std::sync::{Arc, RwLock};
+use temper_actor::tokenizer::TOKENIZER_FILE;
+use temper_actor::{CheckpointReader, ModelConfig, PackedPolicy};
+use temper_rollout::{EngineConfig, LocalRolloutService};
+use temper_tensor::Device;
+use temper_types::DType;
+
+/// Let the draft model that `engine` names, if any, draft in `service`. `text` is the policy's tokenizer.
+///
+/// # Errors
+/// A model that cannot be read, or one of another vocabulary, by directory.
+pub fn attach(
+    service: LocalRolloutService,
+    (device, dtype): (&Arc<dyn Device>, DType),
+    text: Option<&LocalText>,
+    engine: &EngineConfig,
+) -> Result<LocalRolloutService> {
+    if engine.draft_model.is_empty() {
+        return Ok(service);
+    }
+    let dir = Path::new(&engine.draft_model);
+    let load = || -> Result<PackedPolicy> {
+        let config = ModelConfig::load(dir)?;
+        let reader = CheckpointReader::open(dir)?;
+        reader.validate(&config)?;
+        let mut policy = PackedPolicy::load(device, &config, &reader, dtype)?;
+        if let Some(text) = text {
+            if dir.join(TOKENIZER_FILE).is_file() {
+                check_words(text, &LocalText::load(dir)?, config.vocab_size)?;
+            }
+            policy.set_masked_ids(text.tokenizer().missing_ids(config.vocab_size));
+        }
+        Ok(policy)
+    };
+    let policy = load().with_context(|| format!("the draft model {}", dir.display()))?;
+    service
+        .with_draft_model(Arc::clone(device), Arc::new(RwLock::new(policy)), engine)
+        .with_context(|| format!("the draft model {}", dir.display()))
+}
+
+/// Every id means the same bytes to both.
+fn check_words(target: &LocalText, draft: &LocalText, vocab_size: usize) -> Result<()> {
+    let bytes = |text: &LocalText, id| text.tokenizer().token_bytes(id).map(<[u8]>::to_vec).unwrap_or_default();
+    let other = (0..vocab_size as u32).find(|id| bytes(target, *id) != bytes(draft, *id));
+    ensure!(
+        other.is_none(),
+        "token id {} means other bytes than in the model it drafts for: expected one vocabulary",
+        other.unwrap_or_default()
+    );
+    Ok(())
+}
