@@ -93,7 +93,8 @@ impl<'a> BlockLoss<'a> {
         BlockLoss { objective, rows, counts, known, whole: None, failed: None }
     }
 
-    /// Take in what the policy says of a range of tokens, and give their gradients: zeros once the objective has failed.
+    /// Take in what the policy says of a range of tokens, and give their gradients: zeros once the objective has
+    /// failed.
     pub(crate) fn take(&mut self, tokens: Range<usize>, said: &TokenStats) -> RowGrads {
         self.known.log_probs[tokens.clone()].copy_from_slice(&said.log_probs);
         self.known.entropies[tokens.clone()].copy_from_slice(&said.entropies);
