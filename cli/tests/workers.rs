@@ -248,8 +248,8 @@ fn a_run_is_paused_changed_saved_and_drained_while_it_runs() {
 #[test]
 fn a_worker_without_a_controller_says_so() {
     let output = temper().args(["serve", "rollout", "--join", "no address"]).output().expect("the binary starts");
-    assert_eq!(output.status.code(), Some(1));
-    assert!(stderr(&output).contains("`no address` is no HOST:PORT"), "{}", stderr(&output));
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("'no address'") && stderr(&output).contains("expected HOST:PORT"), "{output:?}");
     let output = temper().args(["status", "--run-dir", "nowhere"]).output().expect("the binary starts");
     assert!(stderr(&output).contains("not a run that is controlled over the network"), "{}", stderr(&output));
 }
