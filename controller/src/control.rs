@@ -125,8 +125,8 @@ impl RunControl {
     /// Change a setting of the stage under way from its next step on.
     ///
     /// # Errors
-    /// `InvalidArgument` for a key that cannot be changed in this stage, or a value out of range; `Unavailable` where the
-    /// change cannot be made durable, and is not made.
+    /// `InvalidArgument` for a key that cannot be changed in this stage, or a value out of range; `Unavailable` where
+    /// the change cannot be made durable, and is not made.
     pub fn set(&self, key: &str, value: f64) -> ServiceResult<Changed> {
         let mut inner = self.lock();
         let Some(previous) = inner.settings.get(key).copied() else {

@@ -39,8 +39,8 @@ impl Line {
 pub(crate) struct ControlJournal(EventLog);
 
 impl ControlJournal {
-    /// Open `path` for appending, and read the changes that it holds, in the order of their steps. A last line that a crash left without its end was
-    /// never answered: it is cut.
+    /// Open `path` for appending, and read the changes that it holds, in the order of their steps. A last line that a
+    /// crash left without its end was never answered: it is cut.
     ///
     /// # Errors
     /// A file that cannot be read or written, or a whole line that holds no change: names file and line.
