@@ -31,24 +31,29 @@ fn law(model: Model) -> Vec<f64> {
     results.iter().map(|result| f64::from(result.samples[0].log_probs[0]).exp()).collect()
 }
 
-/// sum of (observed - expected)^2 / expected, ids of fewer than 5 expected samples taken together.
-fn chi_square(counts: &[u64], law: &[f64]) -> (f64, f64) {
-    let (mut statistic, mut num_cells, mut rest) = (0.0, 0.0, (0.0, 0.0));
-    let total = counts.iter().sum::<u64>() as f64;
-    for (count, p) in counts.iter().zip(law) {
-        let (observed, expected) = (*count as f64, p * total);
-        if expected < 5.0 {
-            rest = (rest.0 + observed, rest.1 + expected);
-            continue;
-        }
-        statistic += (observed - expected).powi(2) / expected;
-        num_cells += 1.0;
-    }
-    if rest.1 > 1.0 {
-        statistic += (rest.0 - rest.1).powi(2) / rest.1;
-        num_cells += 1.0;
-    }
-    (statistic, num_cells - 1.0)
+/// Numbers of the cells of a chi-square test against `law`: ids of fewer than 5 expected samples are one cell.
+fn cells(numbers: &[f64], law: &[f64]) -> Vec<f64> {
+    let is_large = |p: &f64| p * NUM_SAMPLES as f64 >= 5.0;
+    let large = numbers.iter().zip(law).filter(|(_, p)| is_large(p)).map(|(x, _)| *x);
+    let rest = numbers.iter().zip(law).filter(|(_, p)| !is_large(p)).map(|(x, _)| *x).sum();
+    large.chain([rest]).collect()
+}
+
+/// sum of (observed - expected)^2 / expected, and the degrees of freedom.
+fn chi_square(counts: &[f64], law: &[f64]) -> (f64, f64) {
+    let (observed, law) = (cells(counts, law), cells(law, law));
+    let term = |(observed, p): (&f64, &f64)| (observed - p * NUM_SAMPLES as f64).powi(2) / (p * NUM_SAMPLES as f64);
+    (observed.iter().zip(&law).map(term).sum(), law.len() as f64 - 1.0)
+}
+
+/// Mean and standard deviation of that statistic where the samples follow `actual`, to the first order of counts.
+fn chi_square_under(actual: &[f64], law: &[f64]) -> (f64, f64) {
+    let (actual, tested, n) = (cells(actual, law), cells(law, law), NUM_SAMPLES as f64);
+    let pairs = || actual.iter().zip(&tested);
+    let mean = pairs().map(|(a, p)| (a * (1.0 - a) + n * (a - p).powi(2)) / p).sum();
+    let slope: f64 = pairs().map(|(a, p)| a * (a - p) / p).sum();
+    let square: f64 = pairs().map(|(a, p)| a * ((a - p) / p).powi(2)).sum();
+    (mean, (4.0 * n * (square - slope * slope) + 2.0 * (tested.len() as f64 - 1.0)).sqrt())
 }
 
 #[test]
@@ -67,8 +72,8 @@ fn the_law_is_the_predicted_one_and_not_the_policys() {
         let reuse = Some(Reuse { lenience, responses: earlier.clone() });
         let second = GroupRequest { reuse, ..request(NUM_SAMPLES..2 * NUM_SAMPLES) };
         let samples = run_all(&mut engine_of(new), vec![second]).remove(0).samples;
-        let mut counts = vec![0; VOCAB];
-        samples.iter().for_each(|sample| counts[sample.token_ids[0] as usize] += 1);
+        let mut counts = vec![0.0; VOCAB];
+        samples.iter().for_each(|sample| counts[sample.token_ids[0] as usize] += 1.0);
 
         let l = f64::from(lenience);
         let kept: Vec<f64> = p_old.iter().zip(&p_new).map(|(old, new)| old.min(l * new)).collect();
@@ -78,16 +83,13 @@ fn the_law_is_the_predicted_one_and_not_the_policys() {
         let sigma = (share * (1.0 - share) / NUM_SAMPLES as f64).sqrt();
         assert!((num_reused / NUM_SAMPLES as f64 - share).abs() < 5.0 * sigma, "reused {num_reused}, share {share}");
 
-        // Under its own law the statistic is about its degrees of freedom; against another law it grows by
-        // n * sum of (predicted - law)^2 / law.
+        // Under its own law the statistic is about its degrees of freedom; against the policy's it grows as predicted.
         let (statistic, freedom) = chi_square(&counts, &predicted);
         assert!(statistic < freedom + 6.0 * (2.0 * freedom).sqrt(), "l = {l}: {statistic} of {freedom}");
         let (statistic, freedom) = chi_square(&counts, &p_new);
-        let distance: f64 = predicted.iter().zip(&p_new).map(|(a, b)| (a - b).powi(2) / b).sum();
-        let expected = NUM_SAMPLES as f64 * distance + freedom;
-        assert!(expected > 3.0 * freedom, "the policies differ enough to tell");
-        let ratio = statistic / expected;
-        assert!((0.8..1.25).contains(&ratio), "l = {l}: {statistic}, predicted {expected}");
+        assert!(statistic > freedom + 6.0 * (2.0 * freedom).sqrt(), "l = {l}: {statistic} of {freedom}");
+        let (mean, deviation) = chi_square_under(&predicted, &p_new);
+        assert!((statistic - mean).abs() < 5.0 * deviation, "l = {l}: {statistic}, predicted {mean} +- {deviation}");
     }
 }
 
@@ -96,8 +98,8 @@ fn the_law_is_the_predicted_one_and_not_the_policys() {
 fn plain_draws_follow_the_policy() {
     let new = Model { seed: 6 };
     let samples = run_all(&mut engine_of(new), vec![request(0..NUM_SAMPLES)]).remove(0).samples;
-    let mut counts = vec![0; VOCAB];
-    samples.iter().for_each(|sample| counts[sample.token_ids[0] as usize] += 1);
+    let mut counts = vec![0.0; VOCAB];
+    samples.iter().for_each(|sample| counts[sample.token_ids[0] as usize] += 1.0);
     let (statistic, freedom) = chi_square(&counts, &law(new));
     assert!(statistic < freedom + 6.0 * (2.0 * freedom).sqrt(), "{statistic} of {freedom}");
 }
