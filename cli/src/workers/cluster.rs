@@ -301,6 +301,8 @@ impl Joiner {
             WorkerRole::Rollout => fleets.rollout.leave(&member.id.name, &member.cause),
             WorkerRole::Reward => fleets.reward.leave(&member.id.name, &member.cause),
             WorkerRole::Trainer => {
+                let reason = format!("{} is lost: {}", member.id.name, member.cause);
+                fleets.rollout.lose_source(&reason);
                 self.send_away_ranks(member);
                 Ok(())
             }

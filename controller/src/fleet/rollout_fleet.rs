@@ -24,6 +24,8 @@ struct Results {
     requests: BTreeMap<GroupId, Arc<GroupRequest>>,
     finished: VecDeque<GroupResult>,
     failure: Option<ServiceError>,
+    /// Why no worker can pull weights any more.
+    lost_source: Option<String>,
 }
 
 impl Desk for Results {
@@ -89,6 +91,14 @@ impl FleetRollout {
     /// Every worker that ever joined, in its last life.
     pub fn workers(&self) -> Vec<WorkerStatus> {
         self.shared.workers()
+    }
+
+    /// The trainer that workers pull weights from is lost, and with it every version that they do not hold yet: a call
+    /// of [`RolloutService::set_version`] that waits for one fails, now or later. The run goes back to a checkpoint with
+    /// a fleet of its own.
+    pub fn lose_source(&self, reason: &str) {
+        self.shared.lock().desk.lost_source.get_or_insert_with(|| reason.to_owned());
+        self.shared.notify();
     }
 
     /// What became of every issued sample so far. Delivered groups are open until [`FleetRollout::settle`].
@@ -216,6 +226,10 @@ impl RolloutService for FleetRollout {
             return Err(self.shared.error(ErrorCode::VersionMismatch, OPERATION, message));
         }
         while !Self::is_served(&state, version) {
+            if let Some(reason) = &state.desk.lost_source {
+                let message = format!("version {version} cannot be pulled any more: {reason}");
+                return Err(self.shared.error(ErrorCode::Unavailable, OPERATION, message));
+            }
             self.shared.check_workers(&mut state, OPERATION)?;
             if !Self::is_served(&state, version) {
                 state = self.shared.wait(state);

@@ -185,6 +185,11 @@ impl<S: ?Sized + Send + Sync + 'static, D: Desk> Shared<S, D> {
         self.changed.wait_timeout(state, LOOK).unwrap_or_else(PoisonError::into_inner).0
     }
 
+    /// Let everybody look again.
+    pub(super) fn notify(&self) {
+        self.changed.notify_all();
+    }
+
     /// Tell the control plane; gives true where it accepted an answer.
     pub(super) fn tell(&self, state: &mut State<S, D>, event: Event) -> bool {
         let actions = state.plane.step(event, ticks(self.now()));

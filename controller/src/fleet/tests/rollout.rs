@@ -255,3 +255,19 @@ fn groups_that_run_when_a_version_is_set_are_generated_with_it() {
         }
     }
 }
+
+/// A version that no worker can have any more is not waited for; one that all hold is served all the same.
+#[test]
+fn a_lost_source_ends_the_wait_for_a_version() {
+    let run = start(config(), &[Manner::Good]);
+    run.fleet.set_version(version(4)).expect("the worker proves it");
+    run.fleet.lose_source("trainer-0 is lost: its lease ended");
+    run.fleet.set_version(version(4)).expect("the worker holds it");
+    run.fleet.leave(NAMES[0], "gone").expect("it joined");
+    let patient = FleetConfig { worker_wait: Duration::from_secs(300), ..config() };
+    let waiting = start(patient, &[]);
+    waiting.fleet.lose_source("trainer-0 is lost: its lease ended");
+    let error = waiting.fleet.set_version(version(5)).expect_err("nobody can pull it");
+    assert_eq!(error.code, ErrorCode::Unavailable);
+    assert!(error.message.contains("version 5") && error.message.contains("trainer-0 is lost"), "{error}");
+}
