@@ -94,8 +94,8 @@ impl FleetRollout {
     }
 
     /// The trainer that workers pull weights from is lost, and with it every version that they do not hold yet: a call
-    /// of [`RolloutService::set_version`] that waits for one fails, now or later. The run goes back to a checkpoint with
-    /// a fleet of its own.
+    /// of [`RolloutService::set_version`] that waits for one fails, now or later. The run goes back to a checkpoint
+    /// with a fleet of its own.
     pub fn lose_source(&self, reason: &str) {
         self.shared.lock().desk.lost_source.get_or_insert_with(|| reason.to_owned());
         self.shared.notify();
