@@ -60,6 +60,7 @@ pub struct Cluster {
     address: SocketAddr,
     hub: Arc<Hub>,
     fleets: Arc<Mutex<Fleets>>,
+    sources: Arc<Mutex<Sources>>,
     runtime: GrpcRuntime,
     is_ending: Arc<AtomicBool>,
     joiner: Option<JoinHandle<()>>,
@@ -93,6 +94,7 @@ impl Cluster {
             address: server.address(),
             hub,
             fleets: Arc::new(Mutex::new(Fleets::new())),
+            sources: Arc::default(),
             runtime,
             is_ending: Arc::default(),
             joiner: None,
@@ -134,14 +136,17 @@ impl Cluster {
             let endpoint = endpoint.to_life(m.id.incarnation);
             anyhow::Ok(Arc::new(TrainerClient::new(endpoint)) as Arc<dyn TrainerService>)
         };
-        let mut ranks = ranks.iter().map(connect).collect::<anyhow::Result<Vec<_>>>()?;
-        if ranks.len() != self.wanted[0].1 {
-            bail!("{} trainer ranks serve: expected {}", ranks.len(), self.wanted[0].1);
+        let mut services = ranks.iter().map(connect).collect::<anyhow::Result<Vec<_>>>()?;
+        if services.len() != self.wanted[0].1 {
+            bail!("{} trainer ranks serve: expected {}", services.len(), self.wanted[0].1);
         }
-        match ranks.len() {
-            1 => Ok(ranks.remove(0)),
-            _ => Ok(Arc::new(TrainerGroup::new(ranks)?)),
-        }
+        let trainer = match services.len() {
+            1 => services.remove(0),
+            _ => Arc::new(TrainerGroup::new(services)?),
+        };
+        let sources = ranks.into_iter().map(|m| (m.id.name, m.id.incarnation)).collect();
+        *self.sources.lock().unwrap_or_else(PoisonError::into_inner) = sources;
+        Ok(trainer)
     }
 
     /// The services after a trainer rank was lost: the run goes back to its last checkpoint, so every other worker
@@ -150,7 +155,7 @@ impl Cluster {
     /// # Errors
     /// As [`Cluster::wait`].
     pub fn recover(&self) -> anyhow::Result<Arc<dyn TrainerService>> {
-        *self.fleets.lock().unwrap_or_else(PoisonError::into_inner) = Fleets::new();
+        self.renew_fleets();
         let killer = self.children.as_ref().map(Children::killer);
         // Ranks that lost one of them cannot go on together.
         let stays = |member: &Member| member.hello.role == WorkerRole::Trainer && self.wanted[0].1 == 1;
@@ -167,6 +172,13 @@ impl Cluster {
         }
     }
 
+    /// No fleet hears of the end of a rank whose weights it was never to pull.
+    fn renew_fleets(&self) {
+        let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
+        sources.clear();
+        *self.fleets.lock().unwrap_or_else(PoisonError::into_inner) = Fleets::new();
+    }
+
     fn fleets(&self) -> Fleets {
         self.fleets.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -176,6 +188,7 @@ impl Cluster {
             hub: Arc::clone(&self.hub),
             runtime: self.runtime.clone(),
             fleets: Arc::clone(&self.fleets),
+            sources: Arc::clone(&self.sources),
             killer: self.children.as_ref().map(Children::killer),
             is_ending: Arc::clone(&self.is_ending),
         };
@@ -244,11 +257,15 @@ fn send_away(hub: &Hub, killer: Option<&Killer>, is_meant: impl Fn(&Member) -> b
     }
 }
 
+/// The trainer ranks that the engines pull weights from, each in the life that the run speaks with.
+type Sources = BTreeMap<String, u64>;
+
 /// Connects to workers as they come, and lets them go as they end.
 struct Joiner {
     hub: Arc<Hub>,
     runtime: GrpcRuntime,
     fleets: Arc<Mutex<Fleets>>,
+    sources: Arc<Mutex<Sources>>,
     killer: Option<Killer>,
     is_ending: Arc<AtomicBool>,
 }
@@ -294,6 +311,15 @@ impl Joiner {
         send_away(&self.hub, self.killer.as_ref(), is_other_rank);
     }
 
+    /// The engines wait for no weights of a rank that is gone.
+    fn lose_source(&self, rank: &Member) {
+        let sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
+        if sources.get(&rank.id.name) == Some(&rank.id.incarnation) {
+            let fleets = self.fleets.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            fleets.rollout.lose_source(&format!("{} is lost: {}", rank.id.name, rank.cause));
+        }
+    }
+
     fn leave(&self, member: &Member) {
         tracing::warn!(worker = member.id.name, cause = member.cause, "a worker is lost");
         let fleets = self.fleets.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -301,8 +327,7 @@ impl Joiner {
             WorkerRole::Rollout => fleets.rollout.leave(&member.id.name, &member.cause),
             WorkerRole::Reward => fleets.reward.leave(&member.id.name, &member.cause),
             WorkerRole::Trainer => {
-                let reason = format!("{} is lost: {}", member.id.name, member.cause);
-                fleets.rollout.lose_source(&reason);
+                self.lose_source(member);
                 self.send_away_ranks(member);
                 Ok(())
             }
