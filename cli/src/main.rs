@@ -12,6 +12,7 @@ mod planned;
 mod recipe;
 mod reward_models;
 mod runtime;
+mod staleness;
 mod teachers;
 mod trainer_ranks;
 mod workers;

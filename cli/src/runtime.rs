@@ -5,7 +5,7 @@ use crate::draft_model;
 use crate::recipe::{CheckReport, PlacementMode, Recipe, Source, render};
 use crate::reward_models::RewardModels;
 use crate::workers::{Cluster, ClusterSpec, Work};
-use crate::{teachers, trainer_ranks};
+use crate::{staleness, teachers, trainer_ranks};
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -193,6 +193,7 @@ pub fn processes(
         listen: placement.listen,
         rollout_workers: placement.rollout_workers,
         reward_workers: placement.reward_workers,
+        staleness: placement.staleness,
         is_local: placement.spawn_workers,
     };
     let cluster = Cluster::start(&spec, control)?;
@@ -234,5 +235,7 @@ fn run_spec(
             Replay::Coupled => ReplaySpec::Coupled,
             Replay::Lenient => ReplaySpec::Lenient { lenience: recipe.engine.lenience },
         },
+        staleness: recipe.placement.staleness,
+        generation: staleness::generation(recipe),
     })
 }

@@ -60,6 +60,12 @@ const CASES: &[Case] = &[
         &["placement.rollout_workers", "2 workers", "mode = \"processes\""],
     ),
     case(
+        "too far ahead",
+        "[placement]",
+        "[placement]\nstaleness = 9",
+        &["placement.staleness", "9 is out of range", "0 (synchronous) to 8"],
+    ),
+    case(
         "nowhere to join",
         "[placement]",
         "[placement]\nmode = \"processes\"\nspawn_workers = false",

@@ -145,6 +145,29 @@ fn whatever_a_step_remembers_is_resumed() {
     assert!(expected.metrics.iter().any(|line| line.contains("curriculum/pass_rate_mean")));
 }
 
+/// Batches that wait for their steps stand in the checkpoint: nothing of old weights is needed to go on.
+#[test]
+fn a_run_ahead_is_resumed_to_the_bit() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let recipe = recipe(dir.path(), SMALL);
+    let ahead = ["--set", "placement.staleness=1"];
+    let (straight, killed) = (dir.path().join("straight"), dir.path().join("killed"));
+    let output = train(&recipe, &straight, &ahead, None);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let processes = [&ahead[..], &["--set", "placement.mode=processes", "--resume"]].concat();
+    let again = [&ahead[..], &["--resume"]].concat();
+    let kills = [("6:rollout", &ahead[..]), ("7:update", &again), ("9:reward", &processes), ("9:publish", &again)];
+    for (point, args) in kills {
+        let output = train(&recipe, &killed, args, Some(point));
+        assert_eq!(output.status.signal(), Some(9), "{point}: {}", stderr(&output));
+    }
+    let output = train(&recipe, &killed, &["--resume"], None);
+    assert!(stderr(&output).contains("another recipe"), "staleness is part of what a run is: {}", stderr(&output));
+    let output = train(&recipe, &killed, &again, None);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(outcome(&killed), outcome(&straight));
+}
+
 #[test]
 fn another_number_of_threads_and_another_engine_change_nothing() {
     let dir = tempfile::tempdir().expect("a temporary directory");

@@ -104,6 +104,29 @@ fn any_number_of_workers_gives_the_bits_of_one_process() {
     }
 }
 
+/// Engines generate a step ahead, while the trainer trains: the bits of one process that does one thing after another.
+#[test]
+fn a_run_one_step_ahead_gives_the_bits_of_one_process() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let recipe = recipe(dir.path(), SMALL);
+    let (reference, run_dir) = (dir.path().join("reference"), dir.path().join("workers"));
+    assert!(train(&recipe, &reference, &["--set", "placement.staleness=1"], None).status.success());
+    let expected = outcome(&reference);
+    for sample in &expected.samples {
+        let begin = 4;
+        let version = (sample.step.0 - 2).max(begin);
+        assert!(sample.policy_versions.iter().all(|(v, _)| v.number == version), "{sample:?}");
+        assert_eq!(u64::from(sample.staleness), sample.step.0 - 1 - version);
+    }
+    for workers in 1..=2 {
+        let run_dir = run_dir.with_extension(workers.to_string());
+        let sets =
+            [format!("placement.rollout_workers={workers}"), format!("placement.reward_workers={}", 3 - workers)];
+        finish(start(&recipe, &run_dir, &["placement.staleness=1", &sets[0], &sets[1]]));
+        assert_eq!(outcome(&run_dir), expected, "{workers} rollout workers");
+    }
+}
+
 #[test]
 fn trainer_ranks_in_processes_give_the_bits_of_ranks_in_one() {
     let dir = tempfile::tempdir().expect("a temporary directory");

@@ -37,6 +37,8 @@ struct Group {
 #[derive(Debug, Default)]
 struct Books {
     groups: BTreeMap<GroupId, Group>,
+    /// Groups of before the run was resumed, which the engine does not know.
+    restored: BTreeSet<GroupId>,
     /// Since the last balance: samples issued, and samples settled, by what became of them.
     issued: u64,
     settled: BTreeMap<Fate, u64>,
@@ -120,6 +122,16 @@ impl Accounts {
         self.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// These samples were delivered before the run was resumed, and wait for their steps.
+    pub(crate) fn restore<'a>(&self, samples: impl Iterator<Item = &'a Sample>) {
+        let mut books = self.books();
+        for sample in samples {
+            books.restored.insert(sample.group_id);
+            let group = Group { prompt: sample.prompt_id, is_delivered: true, open: BTreeSet::new() };
+            books.groups.entry(sample.group_id).or_insert(group).open.insert(sample.sample_index);
+        }
+    }
+
     /// Fail where a sample has no fate and is not among those that wait for a later step.
     pub(crate) fn check(&self, step: u64, waiting: &BTreeSet<(GroupId, SampleIndex)>) -> Result<(), Error> {
         let lost = self.books().left_over(waiting);
@@ -180,7 +192,10 @@ impl RolloutService for Accounts {
 
     fn settle(&self, step: u64, samples: &[Settled]) -> ServiceResult<()> {
         samples.iter().try_for_each(|settled| self.books().settle(step, settled))?;
-        self.engine.settle(step, samples)
+        let restored = self.books().restored.clone();
+        let known: Vec<Settled> = samples.iter().filter(|s| !restored.contains(&s.group_id)).copied().collect();
+        self.books().restored.retain(|group| !samples.iter().any(|s| s.group_id == *group));
+        self.engine.settle(step, &known)
     }
 
     fn fleet_counts(&self) -> Option<FleetCounts> {
@@ -229,7 +244,8 @@ impl Controller {
 
     /// Fail where a sample was lost.
     pub(crate) fn check_accounts(&self) -> Result<(), Error> {
-        self.accounts.check(self.state.step, &BTreeSet::new())
+        let waiting = self.queue.iter().flat_map(|batch| &batch.samples).map(|s| (s.group_id, s.sample_index));
+        self.accounts.check(self.state.step, &waiting.collect())
     }
 }
 

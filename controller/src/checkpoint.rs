@@ -12,6 +12,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 const MANIFEST: &str = "MANIFEST";
+const QUEUE: &str = "queue";
 const STATE: &str = "state.json";
 const PREFIX: &str = "step-";
 const TEMPORARY: &str = ".tmp-";
@@ -34,6 +35,11 @@ impl CheckpointInfo {
     /// The reward model, a Hugging Face directory; there only where a stage has trained one.
     pub fn reward_model(&self) -> PathBuf {
         self.path.join("reward_model")
+    }
+
+    /// Samples of batches that wait for their steps; there only where some do.
+    pub(crate) fn queue(&self) -> PathBuf {
+        self.path.join(QUEUE)
     }
 
     /// The trainer's state.
@@ -68,6 +74,10 @@ impl PendingCheckpoint {
 
     pub(crate) fn reward_model(&self) -> PathBuf {
         self.temporary.join("reward_model")
+    }
+
+    pub(crate) fn queue(&self) -> PathBuf {
+        self.temporary.join(QUEUE)
     }
 
     pub(crate) fn optimizer(&self) -> PathBuf {
@@ -247,8 +257,10 @@ fn sync_tree(root: &Path) -> Result<(), Error> {
         let path = root.join(file);
         File::open(&path).and_then(|f| f.sync_all()).map_err(Error::io("sync", &path))?;
     }
-    for dir in ["model", "optimizer", ""] {
-        sync_dir(&root.join(dir))?;
+    for dir in ["model", "optimizer", "reward_model", QUEUE, ""] {
+        if root.join(dir).is_dir() {
+            sync_dir(&root.join(dir))?;
+        }
     }
     Ok(())
 }

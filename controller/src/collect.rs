@@ -3,118 +3,100 @@
 //! consumes: prompts of the stage's dataset
 //! produces: scored samples of at most `prompts_per_step` groups, and a greedy response per prompt where it is needed
 
+use crate::batch::Batch;
 use crate::components::{OVERLONG_PENALTY, STOP_PROPERLY_PENALTY};
-use crate::record_row::StepNumbers;
-use crate::rollouts::Group;
-use crate::{Controller, Error, Phase, PolicyStage};
-use serde_json::json;
-use temper_algos::{Plan, filters};
+use crate::reuse::Offers;
+use crate::rollouts::{Group, Rollouts};
+use crate::state::Draws;
+use crate::{Error, Phase, PolicyStage};
+use std::sync::Arc;
+use temper_algos::filters;
 use temper_proto::{ScoreRequest, Unused};
-use temper_types::{FinishReason, RewardComponent, RewardOutcome, Sample};
+use temper_types::{FinishReason, PromptRow, RewardComponent, RewardOutcome, Sample};
 
-/// What a step has gathered.
-#[derive(Default)]
-pub(crate) struct Collected {
-    /// The samples, group by group.
-    pub(crate) samples: Vec<Sample>,
-    /// Greedy responses, one per group where the algorithm needs them: recorded, never trained on.
-    pub(crate) baselines: Vec<Sample>,
+/// Generates one batch, with all that it needs: the loop goes on beside it or waits.
+pub(crate) struct Collector {
+    pub(crate) rollouts: Rollouts,
+    /// The stage with the settings of the batch.
+    pub(crate) stage: PolicyStage,
+    /// Of the stage.
+    pub(crate) seed: u64,
+    /// The stage's dataset.
+    pub(crate) rows: Arc<Vec<PromptRow>>,
+    /// Where the stage stands in it.
+    pub(crate) draws: Draws,
+    /// Responses of earlier passes, where the batch may reuse them.
+    pub(crate) offers: Option<Offers>,
+    /// What is there so far.
+    pub(crate) batch: Batch,
 }
 
-impl Controller {
+/// A batch, and where its stage stands after it.
+pub(crate) struct Collected {
+    pub(crate) batch: Batch,
+    pub(crate) draws: Draws,
+}
+
+impl Collector {
     /// Scored samples of `prompts_per_step` groups; with dynamic sampling, groups without spread are drawn anew.
-    pub(crate) fn collect(
-        &mut self,
-        stage: &PolicyStage,
-        plan: &Plan,
-        numbers: &mut StepNumbers,
-    ) -> Result<Collected, Error> {
-        let filter = &stage.algorithm.filter_groups;
-        let mut collected = Collected::default();
+    pub(crate) fn run(mut self) -> Result<Collected, Error> {
+        let filter = self.stage.algorithm.filter_groups.clone();
+        let is_filtered = self.stage.algorithm.plan().filter_groups;
         let mut num_groups = 0;
-        while num_groups < stage.prompts_per_step {
-            let groups = self.generate(stage, stage.prompts_per_step - num_groups, numbers)?;
-            let groups = self.score(stage, groups, numbers)?;
-            numbers.num_gen_batches += 1;
+        while num_groups < self.stage.prompts_per_step {
+            let groups = self.generate(self.stage.prompts_per_step - num_groups)?;
+            let groups = self.score(groups)?;
+            self.batch.numbers.num_gen_batches += 1;
             for group in groups {
-                numbers.count_generated(&group.samples);
-                if plan.filter_groups && !filters::keep_group(&metric_values(&group.samples, &filter.metric)) {
-                    numbers.num_filtered_groups += 1;
-                    self.attribute(self.services.rollout.settle(0, &group.dropped(Unused::Filtered)))?;
+                self.batch.numbers.count_generated(&group.samples);
+                if is_filtered && !filters::keep_group(&metric_values(&group.samples, &filter.metric)) {
+                    self.batch.numbers.num_filtered_groups += 1;
+                    self.rollouts.settle(&group.dropped(Unused::Filtered))?;
                     continue;
                 }
                 num_groups += 1;
-                collected.add(group, numbers);
+                self.batch.add(group);
             }
-            if filter.max_num_gen_batches > 0 && numbers.num_gen_batches >= u64::from(filter.max_num_gen_batches) {
+            let num_batches = self.batch.numbers.num_gen_batches;
+            if filter.max_num_gen_batches > 0 && num_batches >= u64::from(filter.max_num_gen_batches) {
                 break;
             }
         }
-        numbers.num_missing_groups = (stage.prompts_per_step - num_groups) as u64;
-        self.say_what_is_missing(stage, num_groups, numbers)?;
-        Ok(collected)
+        self.batch.numbers.num_missing_groups = (self.stage.prompts_per_step - num_groups) as u64;
+        if num_groups == 0 {
+            return Err(self.nothing_found());
+        }
+        self.batch.columns = self.curriculum_columns();
+        Ok(Collected { batch: self.batch, draws: self.draws })
     }
 
-    /// Dynamic sampling may run out of batches: a smaller step is announced, an empty one is an error.
-    fn say_what_is_missing(&self, stage: &PolicyStage, found: usize, numbers: &StepNumbers) -> Result<(), Error> {
-        let (step, batches, metric) =
-            (self.state.step + 1, numbers.num_gen_batches, &stage.algorithm.filter_groups.metric);
-        if numbers.num_missing_groups == 0 {
-            return Ok(());
-        }
-        if found == 0 {
-            let cause = format!(
-                "{batches} batches of prompts gave no group with two different values of `{metric}`: they are too easy \
-                 or too hard; raise filter_groups.max_num_gen_batches (0: no limit) or change the prompts"
-            );
-            return Err(Error::NothingToTrain { step, cause });
-        }
-        let wanted = stage.prompts_per_step;
-        tracing::warn!(step, batches, found, wanted, "dynamic sampling ran out of batches: the step is smaller");
-        let fields = [("step", json!(step)), ("groups", json!(found)), ("wanted", json!(wanted))];
-        self.record.event("dynamic_sampling_ran_out", &fields)
+    /// Dynamic sampling ran out of batches without a single group.
+    fn nothing_found(&self) -> Error {
+        let (batches, metric) = (self.batch.numbers.num_gen_batches, &self.stage.algorithm.filter_groups.metric);
+        let cause = format!(
+            "{batches} batches of prompts gave no group with two different values of `{metric}`: they are too easy \
+             or too hard; raise filter_groups.max_num_gen_batches (0: no limit) or change the prompts"
+        );
+        Error::NothingToTrain { step: self.batch.step, cause }
     }
 
-    fn score(
-        &mut self,
-        stage: &PolicyStage,
-        mut groups: Vec<Group>,
-        numbers: &mut StepNumbers,
-    ) -> Result<Vec<Group>, Error> {
-        self.enter(Phase::Reward);
-        let begin = self.clock.elapsed();
+    fn score(&mut self, mut groups: Vec<Group>) -> Result<Vec<Group>, Error> {
+        self.rollouts.place.enter(Phase::Reward);
+        let begin = self.rollouts.clock.elapsed();
         let requests: Vec<ScoreRequest> = groups.iter().flat_map(Group::all).map(ScoreRequest::of).collect();
-        let outcomes = self.attribute(self.services.reward.score(&requests))?;
-        let seconds = (self.clock.elapsed() - begin).as_secs_f64();
-        numbers.reward_seconds += seconds;
+        let outcomes = self.rollouts.place.attribute(self.rollouts.services.reward.score(&requests))?;
+        let seconds = (self.rollouts.clock.elapsed() - begin).as_secs_f64();
+        self.batch.numbers.reward_seconds += seconds;
         let share = seconds / requests.len().max(1) as f64;
         for (sample, outcome) in groups.iter_mut().flat_map(Group::all_mut).zip(outcomes) {
             sample.outcome = Some(outcome);
             sample.timings.reward_seconds = share;
         }
         for group in &mut groups {
-            self.observe_pass_rate(stage, group);
-            group.all_mut().for_each(|sample| penalise_length(stage, sample));
+            self.observe_pass_rate(group);
+            group.all_mut().for_each(|sample| penalise_length(&self.stage, sample));
         }
         Ok(groups)
-    }
-}
-
-impl Collected {
-    /// Take in a group. Where its greedy response could not be scored its samples are masked out and counted: they
-    /// have no baseline.
-    fn add(&mut self, mut group: Group, numbers: &mut StepNumbers) {
-        if group.baseline.as_ref().is_some_and(|b| reward_of(b).is_none()) {
-            numbers.num_baseline_errors += 1;
-            group.samples.iter_mut().for_each(|sample| sample.response_mask.fill(0));
-        }
-        self.samples.extend(group.samples);
-        self.baselines.extend(group.baseline);
-    }
-
-    /// Everything that is recorded.
-    pub(crate) fn into_record(self) -> Vec<Sample> {
-        self.samples.into_iter().chain(self.baselines).collect()
     }
 }
 

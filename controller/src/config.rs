@@ -380,6 +380,19 @@ impl Default for CheckpointConfig {
     }
 }
 
+/// Most batches that may be generated ahead.
+pub const MAX_STALENESS: u32 = 8;
+
+/// When the next batch is generated. Never changes a number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Generation {
+    /// Whole, before the trainer begins: the engine shares the trainer's weights.
+    #[default]
+    BeforeTraining,
+    /// While the trainer trains: engines have weights of their own.
+    DuringTraining,
+}
+
 /// A whole run, resolved.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RunSpec {
@@ -399,6 +412,10 @@ pub struct RunSpec {
     pub checkpoint: CheckpointConfig,
     /// Longest wait for one finished group, in seconds.
     pub rollout_timeout_seconds: f64,
+    /// How many updates may lie between the weights that generate a batch and those that train on it.
+    pub staleness: u32,
+    /// When the next batch is generated where `staleness` lets it be generated ahead.
+    pub generation: Generation,
     /// What a later pass over a prompt has of the pass before.
     pub replay: ReplaySpec,
 }

@@ -25,6 +25,21 @@ pub(crate) enum Directive {
     Drain,
 }
 
+/// A setting of the stage under way.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub(crate) struct Setting {
+    pub(crate) value: f64,
+    /// How many steps later than others a change takes effect, because that many batches were drawn before it: where
+    /// it comes before the next step, and where it comes while that one is under way.
+    pub(crate) lead: (u64, u64),
+}
+
+impl From<f64> for Setting {
+    fn from(value: f64) -> Self {
+        Setting { value, lead: (0, 0) }
+    }
+}
+
 /// The control of one run.
 #[derive(Debug, Default)]
 pub struct RunControl {
@@ -39,7 +54,7 @@ struct Inner {
     wants_drain: bool,
     has_ended: bool,
     /// Settings of the stage under way that can be changed, with their values.
-    settings: BTreeMap<String, f64>,
+    settings: BTreeMap<String, Setting>,
     changes: Vec<(String, f64)>,
     /// The step before which a change that comes now takes effect.
     next_step: u64,
@@ -122,14 +137,15 @@ impl RunControl {
         })
     }
 
-    /// Change a setting of the stage under way from its next step on.
+    /// Change a setting of the stage under way from its next step on; one that decides how samples are drawn, from the
+    /// next batch on that is not drawn yet. The answer says which step that is.
     ///
     /// # Errors
     /// `InvalidArgument` for a key that cannot be changed in this stage, or a value out of range; `Unavailable` where
     /// the change cannot be made durable, and is not made.
     pub fn set(&self, key: &str, value: f64) -> ServiceResult<Changed> {
         let mut inner = self.lock();
-        let Some(previous) = inner.settings.get(key).copied() else {
+        let Some(setting) = inner.settings.get(key).copied() else {
             let known: Vec<&str> = inner.settings.keys().map(String::as_str).collect();
             let message = match &known[..] {
                 [] => format!("`{key}` cannot be changed: no step has begun, or the run has ended"),
@@ -144,9 +160,11 @@ impl RunControl {
         if let Some(Err(problem)) = inner.journal.as_ref().map(|journal| journal.append(&change)) {
             return Err(error(ErrorCode::Unavailable, "set", format!("the change cannot be stored: {problem}")));
         }
-        inner.settings.insert(change.key.clone(), value);
+        let is_in_step = change.step > inner.status.step + 1;
+        let from_step = change.step + if is_in_step { setting.lead.1 } else { setting.lead.0 };
+        inner.settings.insert(change.key.clone(), Setting { value, ..setting });
         inner.changes.push((change.key, value));
-        Ok(Changed { previous, from_step: change.step })
+        Ok(Changed { previous: setting.value, from_step })
     }
 
     fn wait<T>(
@@ -171,14 +189,16 @@ impl RunControl {
     }
 
     /// The loop's side: wait here while the run is paused, and hear what to do. `is_stopping` is asked now and then.
-    pub(crate) fn gate(&self, settings: BTreeMap<String, f64>, is_stopping: impl Fn() -> bool) -> Directive {
+    pub(crate) fn gate(&self, settings: BTreeMap<String, Setting>, is_stopping: impl Fn() -> bool) -> Directive {
         const TICK: Duration = Duration::from_millis(100);
         let mut inner = self.lock();
         inner.next_step = inner.status.step + 1;
         inner.take_due();
         let pending: Vec<(String, f64)> = inner.changes.clone();
         inner.settings = settings;
-        inner.settings.extend(pending);
+        for (key, value) in pending {
+            inner.settings.entry(key).or_default().value = value;
+        }
         loop {
             if inner.snapshots_asked > inner.snapshots_answered {
                 return Directive::Snapshot;
@@ -289,8 +309,24 @@ mod tests {
 
     const SOON: Duration = Duration::from_secs(30);
 
-    fn settings() -> BTreeMap<String, f64> {
-        [("learning_rate".to_owned(), 0.5)].into_iter().collect()
+    fn settings() -> BTreeMap<String, Setting> {
+        let temperature = Setting { value: 1.0, lead: (1, 2) };
+        [("learning_rate".to_owned(), 0.5.into()), ("temperature".to_owned(), temperature)].into_iter().collect()
+    }
+
+    #[test]
+    fn what_decides_how_samples_are_drawn_reaches_the_next_batch_that_is_not_drawn() {
+        let control = RunControl::default();
+        assert_eq!(control.gate(settings(), || false), Directive::Go(vec![]));
+        let changed = control.set("temperature", 0.5).unwrap();
+        assert_eq!(
+            changed,
+            Changed { previous: 1.0, from_step: 4 },
+            "step 1 is under way, 2 and 3 are drawn by its end"
+        );
+        control.at("grpo", 1, PolicyVersion::default());
+        assert_eq!(control.set("temperature", 0.6).unwrap(), Changed { previous: 0.5, from_step: 3 });
+        assert_eq!(control.set("learning_rate", 0.1).unwrap().from_step, 2);
     }
 
     #[test]

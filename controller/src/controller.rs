@@ -1,9 +1,11 @@
 //! A run from start to end: stages, steps, checkpoints, resume.
 
 use crate::accounts::Accounts;
+use crate::batch::{Batch, load_queue, save_queue};
 use crate::checkpoint::{self, PendingCheckpoint};
 use crate::control::RunControl;
 use crate::control_journal::ControlJournal;
+use crate::place::Place;
 use crate::preference_step::PreferenceCache;
 use crate::record::Record;
 use crate::reuse::EarlierSteps;
@@ -12,7 +14,7 @@ use crate::{
     verify_checkpoint,
 };
 use serde_json::json;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -59,20 +61,19 @@ pub struct Controller {
     pub(crate) accounts: Arc<Accounts>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) state: RunState,
-    pub(crate) data: BTreeMap<String, Vec<PromptRow>>,
+    pub(crate) data: BTreeMap<String, Arc<Vec<PromptRow>>>,
+    /// Batches that wait for their steps, in their order.
+    pub(crate) queue: VecDeque<Batch>,
     pub(crate) record: Record,
     pub(crate) preferences: Option<PreferenceCache>,
     pub(crate) earlier: EarlierSteps,
     pub(crate) dir: RunDir,
-    observer: Box<dyn PhaseObserver>,
     sink: StepSink,
     pub(crate) stop: Arc<AtomicBool>,
     pub(crate) control: Arc<RunControl>,
     /// The row of the last step and the checkpoint written after it.
     pub(crate) last_row: Option<MetricsRow>,
-    phase: Phase,
-    /// The step that is under way, or was last.
-    current_step: u64,
+    pub(crate) place: Place,
     /// True where the trainer's weights are newer than the last published version.
     pub(crate) unpublished: bool,
 }
@@ -85,7 +86,7 @@ impl Controller {
     pub fn new(spec: RunSpec, services: Services, dir: RunDir, clock: Arc<dyn Clock>) -> Result<Self, Error> {
         let mut data = BTreeMap::new();
         for (name, config) in &spec.data {
-            data.insert(name.clone(), load_dataset(&format!("data.{name}"), config)?);
+            data.insert(name.clone(), Arc::new(load_dataset(&format!("data.{name}"), config)?));
         }
         let control = Arc::new(RunControl::default());
         control.begin(&spec.name, spec.stages.iter().map(Stage::steps).sum());
@@ -101,24 +102,23 @@ impl Controller {
             clock,
             state,
             data,
+            queue: VecDeque::new(),
             record,
             preferences: None,
             earlier: EarlierSteps::default(),
             dir,
-            observer: Box::new(()),
             sink: Box::new(|_| {}),
             stop: Arc::new(AtomicBool::new(false)),
+            place: Place::new(Arc::clone(&control)),
             control,
             last_row: None,
-            phase: Phase::BeginStage,
-            current_step: 0,
             unpublished: true,
         })
     }
 
     /// Tell `observer` of every phase before it begins.
     pub fn observe_phases(&mut self, observer: Box<dyn PhaseObserver>) {
-        self.observer = observer;
+        self.place.observe(observer.into());
     }
 
     /// Tell `sink` of every row of metrics.
@@ -143,7 +143,7 @@ impl Controller {
     pub fn run(&mut self, resume: Option<&CheckpointInfo>) -> Result<RunOutcome, Error> {
         let result = self.run_stages(resume).and_then(|outcome| self.check_accounts().map(|()| outcome));
         if let Err(error) = &result {
-            tracing::error!(step = self.current_step, phase = self.phase.name(), %error, "the run failed");
+            tracing::error!(step = self.place.step, phase = self.place.phase().name(), %error, "the run failed");
             let fields = [("step", json!(self.state.step)), ("error", json!(error.to_string()))];
             self.record.event("failed", &fields)?;
         }
@@ -207,7 +207,9 @@ impl Controller {
         }
         self.state = checkpoint.state.clone();
         self.state.identity = self.spec.identity.clone();
-        self.current_step = self.state.step;
+        self.place.step = self.state.step;
+        self.queue = load_queue(checkpoint)?;
+        self.accounts.restore(self.queue.iter().flat_map(|batch| &batch.samples));
         self.control.resume_after(self.state.step);
         if !self.is_complete() {
             self.begin_stage()?;
@@ -235,7 +237,7 @@ impl Controller {
 
     /// One step of the current stage, recorded.
     fn step(&mut self, stage: &Stage) -> Result<MetricsRow, Error> {
-        self.current_step = self.state.step + 1;
+        self.place.step = self.state.step + 1;
         let row = match stage {
             Stage::Sft(stage) => self.sft_step(stage)?,
             Stage::Policy(stage) => self.policy_step(stage)?,
@@ -262,6 +264,7 @@ impl Controller {
     }
 
     fn enter_next_stage(&mut self) -> Result<(), Error> {
+        assert!(self.queue.is_empty(), "a batch is left that no step of the stage trains on");
         self.state.stage += 1;
         self.state.stage_step = 0;
         self.state.cursor = temper_data::sampler::PromptCursor::default();
@@ -330,6 +333,7 @@ impl Controller {
         let saved = self.services.trainer.save_state(&pending.optimizer());
         self.attribute(saved)?;
         self.enter(Phase::CheckpointManifest);
+        self.state.queue = save_queue(&self.queue, (&pending, &self.spec.name))?;
         pending.seal(&self.state)?;
         self.enter(Phase::CheckpointRename);
         let path = pending.publish()?;
@@ -340,19 +344,12 @@ impl Controller {
     }
 
     pub(crate) fn enter(&mut self, phase: Phase) {
-        self.phase = phase;
-        tracing::debug!(step = self.current_step, phase = phase.name(), "phase");
-        self.control.enter(phase.name());
-        self.observer.enter(self.current_step, phase);
+        self.place.enter(phase);
     }
 
     /// Say in which step and phase a service failed.
     pub(crate) fn attribute<T>(&self, result: Result<T, ServiceError>) -> Result<T, Error> {
-        result.map_err(|source| Error::Service {
-            step: self.current_step,
-            phase: self.phase.name(),
-            source: Box::new(source),
-        })
+        self.place.attribute(result)
     }
 }
 

@@ -1,30 +1,24 @@
 //! Which prompts come next: in the order of the passes over the data, or chosen by their running pass rates.
 
-use crate::collect::reward_of;
-use crate::record_row::{Columns, StepNumbers};
+use crate::collect::{Collector, reward_of};
+use crate::record_row::Columns;
 use crate::rollouts::Group;
-use crate::{Controller, PolicyStage};
 use temper_data::sampler::{Draw, PromptCursor, order};
 
-impl Controller {
+impl Collector {
     /// The next prompts. With a curriculum, prompts out of the band are passed over; where a whole pass over the data
     /// has too few in it, those passed over are taken after all, in their order.
-    pub(crate) fn draw_prompts(
-        &mut self,
-        stage: &PolicyStage,
-        num_prompts: usize,
-        numbers: &mut StepNumbers,
-    ) -> Vec<Draw> {
-        let seed = self.stage_seed();
-        let num_rows = self.data.get(&stage.data).map_or(0, Vec::len) as u64;
-        if !stage.curriculum.enable {
-            return self.state.cursor.next_batch(seed, num_rows, num_prompts);
+    pub(crate) fn draw_prompts(&mut self, num_prompts: usize) -> Vec<Draw> {
+        let (seed, num_rows) = (self.seed, self.rows.len() as u64);
+        let (draws, curriculum) = (&mut self.draws, &self.stage.curriculum);
+        if !curriculum.enable {
+            return draws.cursor.next_batch(seed, num_rows, num_prompts);
         }
-        let mut walk = Walk { seed, num_rows, order: order(seed, self.state.cursor.epoch, num_rows) };
+        let mut walk = Walk { seed, num_rows, order: order(seed, draws.cursor.epoch, num_rows) };
         let (mut taken, mut passed_over) = (Vec::new(), Vec::new());
         while taken.len() < num_prompts {
-            let draw = walk.next(&mut self.state.cursor);
-            if self.state.pass_rates.admit(&stage.curriculum, draw.index) {
+            let draw = walk.next(&mut draws.cursor);
+            if draws.pass_rates.admit(curriculum, draw.index) {
                 taken.push(draw);
             } else {
                 passed_over.push(draw);
@@ -33,26 +27,26 @@ impl Controller {
                 taken.extend(passed_over.drain(..).take(num_prompts - taken.len()));
             }
         }
-        numbers.num_passed_over += passed_over.len() as u64;
+        self.batch.numbers.num_passed_over += passed_over.len() as u64;
         taken
     }
 
     /// Take in how a prompt fared, by its rewards before any penalty.
-    pub(crate) fn observe_pass_rate(&mut self, stage: &PolicyStage, group: &Group) {
-        if stage.curriculum.enable {
+    pub(crate) fn observe_pass_rate(&mut self, group: &Group) {
+        if self.stage.curriculum.enable {
             let rewards: Vec<f64> = group.samples.iter().filter_map(reward_of).collect();
-            self.state.pass_rates.observe(&stage.curriculum, group.row, &rewards);
+            self.draws.pass_rates.observe(&self.stage.curriculum, group.row, &rewards);
         }
     }
 
     /// Metrics of the curriculum, where there is one.
-    pub(crate) fn curriculum_columns(&self, stage: &PolicyStage, numbers: &StepNumbers) -> Columns {
-        if !stage.curriculum.enable {
+    pub(crate) fn curriculum_columns(&self) -> Columns {
+        if !self.stage.curriculum.enable {
             return Columns::new();
         }
-        let (num_known, mean) = self.state.pass_rates.summary();
+        let (num_known, mean) = self.draws.pass_rates.summary();
         let named = [("num_prompts_known", num_known as f64), ("pass_rate_mean", mean)];
-        let passed_over = [("num_prompts_passed_over", numbers.num_passed_over as f64)];
+        let passed_over = [("num_prompts_passed_over", self.batch.numbers.num_passed_over as f64)];
         named.into_iter().chain(passed_over).map(|(name, value)| (format!("curriculum/{name}"), value)).collect()
     }
 }

@@ -65,7 +65,7 @@ impl Controller {
     /// the pass over the data.
     fn lesson(&mut self, stage: &DistillStage, numbers: &mut StepNumbers) -> Result<Lesson, Error> {
         let seed = self.stage_seed();
-        let num_rows = self.data.get(&stage.data).map_or(0, Vec::len) as u64;
+        let num_rows = self.data.get(&stage.data).map_or(0, |rows| rows.len()) as u64;
         let draws = self.state.cursor.next_batch(seed, num_rows, stage.prompts_per_step);
         let rows = draws.iter().map(|d| (self.data[&stage.data][d.index as usize].clone(), d.epoch));
         let (asked, given): (Vec<_>, Vec<_>) = rows.partition(|(row, epoch)| {
@@ -85,12 +85,14 @@ impl Controller {
     ) -> Result<Vec<Sample>, Error> {
         self.enter(Phase::Rollout);
         let begin = self.clock.elapsed();
-        let requests = self.requests(asked, (self.state.next_group_id, self.stage_seed()), &stage.rollout())?;
+        let rollouts = self.rollouts(self.place.clone());
+        let requests = rollouts.requests(asked, (self.state.next_group_id, self.stage_seed()), &stage.rollout())?;
         self.state.next_group_id += requests.len() as u64;
-        let results = self.run_groups(requests.clone())?;
-        numbers.rollout_seconds += (self.clock.elapsed() - begin).as_secs_f64();
+        let results = rollouts.run_groups(requests.clone())?;
+        numbers.batch.rollout_seconds += (self.clock.elapsed() - begin).as_secs_f64();
         let groups = asked.iter().zip(&requests).zip(results);
-        Ok(groups.flat_map(|(((row, _), request), result)| self.to_samples(row, request, result)).collect())
+        let step = self.state.step + 1;
+        Ok(groups.flat_map(|(((row, _), request), result)| rollouts.to_samples((row, step), request, result)).collect())
     }
 
     fn completion(&self, stage: &DistillStage, row: &PromptRow) -> Result<TokenSequence, Error> {
@@ -148,6 +150,6 @@ impl Lesson {
         row.set("response_length_max", lengths.fold(0.0, f64::max));
         row.set("truncated_ratio", cut as f64 / count as f64);
         let all: Vec<usize> = (0..count).collect();
-        row.set("rollout_train_log_prob_diff_max", log_prob_gap(&self.samples, &all));
+        row.set("rollout_train_log_prob_diff_max", log_prob_gap(&self.samples, &all, |_| true).unwrap_or_default());
     }
 }

@@ -1,6 +1,6 @@
 //! Between two steps: what others asked of the run takes effect.
 
-use crate::control::Directive;
+use crate::control::{Directive, Setting};
 use crate::{Controller, Error, Stage};
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -55,13 +55,14 @@ impl Controller {
     }
 
     /// What can be changed in a stage, with the values that its next step has.
-    fn settings(&self, stage: &Stage) -> BTreeMap<String, f64> {
+    fn settings(&self, stage: &Stage) -> BTreeMap<String, Setting> {
         let mut settings = BTreeMap::new();
-        settings.insert(LEARNING_RATE.to_owned(), stage.optimizer().learning_rate);
+        settings.insert(LEARNING_RATE.to_owned(), Setting::from(stage.optimizer().learning_rate));
         if let Stage::Policy(policy) = stage {
-            settings.insert(TEMPERATURE.to_owned(), f64::from(policy.sampling.temperature));
+            let lead = (self.queue.len() as u64, self.lead(policy.steps, 1) as u64);
+            settings.insert(TEMPERATURE.to_owned(), Setting { value: f64::from(policy.sampling.temperature), lead });
             if let (true, Some(coef)) = (policy.algorithm.kl_in_reward.use_kl_in_reward, self.state.kl_coef) {
-                settings.insert(KL_COEF.to_owned(), coef);
+                settings.insert(KL_COEF.to_owned(), Setting::from(coef));
             }
         }
         settings
@@ -74,7 +75,9 @@ impl Controller {
                 self.state.settings.insert(key.to_owned(), value.to_string());
             }
         }
-        self.record.event("set", &[("key", json!(key)), ("value", json!(value)), ("step", json!(self.state.step + 1))])
+        let ahead = if key == TEMPERATURE { self.queue.len() as u64 } else { 0 };
+        let step = self.state.step + 1 + ahead;
+        self.record.event("set", &[("key", json!(key)), ("value", json!(value)), ("step", json!(step))])
     }
 
     /// The stage with its changed settings.

@@ -9,6 +9,7 @@
 //! gives the run that was not interrupted.
 
 mod accounts;
+mod batch;
 mod beliefs;
 mod checkpoint;
 mod clock;
@@ -30,6 +31,8 @@ mod gate;
 mod online_preference_step;
 mod packed;
 mod phase;
+mod pipeline;
+mod place;
 mod policy_step;
 mod preference_config;
 mod preference_data;
@@ -46,10 +49,12 @@ mod sft_step;
 mod state;
 mod validation;
 
+pub use batch::QueuedBatch;
 pub use checkpoint::{CheckpointInfo, latest_checkpoint, list_checkpoints, verify_checkpoint};
 pub use clock::{Clock, SystemClock};
 pub use config::{
-    CheckpointConfig, DatasetConfig, MemoryConfig, PolicyStage, ReplaySpec, RunSpec, SftStage, Stage, ValidationConfig,
+    CheckpointConfig, DatasetConfig, Generation, MAX_STALENESS, MemoryConfig, PolicyStage, ReplaySpec, RunSpec,
+    SftStage, Stage, ValidationConfig,
 };
 pub use control::RunControl;
 pub use controller::{Controller, RunOutcome, Services};

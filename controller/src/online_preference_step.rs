@@ -3,7 +3,7 @@
 //!
 //! consumes: prompts of the stage's dataset, in the order of its cursor
 //! produces: one optimizer step per mini-batch of pairs, a new policy version, a shard of trajectories, metrics
-//! waits for: every group of the step (staleness 0)
+//! waits for: the batch of the step; before the weights are published, the one under way (see `pipeline`)
 
 use crate::record_row::StepNumbers;
 use crate::{Controller, Error, OnlinePreferenceStage, Phase, PolicyStage};
@@ -28,20 +28,33 @@ impl Controller {
         let mut numbers = StepNumbers::start(self.clock.elapsed());
         let mut columns = self.validation_at_start(policy)?;
         self.publish(self.state.step)?;
-        let mut collected = self.collect(policy, &policy.algorithm.plan(), &mut numbers)?;
-        let sampled = pair_samples(&collected.samples)
-            .map_err(|source| Error::Algorithm { step: self.state.step + 1, source })?;
-        numbers.num_filtered_groups += sampled.num_dropped;
+        let mut batch = self.take_batch(policy, &mut numbers)?;
+        let ahead = self.begin_batch(policy, &mut numbers)?;
         let begin = self.clock.elapsed();
-        self.log_probs_of_pairs(stage, &sampled.pairs, &mut collected.samples)?;
-        let reports = self.update_on_pairs(stage, &sampled.pairs, &mut collected.samples)?;
-        let trained: Vec<usize> = sampled.pairs.iter().flat_map(|p| [p.chosen, p.rejected]).collect();
-        self.settle(&collected.samples, &trained.iter().copied().collect())?;
-        self.publish(self.state.step + 1)?;
+        let stage = OnlinePreferenceStage { policy: batch.stage_of(policy), ..stage.clone() };
+        let learned = self.learn_pairs(&stage, &mut batch.samples);
         numbers.train_seconds = (self.clock.elapsed() - begin).as_secs_f64();
+        let (sampled, reports) = self.finish_batch(ahead, learned, &mut numbers)?;
+        self.publish(self.state.step + 1)?;
         numbers.finish(self.clock.elapsed());
-        columns.extend(drift(&trained, &collected.samples).map(|kl| ("kl".to_owned(), kl)));
-        self.record_step(policy, collected, &trained, (numbers, reports, columns))
+        numbers.batch.num_filtered_groups += sampled.num_dropped;
+        let trained: Vec<usize> = sampled.pairs.iter().flat_map(|p| [p.chosen, p.rejected]).collect();
+        columns.append(&mut batch.columns);
+        columns.extend(drift(&trained, &batch.samples).map(|kl| ("kl".to_owned(), kl)));
+        self.record_step(&stage.policy, batch, &trained, (numbers, reports, columns))
+    }
+
+    /// Pair the samples of a batch and update on the pairs.
+    fn learn_pairs(
+        &mut self,
+        stage: &OnlinePreferenceStage,
+        samples: &mut [Sample],
+    ) -> Result<(SampledPairs, Vec<UpdateReport>), Error> {
+        let sampled = pair_samples(samples).map_err(|source| Error::Algorithm { step: self.state.step + 1, source })?;
+        self.log_probs_of_pairs(stage, &sampled.pairs, samples)?;
+        let reports = self.update_on_pairs(stage, &sampled.pairs, samples)?;
+        self.settle(samples, &sampled.pairs.iter().flat_map(|p| [p.chosen, p.rejected]).collect())?;
+        Ok((sampled, reports))
     }
 
     /// The reference's log-probs of all pairs, and the old ones of pairs that an update comes before; those of the

@@ -2,8 +2,9 @@
 //!
 //! consumes: prompts of the stage's dataset, in the order of its cursor
 //! produces: one optimizer step per mini-batch, a new policy version, a shard of trajectories, a row of metrics
-//! waits for: every group of the step (staleness 0)
+//! waits for: the batch of the step; before the weights are published, the one under way (see `pipeline`)
 
+use crate::batch::Batch;
 use crate::collect::reward_of;
 use crate::components::reward_components;
 use crate::packed::Packed;
@@ -18,6 +19,14 @@ use temper_types::{Sample, derive_seed};
 /// Keeps the noise of drawing rows apart from that of sampling.
 const DRAW_EPOCH: u64 = u64::MAX - 1;
 
+/// What a batch did.
+struct Learned {
+    /// Indices of the samples that were trained on.
+    rows: Vec<usize>,
+    reports: Vec<UpdateReport>,
+    columns: Columns,
+}
+
 impl Controller {
     /// Generate, score, weigh, update, publish, record.
     pub(crate) fn policy_step(&mut self, stage: &PolicyStage) -> Result<MetricsRow, Error> {
@@ -25,28 +34,38 @@ impl Controller {
         let mut numbers = StepNumbers::start(self.clock.elapsed());
         let mut columns = self.validation_at_start(stage)?;
         self.publish(self.state.step)?;
-        let mut collected = self.collect(stage, &plan, &mut numbers)?;
-        columns.extend(self.curriculum_columns(stage, &numbers));
-        let samples = &mut collected.samples;
-        let mut packed = Packed::new(stage, &plan, samples, self.state.step + 1)?;
-        packed.add_baselines(samples, &collected.baselines);
+        let mut batch = self.take_batch(stage, &mut numbers)?;
+        let ahead = self.begin_batch(stage, &mut numbers)?;
         let begin = self.clock.elapsed();
-        self.log_probs_before_update(stage, &plan, &mut packed, samples)?;
+        let stage = &batch.stage_of(stage);
+        let learned = self.learn(stage, &plan, &mut batch);
+        numbers.train_seconds = (self.clock.elapsed() - begin).as_secs_f64();
+        let learned = self.finish_batch(ahead, learned, &mut numbers)?;
+        self.publish(self.state.step + 1)?;
+        numbers.finish(self.clock.elapsed());
+        columns.append(&mut batch.columns);
+        columns.extend(learned.columns);
+        self.record_step(stage, batch, &learned.rows, (numbers, learned.reports, columns))
+    }
+
+    /// Weigh a batch and update on it.
+    fn learn(&mut self, stage: &PolicyStage, plan: &Plan, batch: &mut Batch) -> Result<Learned, Error> {
+        let samples = &mut batch.samples;
+        let mut packed = Packed::new(stage, plan, samples, self.state.step + 1)?;
+        packed.add_baselines(samples, &batch.baselines);
+        self.log_probs_before_update(stage, plan, &mut packed, samples)?;
         self.penalise_kl(stage, &mut packed, samples)?;
-        columns.extend(self.correct_rollouts(stage, &plan, &mut packed, samples)?);
+        let mut columns = self.correct_rollouts(stage, plan, &mut packed, samples)?;
         if plan.values {
             self.values(&packed, samples)?;
         }
-        self.advantages(stage, &plan, &packed, samples)?;
+        self.advantages(stage, plan, &packed, samples)?;
         columns.extend(self.draw_rows(stage, &mut packed, samples)?);
         columns.extend(self.update_critic(stage, &packed, samples)?);
         let reports = self.update(stage, &packed, samples)?;
         self.settle(samples, &packed.trained())?;
         self.sync_reference(stage)?;
-        self.publish(self.state.step + 1)?;
-        numbers.train_seconds = (self.clock.elapsed() - begin).as_secs_f64();
-        numbers.finish(self.clock.elapsed());
-        self.record_step(stage, collected, &packed.samples, (numbers, reports, columns))
+        Ok(Learned { rows: packed.samples, reports, columns })
     }
 
     /// Seed of the current stage: the run's own for the first, derived for the others.

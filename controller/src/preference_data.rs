@@ -66,7 +66,7 @@ fn check_row(form: PreferenceForm, row: &PromptRow) -> Result<(), String> {
 impl Controller {
     /// The units of every row of a dataset, in the rows' order.
     pub(crate) fn units(&self, form: PreferenceForm, name: &str) -> Result<Vec<Unit>, Error> {
-        let rows = self.data.get(name).map_or(&[][..], Vec::as_slice);
+        let rows = self.data.get(name).map_or(&[][..], |rows| rows.as_slice());
         check_preferences(form, name, rows)?;
         let mut units = Vec::with_capacity(rows.len());
         for row in rows {

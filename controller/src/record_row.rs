@@ -1,31 +1,28 @@
 //! The row of metrics of a policy step, and what goes to disk with it.
 
-use crate::collect::{Collected, reward_of};
+use crate::batch::{Batch, BatchNumbers};
+use crate::collect::reward_of;
 use crate::{Controller, Error, Phase, PolicyStage};
 use std::collections::BTreeMap;
 use std::time::Duration;
 use temper_proto::UpdateReport;
 use temper_telemetry::MetricsRow;
-use temper_types::{FinishReason, RewardOutcome, Sample};
+use temper_types::{FinishReason, PolicyVersion, RewardOutcome, Sample};
 
 /// Counts and times gathered during a step.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct StepNumbers {
     begin: Duration,
-    pub(crate) rollout_seconds: f64,
-    pub(crate) reward_seconds: f64,
+    /// Of the batch that the step trains on.
+    pub(crate) batch: BatchNumbers,
+    /// Number of the version that the step begins with.
+    pub(crate) version: u64,
     pub(crate) train_seconds: f64,
+    /// Time in which the trainer waited for a batch, its own or one ahead.
+    pub(crate) rollout_wait_seconds: f64,
+    /// Time in which a batch was generated while the trainer trained.
+    pub(crate) rollout_overlap_seconds: f64,
     step_seconds: f64,
-    pub(crate) num_gen_batches: u64,
-    pub(crate) num_filtered_groups: u64,
-    /// Number of scored samples before groups were filtered, and the sum of their rewards.
-    pub(crate) generated: (u64, f64),
-    /// Groups that dynamic sampling did not find.
-    pub(crate) num_missing_groups: u64,
-    /// Greedy responses that could not be scored.
-    pub(crate) num_baseline_errors: u64,
-    /// Prompts that the curriculum passed over.
-    pub(crate) num_passed_over: u64,
 }
 
 impl StepNumbers {
@@ -33,17 +30,10 @@ impl StepNumbers {
         StepNumbers { begin: now, ..StepNumbers::default() }
     }
 
-    /// Count samples before any group is filtered out.
-    pub(crate) fn count_generated(&mut self, samples: &[Sample]) {
-        for reward in samples.iter().filter_map(reward_of) {
-            self.generated = (self.generated.0 + 1, self.generated.1 + reward);
-        }
-    }
-
     /// Times of a step, and its rate over `num_tokens` generated ones.
     pub(crate) fn times(&self, num_tokens: usize, row: &mut MetricsRow) {
         row.set("tokens_per_second", num_tokens as f64 / self.step_seconds.max(1e-9));
-        row.set("rollout_seconds", self.rollout_seconds).set("reward_seconds", self.reward_seconds);
+        row.set("rollout_seconds", self.batch.rollout_seconds).set("reward_seconds", self.batch.reward_seconds);
         row.set("train_seconds", self.train_seconds).set("step_seconds", self.step_seconds);
     }
 
@@ -74,11 +64,11 @@ impl Controller {
     pub(crate) fn record_step(
         &mut self,
         stage: &PolicyStage,
-        collected: Collected,
+        batch: Batch,
         trained: &[usize],
         (numbers, reports, columns): (StepNumbers, Vec<UpdateReport>, Columns),
     ) -> Result<MetricsRow, Error> {
-        let samples = &collected.samples[..];
+        let samples = &batch.samples[..];
         let mut row = MetricsRow::new(self.state.step + 1, &stage.name);
         row.set("lr", stage.optimizer.learning_rate * stage.schedule.multiplier(self.state.stage_step, stage.steps));
         if let (true, Some(coef)) = (stage.algorithm.kl_in_reward.use_kl_in_reward, self.state.kl_coef) {
@@ -87,19 +77,24 @@ impl Controller {
         sample_columns(samples, &mut row);
         update_columns(&reports, &mut row);
         time_columns(samples, &numbers, &mut row);
-        row.set("rollout_train_log_prob_diff_max", log_prob_gap(samples, trained));
-        row.set("staleness_mean", mean(samples.iter().map(|s| f64::from(s.staleness))));
+        if let Some(gap) = log_prob_gap(samples, trained, |version| version.number == numbers.version) {
+            row.set("rollout_train_log_prob_diff_max", gap);
+        }
+        let staleness = samples.iter().map(|s| f64::from(s.staleness));
+        row.set("staleness_mean", mean(staleness.clone())).set("staleness_max", staleness.fold(0.0, f64::max));
+        row.set("rollout_wait_seconds", numbers.rollout_wait_seconds);
+        row.set("rollout_overlap_seconds", numbers.rollout_overlap_seconds);
         row.set_count("num_trained_samples", trained.len() as u64);
-        baseline_columns(&collected.baselines, &numbers, &mut row);
+        baseline_columns(&batch.baselines, &numbers.batch, &mut row);
         if stage.algorithm.filter_groups.enable {
-            row.set("generated_reward_mean", numbers.generated.1 / numbers.generated.0.max(1) as f64);
+            row.set("generated_reward_mean", numbers.batch.generated.1 / numbers.batch.generated.0.max(1) as f64);
         }
         let after = self.validation_after_step(stage)?;
         columns.iter().chain(&after).for_each(|(name, value)| {
             row.set(name, *value);
         });
         self.enter(Phase::Record);
-        self.record.samples(self.state.step + 1, &collected.into_record())?;
+        self.record.samples(self.state.step + 1, &batch.into_record())?;
         self.finish_step(&mut row)?;
         Ok(row)
     }
@@ -124,7 +119,7 @@ fn sample_columns(samples: &[Sample], row: &mut MetricsRow) {
 }
 
 /// What the greedy responses got, where there are any.
-fn baseline_columns(baselines: &[Sample], numbers: &StepNumbers, row: &mut MetricsRow) {
+fn baseline_columns(baselines: &[Sample], numbers: &BatchNumbers, row: &mut MetricsRow) {
     if baselines.is_empty() {
         return;
     }
@@ -161,20 +156,27 @@ fn update_columns(reports: &[UpdateReport], row: &mut MetricsRow) {
 
 fn time_columns(samples: &[Sample], numbers: &StepNumbers, row: &mut MetricsRow) {
     let generated: usize = samples.iter().map(|s| s.response_token_ids.len()).sum();
-    row.set_count("num_gen_batches", numbers.num_gen_batches);
-    row.set_count("num_filtered_groups", numbers.num_filtered_groups);
-    row.set_count("num_missing_groups", numbers.num_missing_groups);
+    row.set_count("num_gen_batches", numbers.batch.num_gen_batches);
+    row.set_count("num_filtered_groups", numbers.batch.num_filtered_groups);
+    row.set_count("num_missing_groups", numbers.batch.num_missing_groups);
     numbers.times(generated, row);
 }
 
-/// Largest difference between what the engine and the trainer say of the same token under the same weights. Both
-/// sides are computed; a kernel that is off by one unit in the last place shows here.
-pub(crate) fn log_prob_gap(samples: &[Sample], trained: &[usize]) -> f64 {
+/// Largest difference between what the engine and the trainer say of the same token under the same weights: over the
+/// trained samples' tokens whose version `is_current`, the one that the trainer's log-probs are of; `None` where there
+/// is no such token. Both sides are computed; a kernel that is off by one unit in the last place shows here.
+pub(crate) fn log_prob_gap(
+    samples: &[Sample],
+    trained: &[usize],
+    is_current: impl Fn(PolicyVersion) -> bool,
+) -> Option<f64> {
     let gap = |sample: &Sample| {
-        let pairs = sample.rollout_log_probs.iter().zip(&sample.old_log_probs).enumerate();
+        let versions = sample.policy_versions.iter().flat_map(|(v, n)| std::iter::repeat_n(*v, *n as usize));
+        let pairs = sample.rollout_log_probs.iter().zip(&sample.old_log_probs).zip(versions).enumerate();
         // A reused token has the log-prob of the weights that drew it.
-        let own = pairs.filter(|(index, _)| sample.response_reused.get(*index) != Some(&1));
-        own.map(|(_, (rollout, old))| (f64::from(*rollout) - f64::from(*old)).abs()).fold(0.0, f64::max)
+        let is_own = |index: usize| sample.response_reused.get(index) != Some(&1);
+        let current = pairs.filter(|(index, (_, version))| is_own(*index) && is_current(*version));
+        current.map(|(_, ((rollout, old), _))| (f64::from(*rollout) - f64::from(*old)).abs()).reduce(f64::max)
     };
-    trained.iter().map(|index| gap(&samples[*index])).fold(0.0, f64::max)
+    trained.iter().filter_map(|index| gap(&samples[*index])).reduce(f64::max)
 }

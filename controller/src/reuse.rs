@@ -6,6 +6,7 @@
 
 use crate::{Controller, Error, ReplaySpec};
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use temper_data::trajectories::read_step;
 use temper_proto::{EarlierResponse, GroupRequest, Reuse};
 use temper_types::{PromptId, Sample, Step};
@@ -26,22 +27,36 @@ impl EarlierSteps {
     }
 }
 
-impl Controller {
-    /// Give every request the responses of the last pass over its prompt, where replay is lenient.
-    pub(crate) fn offer_earlier_responses(&mut self, requests: &mut [GroupRequest]) -> Result<(), Error> {
-        let ReplaySpec::Lenient { lenience } = self.spec.replay else { return Ok(()) };
-        self.find_earlier_steps()?;
+/// Earlier responses that a batch is offered.
+pub(crate) struct Offers {
+    lenience: f32,
+    steps: BTreeMap<PromptId, u64>,
+    rollouts: PathBuf,
+}
+
+impl Offers {
+    /// Give every request the responses of the last pass over its prompt that was recorded.
+    pub(crate) fn make(&self, requests: &mut [GroupRequest]) -> Result<(), Error> {
         let mut by_step: BTreeMap<u64, Vec<&mut GroupRequest>> = BTreeMap::new();
         for request in requests {
-            if let Some(step) = self.earlier.steps.get(&request.prompt_id) {
+            if let Some(step) = self.steps.get(&request.prompt_id) {
                 by_step.entry(*step).or_default().push(request);
             }
         }
         for (step, requests) in by_step {
-            let samples = self.recorded(step)?;
-            requests.into_iter().for_each(|request| request.reuse = reuse(request, &samples, lenience));
+            let samples = read_step(&self.rollouts, Step(step))?;
+            requests.into_iter().for_each(|request| request.reuse = reuse(request, &samples, self.lenience));
         }
         Ok(())
+    }
+}
+
+impl Controller {
+    /// What a batch that begins now is offered, where replay is lenient.
+    pub(crate) fn offers(&mut self) -> Result<Option<Offers>, Error> {
+        let ReplaySpec::Lenient { lenience } = self.spec.replay else { return Ok(None) };
+        self.find_earlier_steps()?;
+        Ok(Some(Offers { lenience, steps: self.earlier.steps.clone(), rollouts: self.dir.rollouts() }))
     }
 
     /// Learn of the steps of this stage that were recorded since the last call.

@@ -39,7 +39,7 @@ impl Controller {
 
     fn pairs(&mut self, stage: &RewardModelStage) -> Result<Vec<PreferencePair>, Error> {
         let seed = self.stage_seed();
-        let num_rows = self.data.get(&stage.data).map_or(0, Vec::len) as u64;
+        let num_rows = self.data.get(&stage.data).map_or(0, |rows| rows.len()) as u64;
         let draws = self.state.cursor.next_batch(seed, num_rows, stage.batch_size);
         draws.iter().map(|draw| self.pair(&stage.data, &self.data[&stage.data][draw.index as usize])).collect()
     }

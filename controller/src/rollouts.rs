@@ -1,9 +1,11 @@
 //! From prompts to responses: requests with their seeds, and results in the order of the requests.
 
 use crate::accounts::{dropped, settled};
-use crate::record_row::StepNumbers;
-use crate::{Controller, Error, Phase, PolicyStage, ReplaySpec};
+use crate::collect::Collector;
+use crate::place::Place;
+use crate::{Clock, Controller, Error, Phase, PolicyStage, ReplaySpec, Services};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 use temper_proto::{Fate, GeneratedSample, GroupRequest, GroupResult, ServiceError, Settled, Unused};
 use temper_types::{ErrorCode, GroupId, PromptRow, Sample, SampleIndex, SamplingParams, Step, derive_seed};
@@ -39,40 +41,65 @@ impl Group {
 }
 
 impl Controller {
+    /// What generates, at `place`.
+    pub(crate) fn rollouts(&self, place: Place) -> Rollouts {
+        Rollouts {
+            services: self.services.clone(),
+            clock: Arc::clone(&self.clock),
+            timeout: Duration::from_secs_f64(self.spec.rollout_timeout_seconds),
+            replay: self.spec.replay,
+            place,
+        }
+    }
+}
+
+impl Collector {
     /// Draw the next prompts of the stage and answer each `num_generations` times, and once greedily where the
     /// algorithm needs that.
-    pub(crate) fn generate(
-        &mut self,
-        stage: &PolicyStage,
-        num_prompts: usize,
-        numbers: &mut StepNumbers,
-    ) -> Result<Vec<Group>, Error> {
-        self.enter(Phase::Rollout);
-        let begin = self.clock.elapsed();
-        let seed = self.stage_seed();
-        let draws = self.draw_prompts(stage, num_prompts, numbers);
-        let rows: DrawnRows =
-            draws.iter().map(|d| (self.data[&stage.data][d.index as usize].clone(), d.epoch)).collect();
-        let first_group = self.state.next_group_id;
-        let mut requests = self.requests(&rows, (first_group, seed), stage)?;
-        self.offer_earlier_responses(&mut requests)?;
-        if stage.algorithm.plan().greedy_baseline {
+    pub(crate) fn generate(&mut self, num_prompts: usize) -> Result<Vec<Group>, Error> {
+        self.rollouts.place.enter(Phase::Rollout);
+        let begin = self.rollouts.clock.elapsed();
+        let draws = self.draw_prompts(num_prompts);
+        let rows: DrawnRows = draws.iter().map(|d| (self.rows[d.index as usize].clone(), d.epoch)).collect();
+        let mut requests = self.rollouts.requests(&rows, (self.draws.next_group_id, self.seed), &self.stage)?;
+        if let Some(offers) = &self.offers {
+            offers.make(&mut requests)?;
+        }
+        if self.stage.algorithm.plan().greedy_baseline {
             let greedy: Vec<GroupRequest> = requests.iter().map(|r| greedy_request(r, rows.len() as u64)).collect();
             requests.extend(greedy);
         }
-        self.state.next_group_id += requests.len() as u64;
-        let mut results = self.run_groups(requests.clone())?;
-        numbers.rollout_seconds += (self.clock.elapsed() - begin).as_secs_f64();
+        self.draws.next_group_id += requests.len() as u64;
+        let mut results = self.rollouts.run_groups(requests.clone())?;
+        self.batch.numbers.rollout_seconds += (self.rollouts.clock.elapsed() - begin).as_secs_f64();
         let greedy = results.split_off(rows.len());
-        self.attribute(self.services.rollout.settle(0, &dropped(&greedy, Unused::Baseline)))?;
+        self.rollouts.settle(&dropped(&greedy, Unused::Baseline))?;
         let groups = rows.iter().zip(&requests).zip(results);
-        let samples = groups.map(|(((row, _), request), result)| self.to_samples(row, request, result));
+        let to_samples = |row, request, result| self.rollouts.to_samples((row, self.batch.step), request, result);
+        let samples = groups.map(|(((row, _), request), result)| to_samples(row, request, result));
         let mut groups: Vec<Group> =
             draws.iter().zip(samples).map(|(d, samples)| Group { row: d.index, samples, baseline: None }).collect();
         for ((group, (row, _)), (request, result)) in groups.iter_mut().zip(&rows).zip(requests.iter().zip(greedy)) {
-            group.baseline = self.to_samples(row, request, result).pop().map(|s| as_baseline(s, stage));
+            group.baseline = to_samples(row, request, result).pop().map(|s| as_baseline(s, &self.stage));
         }
         Ok(groups)
+    }
+}
+
+/// What turns prompts into responses.
+pub(crate) struct Rollouts {
+    pub(crate) services: Services,
+    pub(crate) clock: Arc<dyn Clock>,
+    /// Longest wait for one finished group.
+    pub(crate) timeout: Duration,
+    pub(crate) replay: ReplaySpec,
+    pub(crate) place: Place,
+}
+
+impl Rollouts {
+    /// Samples that no step trains on have ended.
+    pub(crate) fn settle(&self, samples: &[Settled]) -> Result<(), Error> {
+        self.place.attribute(self.services.rollout.settle(0, samples))
     }
 
     pub(crate) fn requests(
@@ -83,9 +110,9 @@ impl Controller {
     ) -> Result<Vec<GroupRequest>, Error> {
         let sampling = self.resolve_sampling(&stage.sampling)?;
         let request = |(index, (row, epoch)): (usize, &(PromptRow, u64))| {
-            let prompt_token_ids = self.attribute(self.services.text.encode_prompt(&row.prompt))?;
+            let prompt_token_ids = self.place.attribute(self.services.text.encode_prompt(&row.prompt))?;
             let samples = 0..stage.num_generations as u32;
-            let noise_epoch = if self.spec.replay == ReplaySpec::Coupled { 0 } else { *epoch };
+            let noise_epoch = if self.replay == ReplaySpec::Coupled { 0 } else { *epoch };
             Ok(GroupRequest {
                 group_id: GroupId(first_group + index as u64),
                 prompt_id: row.prompt_id,
@@ -105,32 +132,36 @@ impl Controller {
         if sampling.stop_token_ids.is_empty() {
             sampling.stop_token_ids = self.services.text.stop_token_ids();
         }
-        self.attribute(sampling.resolve_bad_words(|word| self.services.text.encode_text(word)))?;
+        self.place.attribute(sampling.resolve_bad_words(|word| self.services.text.encode_text(word)))?;
         Ok(sampling)
     }
 
     /// Submit groups and wait for all of them; results stand in the requests' order, whatever order they finish in.
     pub(crate) fn run_groups(&self, requests: Vec<GroupRequest>) -> Result<Vec<GroupResult>, Error> {
         let order: Vec<GroupId> = requests.iter().map(|r| r.group_id).collect();
-        self.attribute(self.services.rollout.submit(requests))?;
-        let timeout = Duration::from_secs_f64(self.spec.rollout_timeout_seconds);
+        self.place.attribute(self.services.rollout.submit(requests))?;
         let mut finished: BTreeMap<GroupId, GroupResult> = BTreeMap::new();
         while finished.len() < order.len() {
-            let Some(result) = self.attribute(self.services.rollout.next_group(timeout))? else { break };
+            let Some(result) = self.place.attribute(self.services.rollout.next_group(self.timeout))? else { break };
             finished.insert(result.group_id, result);
         }
         let lost = |id: &GroupId| {
             let cause = format!("group {id} was submitted and never came back");
             ServiceError::new(ErrorCode::Internal, "rollout", "next_group", cause)
         };
-        order.iter().map(|id| self.attribute(finished.remove(id).ok_or_else(|| lost(id)))).collect()
+        order.iter().map(|id| self.place.attribute(finished.remove(id).ok_or_else(|| lost(id)))).collect()
     }
 
-    pub(crate) fn to_samples(&self, row: &PromptRow, request: &GroupRequest, result: GroupResult) -> Vec<Sample> {
-        let step = Step(self.state.step + 1);
+    /// The samples of a group for the step that trains on them.
+    pub(crate) fn to_samples(
+        &self,
+        (row, step): (&PromptRow, u64),
+        request: &GroupRequest,
+        result: GroupResult,
+    ) -> Vec<Sample> {
         let worker = result.worker;
         let sample = |s: GeneratedSample| Sample {
-            step,
+            step: Step(step),
             prompt_id: row.prompt_id,
             group_id: request.group_id,
             sample_index: s.sample_index,

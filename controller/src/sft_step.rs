@@ -39,7 +39,7 @@ impl Controller {
     }
 
     fn demonstrations(&mut self, stage: &SftStage) -> Result<Vec<TokenSequence>, Error> {
-        let rows = self.data.get(&stage.data).map_or(&[][..], Vec::as_slice);
+        let rows = self.data.get(&stage.data).map_or(&[][..], |rows| rows.as_slice());
         let seed = self.stage_seed();
         let draws = self.state.cursor.next_batch(seed, rows.len() as u64, stage.batch_size);
         draws.iter().map(|draw| self.demonstration(stage, &rows[draw.index as usize])).collect()

@@ -1,5 +1,6 @@
 //! What the controller must remember to go on where it stopped.
 
+use crate::QueuedBatch;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use temper_algos::PassRates;
@@ -38,8 +39,18 @@ pub struct RunState {
     pub settings: BTreeMap<String, String>,
     /// Version last published.
     pub version: PolicyVersion,
+    /// Batches that were generated ahead and wait for their steps.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub queue: Vec<QueuedBatch>,
     /// Value of the metric by which the best checkpoints are kept, where the last step had it.
     pub metric: Option<f64>,
+}
+
+/// What drawing prompts reads and changes.
+pub(crate) struct Draws {
+    pub(crate) cursor: PromptCursor,
+    pub(crate) next_group_id: u64,
+    pub(crate) pass_rates: PassRates,
 }
 
 impl RunState {
@@ -57,8 +68,19 @@ impl RunState {
             pass_rates: PassRates::default(),
             settings: BTreeMap::new(),
             version: PolicyVersion::default(),
+            queue: Vec::new(),
             metric: None,
         }
+    }
+
+    /// Where the stage stands in its data.
+    pub(crate) fn draws(&self) -> Draws {
+        Draws { cursor: self.cursor, next_group_id: self.next_group_id, pass_rates: self.pass_rates.clone() }
+    }
+
+    /// The stage stands where a batch left it.
+    pub(crate) fn set_draws(&mut self, draws: Draws) {
+        (self.cursor, self.next_group_id, self.pass_rates) = (draws.cursor, draws.next_group_id, draws.pass_rates);
     }
 }
 

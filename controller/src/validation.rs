@@ -33,10 +33,11 @@ impl Controller {
             return Ok(Columns::new());
         }
         self.enter(Phase::Validation);
-        let rows = self.data[&self.spec.validation.data].clone();
+        let rows = self.data.get(&self.spec.validation.data).cloned().unwrap_or_default();
+        let rollouts = self.rollouts(self.place.clone());
         let num_samples = self.spec.validation.num_samples;
         let greedy = SamplingParams { temperature: 0.0, ..stage.sampling.clone() };
-        let sampling = self.resolve_sampling(self.spec.validation.sampling.as_ref().unwrap_or(&greedy))?;
+        let sampling = rollouts.resolve_sampling(self.spec.validation.sampling.as_ref().unwrap_or(&greedy))?;
         let request = |(index, row): (usize, &PromptRow)| {
             let noise = |i| derive_seed(self.spec.seed, row.prompt_id.0, i, VALIDATION_EPOCH);
             Ok(GroupRequest {
@@ -50,10 +51,12 @@ impl Controller {
             })
         };
         let requests = rows.iter().enumerate().map(request).collect::<Result<Vec<_>, Error>>()?;
-        let results = self.run_groups(requests.clone())?;
-        self.attribute(self.services.rollout.settle(0, &dropped(&results, Unused::Validation)))?;
+        let results = rollouts.run_groups(requests.clone())?;
+        rollouts.settle(&dropped(&results, Unused::Validation))?;
         let groups = rows.iter().zip(&requests).zip(results);
-        let groups = groups.map(|((row, request), result)| self.to_samples(row, request, result)).collect::<Vec<_>>();
+        let step = self.state.step + 1;
+        let to_samples = |((row, request), result)| rollouts.to_samples((row, step), request, result);
+        let groups = groups.map(to_samples).collect::<Vec<_>>();
         let scores = self.validation_scores(&groups)?;
         Ok(self.validation_columns(prefix, &rows, &scores))
     }

@@ -5,7 +5,7 @@ use super::render::to_table;
 use super::{ModelSource, PlacementMode, Recipe, RecipeError, Source};
 use super::{check_distill, check_replay, preference_stage};
 use crate::reward_models::launcher;
-use crate::trainer_ranks;
+use crate::{staleness, trainer_ranks};
 use std::collections::BTreeMap;
 use std::path::Path;
 use temper_actor::{ModelConfig, Tokenizer};
@@ -206,6 +206,7 @@ pub(super) fn check_lengths(
 
 fn check_placement(recipe: &Recipe, source: &Source) -> Result<(), RecipeError> {
     let placement = &recipe.placement;
+    staleness::check(placement, source)?;
     let counts = [("rollout_workers", placement.rollout_workers), ("reward_workers", placement.reward_workers)];
     for (key, count) in counts {
         let key = format!("placement.{key}");
@@ -249,11 +250,14 @@ fn check_validation(recipe: &Recipe, source: &Source, data: &Data) -> Result<(),
 }
 
 /// Hash of all that decides the run's numbers: the recipe without what never changes one (limits of the engine,
-/// placement, checkpoints, names), and the data.
+/// placement but for its staleness, checkpoints, names), and the data.
 fn identity(recipe: &Recipe, data: &Data) -> String {
     let mut table = to_table(recipe);
     for key in ["name", "description", "engine", "placement", "checkpoint", "rollout_timeout_seconds"] {
         table.remove(key);
+    }
+    if recipe.placement.staleness > 0 {
+        table.insert("staleness".to_owned(), i64::from(recipe.placement.staleness).into());
     }
     let components = table.get_mut("reward").and_then(|reward| reward.get_mut("components"));
     for component in components.and_then(toml::Value::as_array_mut).into_iter().flatten() {
@@ -285,6 +289,7 @@ pub fn summary(recipe: &Recipe, num_rows: &BTreeMap<String, usize>) -> String {
     lines.extend(check_replay::summary(recipe));
     lines.extend(placement_summary(recipe));
     lines.extend(trainer_ranks::summary(&recipe.placement));
+    lines.extend(staleness::summary(recipe));
     lines.join("\n")
 }
 

@@ -65,6 +65,9 @@ pub struct Placement {
     pub rollout_workers: usize,
     /// Reward workers, each in a process of its own. Never changes a number.
     pub reward_workers: usize,
+    /// How many updates may lie between the weights that generate a batch and those that train on it: so many batches
+    /// of policy stages are generated ahead. 0: none (synchronous). At most 8.
+    pub staleness: u32,
     /// Whether the workers are started with the run, or join it: `temper serve ROLE --join ADDR`.
     pub spawn_workers: bool,
     /// Where workers join and control commands reach the run; port 0 takes any.
@@ -87,6 +90,7 @@ impl Default for Placement {
             reward_threads: 1,
             rollout_workers: 1,
             reward_workers: 1,
+            staleness: 0,
             spawn_workers: true,
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             trainer_ranks: 1,

@@ -30,6 +30,8 @@ pub struct ClusterSpec {
     pub rollout_workers: usize,
     /// Number of reward workers.
     pub reward_workers: usize,
+    /// By how many versions a response may be behind the weights that it trains.
+    pub staleness: u32,
     /// True where the workers are started here; false where they are started by hand.
     pub is_local: bool,
 }
@@ -48,8 +50,9 @@ struct Fleets {
 }
 
 impl Fleets {
-    fn new() -> Self {
-        let patient = FleetConfig { worker_wait: WORKER_WAIT, ..FleetConfig::default() };
+    fn new(staleness: u32) -> Self {
+        let max_staleness = u64::from(staleness);
+        let patient = FleetConfig { worker_wait: WORKER_WAIT, max_staleness, ..FleetConfig::default() };
         let one_by_one = FleetConfig { max_in_flight: 1, ..patient };
         Fleets { rollout: Arc::new(FleetRollout::new(patient)), reward: Arc::new(FleetReward::new(one_by_one)) }
     }
@@ -66,6 +69,7 @@ pub struct Cluster {
     joiner: Option<JoinHandle<()>>,
     children: Option<Children>,
     wanted: [(WorkerRole, usize); 3],
+    staleness: u32,
     // Last: workers are told to end by its answers.
     _server: ServerHandle,
 }
@@ -93,13 +97,14 @@ impl Cluster {
         let mut cluster = Cluster {
             address: server.address(),
             hub,
-            fleets: Arc::new(Mutex::new(Fleets::new())),
+            fleets: Arc::new(Mutex::new(Fleets::new(spec.staleness))),
             sources: Arc::default(),
             runtime,
             is_ending: Arc::default(),
             joiner: None,
             children,
             wanted,
+            staleness: spec.staleness,
             _server: server,
         };
         cluster.joiner = Some(cluster.start_joiner()?);
@@ -176,7 +181,7 @@ impl Cluster {
     fn renew_fleets(&self) {
         let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
         sources.clear();
-        *self.fleets.lock().unwrap_or_else(PoisonError::into_inner) = Fleets::new();
+        *self.fleets.lock().unwrap_or_else(PoisonError::into_inner) = Fleets::new(self.staleness);
     }
 
     fn fleets(&self) -> Fleets {

@@ -3,7 +3,7 @@
 use super::event::{Event, Fence, GroupSpec, Job, JobKey, Origin, Role, Settlement, Ticket};
 use super::ledger::{DropReason, Ledger};
 use super::pool::WorkerPhase;
-use super::roster::{Desk, Farewell, FleetConfig, Next, Order, Shared, State, WorkerStatus};
+use super::roster::{Desk, Farewell, FleetConfig, Next, Order, Shared, State, WorkerStatus, describe};
 use crate::{Clock, SystemClock};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -149,6 +149,21 @@ impl FleetRollout {
         FleetRollout::settle(self, step, trained.into_iter().map(settlement).collect())
     }
 
+    /// Fail where no worker has held the version for as long as one may take to prove it: those that did are gone, and
+    /// the trainer's weights may have moved on.
+    fn check_served(&self, state: &RolloutState, since: &mut Option<Duration>) -> ServiceResult<()> {
+        if state.plane.workers().any(|w| matches!(w.phase, WorkerPhase::Ready | WorkerPhase::Draining)) {
+            *since = None;
+            return Ok(());
+        }
+        let now = self.shared.now();
+        if now.saturating_sub(*since.get_or_insert(now)) < self.shared.config.sync_timeout {
+            return Ok(());
+        }
+        let message = format!("no worker holds the version that is to be served: {}", describe(state));
+        Err(self.shared.error(ErrorCode::Unavailable, "next_group", message))
+    }
+
     fn is_served(state: &RolloutState, version: PolicyVersion) -> bool {
         let mut alive = state.plane.workers().filter(|w| !matches!(w.phase, WorkerPhase::Lost(_))).peekable();
         alive.peek().is_some() && alive.all(|w| w.phase == WorkerPhase::Ready && w.held == Some(version))
@@ -185,6 +200,7 @@ impl RolloutService for FleetRollout {
         const OPERATION: &str = "next_group";
         let deadline = self.shared.now().saturating_add(timeout);
         let mut state = self.shared.lock();
+        let mut unserved_since = None;
         loop {
             let left = self.shared.check_workers(&mut state, OPERATION);
             if let Some(result) = state.desk.finished.pop_front() {
@@ -197,6 +213,7 @@ impl RolloutService for FleetRollout {
                 return Ok(None);
             }
             left?;
+            self.check_served(&state, &mut unserved_since)?;
             if self.shared.now() >= deadline {
                 let open = state.desk.requests.len();
                 let message = format!("none of {open} groups finished within {timeout:?}");

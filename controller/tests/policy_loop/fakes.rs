@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use temper_controller::{
-    CheckpointInfo, Controller, PolicyStage, ReplaySpec, RunDir, RunSpec, Services, Stage, SystemClock,
+    CheckpointInfo, Controller, Generation, PolicyStage, ReplaySpec, RunDir, RunSpec, Services, Stage, SystemClock,
     latest_checkpoint,
 };
 use temper_proto::{
@@ -77,8 +77,12 @@ impl TextService for Text {
     }
 }
 
+/// An engine that answers the last group first, in the version that was set last.
 #[derive(Default)]
-struct Rollout(Mutex<Vec<GroupRequest>>);
+pub struct Rollout {
+    groups: Mutex<Vec<GroupRequest>>,
+    version: Mutex<PolicyVersion>,
+}
 
 fn response(seed: u64, temperature: f32) -> Vec<u32> {
     if temperature == 0.0 {
@@ -91,11 +95,12 @@ fn response(seed: u64, temperature: f32) -> Vec<u32> {
 
 impl RolloutService for Rollout {
     fn submit(&self, groups: Vec<GroupRequest>) -> ServiceResult<()> {
-        self.0.lock().expect("no panic elsewhere").extend(groups);
+        self.groups.lock().expect("no panic elsewhere").extend(groups);
         Ok(())
     }
     fn next_group(&self, _timeout: Duration) -> ServiceResult<Option<GroupResult>> {
-        let Some(group) = self.0.lock().expect("no panic elsewhere").pop() else { return Ok(None) };
+        let Some(group) = self.groups.lock().expect("no panic elsewhere").pop() else { return Ok(None) };
+        let version = *self.version.lock().expect("no panic elsewhere");
         let sample = |(index, seed): (usize, &u64)| {
             let earlier = group.reuse.as_ref().map(|reuse| reuse.responses[index].token_ids.clone());
             let reused = earlier.iter().flatten().map(|_| 1).collect();
@@ -105,7 +110,7 @@ impl RolloutService for Rollout {
                 seed: *seed,
                 reused,
                 log_probs: token_ids.iter().map(|id| engine_log_prob(*id)).collect(),
-                policy_versions: vec![(PolicyVersion::default(), token_ids.len() as u32)],
+                policy_versions: vec![(version, token_ids.len() as u32)],
                 token_ids,
                 sampled_log_probs: Vec::new(),
                 surviving_mass: Vec::new(),
@@ -124,9 +129,12 @@ impl RolloutService for Rollout {
         }))
     }
     fn abort_all(&self) -> ServiceResult<usize> {
-        Ok(0)
+        Ok(std::mem::take(&mut *self.groups.lock().expect("no panic elsewhere")).len())
     }
-    fn set_version(&self, _version: PolicyVersion) -> ServiceResult<()> {
+    fn set_version(&self, version: PolicyVersion) -> ServiceResult<()> {
+        let open = self.groups.lock().expect("no panic elsewhere").len();
+        assert_eq!(open, 0, "version {version} comes while groups are open");
+        *self.version.lock().expect("no panic elsewhere") = version;
         Ok(())
     }
     fn stats(&self) -> RolloutStats {
@@ -248,7 +256,8 @@ pub fn stage(steps: u64, algorithm: serde_json::Value) -> PolicyStage {
     PolicyStage { steps, prompts_per_step: 4, num_generations: 4, algorithm, ..PolicyStage::default() }
 }
 
-fn spec(stage: PolicyStage, replay: ReplaySpec) -> RunSpec {
+/// A synchronous run of one stage.
+pub fn spec(stage: PolicyStage, replay: ReplaySpec) -> RunSpec {
     let data = serde_json::json!({"train": {"generate": {
         "generator": {"task": "sort_digits", "min_digits": 2, "max_digits": 3}, "num_rows": 8
     }}});
@@ -262,6 +271,8 @@ fn spec(stage: PolicyStage, replay: ReplaySpec) -> RunSpec {
         checkpoint: serde_json::from_value(serde_json::json!({"every_steps": 2, "keep_last": 9})).expect("settings"),
         rollout_timeout_seconds: 5.0,
         replay,
+        staleness: 0,
+        generation: Generation::BeforeTraining,
     }
 }
 
@@ -269,13 +280,7 @@ fn spec(stage: PolicyStage, replay: ReplaySpec) -> RunSpec {
 pub type Prepared = (Controller, Option<CheckpointInfo>, Arc<Mutex<Vec<Call>>>);
 
 pub fn prepare(dir: &Path, stage: PolicyStage, behaviour: Behaviour) -> Result<Prepared, temper_controller::Error> {
-    let calls: Arc<Mutex<Vec<Call>>> = Arc::default();
-    let services = Services {
-        rollout: Arc::new(Rollout::default()),
-        reward: Arc::new(Reward(behaviour)),
-        trainer: Arc::new(Trainer { behaviour, calls: Arc::clone(&calls) }),
-        text: Arc::new(Text),
-    };
+    let (services, calls) = services(behaviour);
     let run_dir = RunDir::open(dir)?;
     let resume = latest_checkpoint(&run_dir.checkpoints())?;
     let controller =
@@ -285,10 +290,34 @@ pub fn prepare(dir: &Path, stage: PolicyStage, behaviour: Behaviour) -> Result<P
 
 /// Run, or go on from the last checkpoint of `dir`; gives what the trainer was asked.
 pub fn run_in(dir: &Path, stage: PolicyStage, behaviour: Behaviour) -> Result<Vec<Call>, temper_controller::Error> {
-    let (mut controller, resume, calls) = prepare(dir, stage, behaviour)?;
-    controller.run(resume.as_ref())?;
-    drop(controller);
+    run_spec(dir, spec(stage, behaviour.replay), behaviour)
+}
+
+/// The same of any run.
+pub fn run_spec(dir: &Path, spec: RunSpec, behaviour: Behaviour) -> Result<Vec<Call>, temper_controller::Error> {
+    let (services, calls) = services(behaviour);
+    run_services(dir, spec, services)?;
     Ok(std::mem::take(&mut *calls.lock().expect("no panic elsewhere")))
+}
+
+/// Fakes, and what their trainer is asked.
+pub fn services(behaviour: Behaviour) -> (Services, Arc<Mutex<Vec<Call>>>) {
+    let calls: Arc<Mutex<Vec<Call>>> = Arc::default();
+    let services = Services {
+        rollout: Arc::new(Rollout::default()),
+        reward: Arc::new(Reward(behaviour)),
+        trainer: Arc::new(Trainer { behaviour, calls: Arc::clone(&calls) }),
+        text: Arc::new(Text),
+    };
+    (services, calls)
+}
+
+/// Run, or go on from the last checkpoint of `dir`.
+pub fn run_services(dir: &Path, spec: RunSpec, services: Services) -> Result<(), temper_controller::Error> {
+    let run_dir = RunDir::open(dir)?;
+    let resume = latest_checkpoint(&run_dir.checkpoints())?;
+    let mut controller = Controller::new(spec, services, run_dir, Arc::new(SystemClock::default()))?;
+    controller.run(resume.as_ref()).map(|_outcome| ())
 }
 
 /// Rows of metrics of a run.

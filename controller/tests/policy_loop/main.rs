@@ -5,6 +5,7 @@ mod critic;
 mod estimators;
 mod fakes;
 mod replay;
+mod staleness;
 
 use fakes::{Behaviour, Call, engine_log_prob, first_id, metrics, run_in, stage, updates};
 use serde_json::{Value, json};

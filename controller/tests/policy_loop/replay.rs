@@ -50,7 +50,7 @@ fn lenient_passes_are_offered_what_was_recorded_and_keep_its_log_probs() {
     assert!(!rows[1].contains_key("num_reused_tokens"));
     let num_tokens: usize = all.iter().filter(|s| s.epoch == 1).map(|s| s.response_token_ids.len()).sum();
     assert_eq!(number(&rows[2], "num_reused_tokens") + number(&rows[3], "num_reused_tokens"), num_tokens as f64);
-    assert_eq!(number(&rows[3], "rollout_train_log_prob_diff_max"), 0.0, "reused tokens are no gap of kernels");
+    assert!(!rows[3].contains_key("rollout_train_log_prob_diff_max"), "reused tokens are no gap of kernels");
 }
 
 /// A resumed run reads back the steps before its checkpoint, and not those after.
