@@ -59,6 +59,11 @@ impl Gate {
         self.opened.notify_all();
     }
 
+    /// A thread waits here, and nobody has let it through.
+    pub fn is_holding(&self) -> bool {
+        self.is_reached() && !*self.is_open.lock().expect("no thread panics here")
+    }
+
     pub fn is_reached(&self) -> bool {
         self.num_waiting.load(Ordering::SeqCst) > 0
     }

@@ -42,7 +42,7 @@ impl Run {
 
     /// Time passes where nobody but a worker that hangs has anything to do.
     fn pass_time_if_stuck(&self) {
-        let is_stuck = |worker: &&Arc<FakeRollout>| worker.manner == Manner::Stalls && worker.gate.is_reached();
+        let is_stuck = |worker: &&Arc<FakeRollout>| worker.manner == Manner::Stalls && worker.gate.is_holding();
         let Some(stuck) = self.workers.iter().find(is_stuck) else { return };
         let others = self.fleet.workers().into_iter().filter(|w| w.name != stuck.name);
         if others.map(|w| w.in_flight).sum::<usize>() == 0 && self.status(stuck.name).in_flight > 0 {
