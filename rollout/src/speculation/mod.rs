@@ -91,7 +91,7 @@ pub enum DrafterKind {
     Suffix,
     /// [`ReplayDrafter`].
     Replay,
-    /// [`ModelDrafter`](crate::ModelDrafter).
+    /// [`ModelDrafter`].
     Model,
 }
 
