@@ -11,7 +11,7 @@ use super::math::{exp, ln, load_lanes, store_lanes};
 use super::parallel::SharedMut;
 use super::simd::{Kernel, Simd};
 use super::{AlignedVec, CpuDevice};
-use crate::{LmHead, LmHeadGrad, PackedLinear, Store, TokenStats, View};
+use crate::{LmHead, LmHeadGrad, LmHeadTrain, PackedLinear, RowGrads, Store, TokenStats, View};
 use std::sync::{Mutex, PoisonError};
 
 /// Logits of a forward chunk: 16 MiB, which stays in the last-level cache.
@@ -20,8 +20,6 @@ const FORWARD_LOGITS: usize = 4 << 20;
 pub(super) const BACKWARD_LOGITS: usize = 24 << 20;
 /// Rows of a chunk at least, so that the matrix products stay efficient.
 const MIN_CHUNK_ROWS: usize = 16;
-/// Rows of a backward chunk that go from logits to gradients at once: they stay in the caches from pass to pass.
-const LAW_ROWS: usize = 16;
 /// Chunks are multiples of this where they are larger, so that row tiles come out even.
 const ROW_TILE: usize = 12;
 
@@ -168,51 +166,46 @@ impl Kernel for LogitGrads<'_> {
 /// `dhidden[T, D]` is written, `dweight[V, D]` added to; logits are recomputed by row chunks. Rows without a gradient
 /// take no part: they get zeros and add nothing.
 pub(crate) fn grad(dev: &CpuDevice, args: LmHeadGrad<'_>, dhidden: &mut [f32], dweight: &mut [f32]) {
-    let forward = args.forward;
+    let LmHeadGrad { forward, weight, d_log_probs, d_entropies } = args;
     check(&forward);
-    let (dim, num_rows) = (forward.head.shape().k, forward.targets.len());
     assert_eq!(dhidden.len(), forward.hidden.len(), "gradient of hidden rows");
-    assert_eq!(args.d_log_probs.len(), num_rows, "one log-prob gradient per row");
-    assert!(args.d_entropies.is_empty() || args.d_entropies.len() == num_rows, "one entropy gradient per row, or none");
-    let counts = |row: &usize| args.d_log_probs[*row] != 0.0 || args.d_entropies.get(*row).is_some_and(|d| *d != 0.0);
-    let rows: Vec<usize> = (0..num_rows).filter(counts).collect();
+    let (dim, num_rows) = (forward.head.shape().k, forward.targets.len());
+    let rows = rows_with_gradient((d_log_probs, d_entropies), num_rows);
+    let pick = |from: &[f32], rows: &[usize]| rows.iter().filter_map(|row| from.get(*row).copied()).collect();
+    let mut known = |asked: std::ops::Range<usize>, _: &TokenStats| RowGrads {
+        d_log_probs: pick(d_log_probs, &rows[asked.clone()]),
+        d_entropies: pick(d_entropies, &rows[asked]),
+    };
     if rows.len() == num_rows {
-        return grad_of_rows(dev, args, dhidden, dweight);
+        train(dev, LmHeadTrain { forward, weight }, &mut known, (dhidden, dweight));
+        return;
     }
-    dhidden.fill(0.0);
-    let pick = |from: &[f32]| rows.iter().filter_map(|row| from.get(*row).copied()).collect::<Vec<f32>>();
-    let hidden =
-        rows.iter().flat_map(|row| &forward.hidden.data[row * dim..(row + 1) * dim]).copied().collect::<Vec<_>>();
+    let hidden = gather(forward.hidden.data, dim, &rows);
     let targets: Vec<u32> = rows.iter().map(|row| forward.targets[*row]).collect();
-    let (d_log_probs, d_entropies) = (pick(args.d_log_probs), pick(args.d_entropies));
-    let forward = LmHead { hidden: View { data: &hidden }, targets: &targets, ..forward };
-    let args = LmHeadGrad { forward, d_log_probs: &d_log_probs, d_entropies: &d_entropies, ..args };
-    let mut picked = vec![0.0; hidden.len()];
-    grad_of_rows(dev, args, &mut picked, dweight);
-    for (row, picked) in rows.iter().zip(picked.chunks_exact(dim)) {
-        dhidden[row * dim..(row + 1) * dim].copy_from_slice(picked);
+    let picked = LmHead { hidden: View { data: &hidden }, targets: &targets, ..forward };
+    let mut d_picked = vec![0.0; hidden.len()];
+    train(dev, LmHeadTrain { forward: picked, weight }, &mut known, (&mut d_picked, dweight));
+    dhidden.fill(0.0);
+    scatter(&d_picked, dim, &rows, dhidden);
+}
+
+/// `rows` of `from[_, dim]`, one after another.
+fn gather(from: &[f32], dim: usize, rows: &[usize]) -> Vec<f32> {
+    rows.iter().flat_map(|row| &from[row * dim..(row + 1) * dim]).copied().collect()
+}
+
+/// Write rows that follow one another to where `rows` stand in `to[_, dim]`.
+fn scatter(from: &[f32], dim: usize, rows: &[usize], to: &mut [f32]) {
+    for (row, values) in rows.iter().zip(from.chunks_exact(dim)) {
+        to[row * dim..(row + 1) * dim].copy_from_slice(values);
     }
 }
 
-/// [`grad`] where every row has a gradient.
-fn grad_of_rows(dev: &CpuDevice, args: LmHeadGrad<'_>, dhidden: &mut [f32], dweight: &mut [f32]) {
-    let forward = args.forward;
-    let (shape, hidden) = (forward.head.shape(), forward.hidden.data);
-    for_chunks_of(dev, BACKWARD_LOGITS, hidden, (forward.head, forward.masked_ids), |first, logits| {
-        for (index, logits) in logits.chunks_mut(LAW_ROWS * shape.n).enumerate() {
-            let rows = first + index * LAW_ROWS..first + index * LAW_ROWS + logits.len() / shape.n;
-            let moments = if args.d_entropies.is_empty() { Moments::Skip } else { Moments::Take };
-            let laws = Laws::new(dev, logits, &vec![1.0 / forward.temperature; rows.len()], moments);
-            let d_entropies = args.d_entropies.get(rows.clone()).unwrap_or_default();
-            let outputs = (&args.d_log_probs[rows.clone()], d_entropies);
-            let all: Vec<usize> = (0..rows.len()).collect();
-            logit_grads(dev, &forward, LogitRows { laws: &laws, rows: &all, first: rows.start, outputs }, logits);
-        }
-        let rows = logits.len() / shape.n;
-        let span = first * shape.k..(first + rows) * shape.k;
-        gemm::input_grad(dev, logits, args.weight.data, forward.head, (&mut dhidden[span.clone()], Store::Write));
-        gemm::weight_grad(dev, (logits, &hidden[span]), shape, forward.head.dtype(), dweight);
-    });
+/// Which of `count` rows the loss depends on, given its gradients in the rows' log-probs and entropies.
+fn rows_with_gradient((d_log_probs, d_entropies): (&[f32], &[f32]), count: usize) -> Vec<usize> {
+    assert_eq!(d_log_probs.len(), count, "one log-prob gradient per row");
+    assert!(d_entropies.is_empty() || d_entropies.len() == count, "one entropy gradient per row, or none");
+    (0..count).filter(|row| d_log_probs[*row] != 0.0 || d_entropies.get(*row).is_some_and(|d| *d != 0.0)).collect()
 }
 
 /// Rows whose logits become gradients: some of those that follow `first`, of which all are in `laws` and `outputs`.

@@ -4,10 +4,10 @@
 //! the last-level cache. Gradients of rows that have any gather in memory until a backward chunk is full, because
 //! every chunk reads and writes the whole gradient of the weight.
 
-use super::{BACKWARD_LOGITS, FORWARD_LOGITS, LogitRows, add_stats, check, chunk_rows, logit_grads, masked_logits};
-use super::{Laws, Moments};
+use super::{BACKWARD_LOGITS, FORWARD_LOGITS, add_stats, check, chunk_rows, logit_grads, masked_logits};
+use super::{Laws, LogitRows, Moments, gather, rows_with_gradient, scatter};
 use crate::cpu::{CpuDevice, gemm};
-use crate::{LmHead, LmHeadTrain, RowGrads, RowLoss, Store, TokenStats};
+use crate::{LmHead, LmHeadTrain, RowLoss, Store, TokenStats};
 
 /// Gradients of logits that wait for their matrix products.
 struct Chunk<'a> {
@@ -63,7 +63,7 @@ impl Chunk<'_> {
         let mut said = TokenStats::default();
         add_stats(&mut said, &laws, logits, (&forward.targets[first..], inv_temperature));
         let grads = loss(first..first + count, &said);
-        let rows = rows_with_gradient(&grads, count);
+        let rows = rows_with_gradient((&grads.d_log_probs, &grads.d_entropies), count);
         for (place, row) in rows.iter().enumerate().filter(|(place, row)| place != *row) {
             logits.copy_within(row * shape.n..(row + 1) * shape.n, place * shape.n);
         }
@@ -87,19 +87,10 @@ impl Chunk<'_> {
             gemm::weight_grad(dev, (logits, &all[span]), head.shape(), head.dtype(), dweight);
             return;
         }
-        let hidden: Vec<f32> = rows.iter().flat_map(|row| &all[row * dim..(row + 1) * dim]).copied().collect();
+        let hidden = gather(all, dim, &rows);
         let mut picked = vec![0.0; hidden.len()];
         gemm::input_grad(dev, logits, args.weight.data, head, (&mut picked, Store::Write));
         gemm::weight_grad(dev, (logits, &hidden), head.shape(), head.dtype(), dweight);
-        for (row, picked) in rows.iter().zip(picked.chunks_exact(dim)) {
-            dhidden[row * dim..(row + 1) * dim].copy_from_slice(picked);
-        }
+        scatter(&picked, dim, &rows, dhidden);
     }
-}
-
-fn rows_with_gradient(grads: &RowGrads, count: usize) -> Vec<usize> {
-    let (log_probs, entropies) = (&grads.d_log_probs, &grads.d_entropies);
-    assert_eq!(log_probs.len(), count, "one log-prob gradient per row");
-    assert!(entropies.is_empty() || entropies.len() == count, "one entropy gradient per row, or none");
-    (0..count).filter(|row| log_probs[*row] != 0.0 || entropies.get(*row).is_some_and(|d| *d != 0.0)).collect()
 }
