@@ -192,9 +192,12 @@ impl RolloutService for Accounts {
 
     fn settle(&self, step: u64, samples: &[Settled]) -> ServiceResult<()> {
         samples.iter().try_for_each(|settled| self.books().settle(step, settled))?;
-        let restored = self.books().restored.clone();
-        let known: Vec<Settled> = samples.iter().filter(|s| !restored.contains(&s.group_id)).copied().collect();
-        self.books().restored.retain(|group| !samples.iter().any(|s| s.group_id == *group));
+        let mut books = self.books();
+        let known: Vec<Settled> = samples.iter().filter(|s| !books.restored.contains(&s.group_id)).copied().collect();
+        for settled in samples {
+            books.restored.remove(&settled.group_id);
+        }
+        drop(books);
         self.engine.settle(step, &known)
     }
 

@@ -270,18 +270,5 @@ fn with(parent: &Beam, candidate: &Candidate) -> (Vec<u32>, Vec<f32>) {
 
 /// A draw of the most likely id that is not banned, the lowest of equals.
 fn most_likely(banned_ids: &[u32]) -> SampleRow<'_> {
-    SampleRow {
-        temperature: 0.0,
-        top_p: 1.0,
-        top_k: 0,
-        min_p: 0.0,
-        repetition_penalty: 1.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        seen: &[],
-        logit_bias: &[],
-        allowed_ids: &[],
-        banned_ids,
-        uniform: 0.5,
-    }
+    SampleRow { banned_ids, ..SampleRow::plain(0.0, 0.5) }
 }

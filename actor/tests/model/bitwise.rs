@@ -201,20 +201,7 @@ fn generate(policy: &PackedPolicy, prompts: &[Vec<u32>], temperature: f32) -> (V
             })
             .collect();
         paged.step(&chunks);
-        let law = |s: usize| SampleRow {
-            temperature,
-            top_p: 1.0,
-            top_k: 0,
-            min_p: 0.0,
-            repetition_penalty: 1.0,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            seen: &[],
-            logit_bias: &[],
-            allowed_ids: &[],
-            banned_ids: &[],
-            uniform: uniform53(s as u64, tokens[s].len() as u64),
-        };
+        let law = |s: usize| SampleRow::plain(temperature, uniform53(s as u64, tokens[s].len() as u64));
         let laws: Vec<SampleRow<'_>> = (0..prompts.len()).map(law).collect();
         let drawn = policy.sample(&mut paged.workspace, &rows, &laws);
         for (s, drawn) in drawn.into_iter().enumerate() {

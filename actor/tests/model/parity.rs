@@ -46,20 +46,7 @@ fn greedy_outputs_match_transformers() {
 }
 
 fn greedy() -> SampleRow<'static> {
-    SampleRow {
-        temperature: 0.0,
-        top_p: 1.0,
-        top_k: 0,
-        min_p: 0.0,
-        repetition_penalty: 1.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        seen: &[],
-        logit_bias: &[],
-        allowed_ids: &[],
-        banned_ids: &[],
-        uniform: 0.5,
-    }
+    SampleRow::plain(0.0, 0.5)
 }
 
 #[test]

@@ -276,6 +276,26 @@ pub struct SampleRow<'a> {
     pub uniform: f64,
 }
 
+impl SampleRow<'_> {
+    /// A draw from the whole law at `temperature` by `uniform`, without penalties, biases or bans.
+    pub const fn plain(temperature: f32, uniform: f64) -> Self {
+        SampleRow {
+            temperature,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            seen: &[],
+            logit_bias: &[],
+            allowed_ids: &[],
+            banned_ids: &[],
+            uniform,
+        }
+    }
+}
+
 /// A drawn token.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampled {

@@ -106,20 +106,7 @@ pub(crate) fn respond(request: &GroupRequest, sample_index: usize) -> (Vec<u32>,
     let mut history = request.prompt_token_ids.clone();
     let mut log_probs = Vec::new();
     for _ in 0..request.sampling.max_new_tokens {
-        let row = SampleRow {
-            temperature: 1.0,
-            top_p: 1.0,
-            top_k: 0,
-            min_p: 0.0,
-            repetition_penalty: 1.0,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            seen: &[],
-            logit_bias: &[],
-            allowed_ids: &[],
-            banned_ids: &[],
-            uniform: uniform53(request.seeds[sample_index], history.len() as u64),
-        };
+        let row = SampleRow::plain(1.0, uniform53(request.seeds[sample_index], history.len() as u64));
         let drawn = sample(history.iter().fold(7, |h, &token| mix(h, token)), &row);
         history.push(drawn.token_id);
         log_probs.push(drawn.log_prob);

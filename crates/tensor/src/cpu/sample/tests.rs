@@ -3,20 +3,7 @@ use crate::CpuConfig;
 use temper_types::{Philox, uniform53};
 
 fn plain(uniform: f64) -> SampleRow<'static> {
-    SampleRow {
-        temperature: 1.0,
-        top_p: 1.0,
-        top_k: 0,
-        min_p: 0.0,
-        repetition_penalty: 1.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        seen: &[],
-        logit_bias: &[],
-        allowed_ids: &[],
-        banned_ids: &[],
-        uniform,
-    }
+    SampleRow::plain(1.0, uniform)
 }
 
 fn device(num_threads: usize) -> CpuDevice {
