@@ -18,16 +18,23 @@ impl Clock for NoTime {
     }
 }
 
-/// A Llama of 61 ids with random weights.
+/// A policy of 61 ids with random weights.
 #[derive(Debug, Clone, Copy)]
 pub struct Model {
     pub seed: u64,
+    pub family: Family,
+    pub dtype: DType,
 }
 
 impl Model {
+    /// A Llama in f32.
+    pub fn llama(seed: u64) -> Self {
+        Model { seed, family: Family::Llama, dtype: DType::F32 }
+    }
+
     /// Its packed weights on a device of two threads.
     pub fn policy(self) -> (Arc<dyn Device>, Arc<RwLock<PackedPolicy>>) {
-        let family = Family::Llama;
+        let family = self.family;
         let json = serde_json::json!({
             "model_type": family.model_type(),
             "architectures": [format!("{}ForCausalLM", family.class_prefix())],
@@ -40,7 +47,7 @@ impl Model {
         let config = ModelConfig::from_json(json, Path::new("config.json")).expect("a valid configuration");
         let device: Arc<dyn Device> = Arc::new(CpuDevice::new(CpuConfig { num_threads: 2, isa: None }));
         let params = ParamStore::init(&*device, &config, self.seed);
-        let policy = PackedPolicy::new(&device, &params, &config, DType::F32);
+        let policy = PackedPolicy::new(&device, &params, &config, self.dtype);
         (device, Arc::new(RwLock::new(policy)))
     }
 }

@@ -1,8 +1,6 @@
 //! A policy that drafts for another: the same bits with and without, and everything kept where it is the same policy.
 
-mod common;
-
-use common::{Model, engine_of, run_all};
+use crate::support::{Model, engine_of, run_all};
 use temper_proto::{GroupRequest, GroupResult};
 use temper_rollout::speculation::{Budget, ModelDrafter};
 use temper_rollout::{EngineConfig, Model as _, PolicyModel, Speculation, SpeculationConfig, Speculative};
@@ -26,12 +24,12 @@ fn content(results: &[GroupResult]) -> Vec<(Vec<u32>, Vec<u32>)> {
 
 #[test]
 fn a_draft_model_changes_no_bit_and_is_right_where_it_is_the_model() {
-    let target = Model { seed: 5 };
+    let target = Model::llama(5);
     let expected = run_all(&mut engine_of(target), requests());
     let mut rates = Vec::new();
     for seed in [5, 6] {
         let mut engine = engine_of(target);
-        let (device, policy) = Model { seed }.policy();
+        let (device, policy) = Model::llama(seed).policy();
         let config = EngineConfig { block_size: 16, max_num_seqs: 8, ..EngineConfig::default() };
         let (model, limits) = PolicyModel::new(device, policy, &config).expect("limits within range");
         let drafter = ModelDrafter::new(model, limits, engine.model().limits()).expect("one vocabulary");

@@ -1,8 +1,6 @@
 //! Beam search over a random policy against references that compute every prefix on its own.
 
-mod common;
-
-use common::{Model, engine_of, engine_with, run_all};
+use crate::support::{Model, engine_of, engine_with, run_all};
 use std::collections::BTreeMap;
 use temper_proto::GroupRequest;
 use temper_rollout::{BeamHypothesis, BeamSpec, Engine, EngineConfig, PolicyModel};
@@ -105,15 +103,15 @@ fn the_search_equals_a_plain_one() {
     let stop_token_ids: Vec<u32> = (0..VOCAB).step_by(9).collect();
     for (seed, width, length_penalty) in [(5, 3, 1.0), (6, 2, 0.0), (7, 2, -0.5)] {
         let spec = BeamSpec { width, length_penalty, max_new_tokens: 4, stop_token_ids: stop_token_ids.clone() };
-        check(Model { seed }, &spec);
+        check(Model::llama(seed), &spec);
     }
-    check(Model { seed: 8 }, &BeamSpec { width: 3, length_penalty: 1.0, max_new_tokens: 3, stop_token_ids: vec![] });
+    check(Model::llama(8), &BeamSpec { width: 3, length_penalty: 1.0, max_new_tokens: 3, stop_token_ids: vec![] });
 }
 
 /// As wide as the vocabulary, the search over two tokens is exhaustive: its best is the best of all.
 #[test]
 fn a_beam_as_wide_as_the_vocabulary_finds_the_best_of_all() {
-    let model = Model { seed: 5 };
+    let model = Model::llama(5);
     let mut oracle = Oracle::new(model);
     let first = oracle.log_probs(&[]);
     let mut best = (Vec::new(), f64::NEG_INFINITY);
@@ -133,7 +131,7 @@ fn a_beam_as_wide_as_the_vocabulary_finds_the_best_of_all() {
 
 #[test]
 fn a_search_that_does_not_fit_is_refused_and_leaves_the_engine_whole() {
-    let model = Model { seed: 5 };
+    let model = Model::llama(5);
     let config = EngineConfig { num_blocks: 8, ..EngineConfig::default() };
     let mut engine = engine_with(model, &config);
     let spec = |width, max_new_tokens, stop: &[u32]| BeamSpec {

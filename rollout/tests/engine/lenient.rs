@@ -1,8 +1,6 @@
 //! The law of lenient replay over a random policy: not the policy's, and off by the amount that theory says.
 
-mod common;
-
-use common::{Model, engine_of, run_all};
+use crate::support::{Model, engine_of, run_all};
 use temper_proto::{EarlierResponse, GroupRequest, Reuse};
 use temper_types::{GroupId, SamplingParams};
 
@@ -58,7 +56,7 @@ fn chi_square_under(actual: &[f64], law: &[f64]) -> (f64, f64) {
 
 #[test]
 fn the_law_is_the_predicted_one_and_not_the_policys() {
-    let (old, new) = (Model { seed: 5 }, Model { seed: 6 });
+    let (old, new) = (Model::llama(5), Model::llama(6));
     let (p_old, p_new) = (law(old), law(new));
     assert!((p_new.iter().sum::<f64>() - 1.0).abs() < 1e-4);
     let first = run_all(&mut engine_of(old), vec![request(0..NUM_SAMPLES)]).remove(0);
@@ -96,7 +94,7 @@ fn the_law_is_the_predicted_one_and_not_the_policys() {
 /// Sampling without reuse passes the same test that lenient replay fails.
 #[test]
 fn plain_draws_follow_the_policy() {
-    let new = Model { seed: 6 };
+    let new = Model::llama(6);
     let samples = run_all(&mut engine_of(new), vec![request(0..NUM_SAMPLES)]).remove(0).samples;
     let mut counts = vec![0.0; VOCAB];
     samples.iter().for_each(|sample| counts[sample.token_ids[0] as usize] += 1.0);
@@ -106,7 +104,7 @@ fn plain_draws_follow_the_policy() {
 
 #[test]
 fn unchanged_weights_reuse_everything_at_l_1() {
-    let model = Model { seed: 5 };
+    let model = Model::llama(5);
     let mut first = request(0..40);
     first.sampling.max_new_tokens = 25;
     let said = run_all(&mut engine_of(model), vec![first.clone()]).remove(0);
