@@ -18,7 +18,6 @@
 //! - Every accepted group ends with exactly one result, and every block of the pool has a known owner.
 
 mod beam;
-mod bench;
 mod block_manager;
 mod clock;
 mod config;
@@ -33,7 +32,6 @@ mod stop;
 mod weight_receiver;
 
 pub use beam::{BeamHypothesis, BeamSpec};
-pub use bench::{BenchReport, BenchSpec, measure_generation};
 pub use block_manager::{BlockCopy, BlockHash, BlockManager, BlockTable, OutOfBlocks};
 pub use clock::{Clock, SystemClock};
 pub use config::{EngineConfig, SchedulerLimits};

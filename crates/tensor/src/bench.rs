@@ -1,6 +1,6 @@
-//! Speed of the CPU's matrix products, as `temper bench gemm` prints it.
+//! Speed of the CPU's matrix products and memory, as `temper bench` prints it.
 
-use crate::cpu::{CpuDevice, peak_probe};
+use crate::cpu::{CpuDevice, peak_probe, read_probe};
 use crate::{Buffer, DType, Device, LinearShape, PackedLinear, Reduction, Store};
 use std::time::{Duration, Instant};
 
@@ -35,6 +35,21 @@ pub fn measure_peak(dev: &CpuDevice, dtype: DType) -> f64 {
         best = best.max(operations as f64 / start.elapsed().as_secs_f64());
     }
     best / 1e9
+}
+
+/// The highest rate at which this device's threads together read what no cache holds.
+///
+/// # Units
+/// Bytes a second.
+pub fn measure_read_rate(dev: &CpuDevice) -> f64 {
+    let memory = dev.upload(&ramp(COLD_BYTES / size_of::<f32>()));
+    let mut best = 0.0f64;
+    for _ in 0..10 {
+        let start = Instant::now();
+        read_probe(dev, memory.all());
+        best = best.max(COLD_BYTES as f64 / start.elapsed().as_secs_f64());
+    }
+    best
 }
 
 /// The median rate of one product over runs on changing weights.

@@ -5,6 +5,7 @@ mod gemm;
 mod group;
 mod grpo;
 mod rollout;
+mod roofline;
 mod samples;
 mod train;
 

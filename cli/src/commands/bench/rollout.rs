@@ -1,6 +1,7 @@
 //! `temper bench rollout`: generation through the rollout service.
 
 use super::group::GroupTimes;
+use super::roofline::Roofline;
 use super::samples::{at_least_one, median, peak_rss_mb, random_ids, round, spread};
 use crate::commands::common::compute::ComputeArgs;
 use crate::commands::common::engine::{Generator, Naming};
@@ -19,7 +20,9 @@ use temper_types::{GroupId, PromptId, SamplingParams, derive_seed};
 ///
 /// A run is timed from the submission of all prompts to the last finished response. decode_tok_s is
 /// batch * (new - 1) / (time of a whole run - time of a run with one new token), prefill_tok_s is batch * prompt / time
-/// of a run with one new token, tokens_per_second is batch * new / time of a whole run.
+/// of a run with one new token, tokens_per_second is batch * new / time of a whole run. roofline is what decoding
+/// could reach where every step reads each weight, key and value once at the rate at which this machine's memory is read,
+/// or computes at its peak, whichever takes longer.
 #[derive(clap::Args)]
 pub struct Rollout {
     /// Hugging Face model directory.
@@ -55,7 +58,8 @@ impl Rollout {
         let new_tokens = self.new_tokens as usize;
         at_least_one(&[("--batch", self.batch), ("--prompt-len", self.prompt_len), ("--new-tokens", new_tokens)])?;
         at_least_one(&[("--runs", self.runs), ("--group", self.group.unwrap_or(1))])?;
-        let vocab_size = ModelConfig::load(&self.model)?.vocab_size;
+        let config = ModelConfig::load(&self.model)?;
+        let vocab_size = config.vocab_size;
         let generator = Generator::load(&self.model, &self.compute, Naming::None, &self.speculation.engine()?)?;
         self.time(&generator, vocab_size, 0, self.new_tokens)?;
         let timed = |new_tokens, first: u64| {
@@ -67,7 +71,8 @@ impl Rollout {
         let whole = timed(self.new_tokens, 1 + self.runs as u64)?;
         let lens = (vocab_size, self.prompt_len);
         let group = self.group.map(|n| GroupTimes::measure(&generator, n, lens, self.runs)).transpose()?;
-        self.report(&generator, (&short, &whole), group.as_ref())
+        let roofline = Roofline::measure(&config, generator.dtype, self.compute.threads);
+        self.report(&generator, (&short, &whole), (&roofline, group.as_ref()))
     }
 
     /// Seconds of one run.
@@ -98,13 +103,14 @@ impl Rollout {
         &self,
         generator: &Generator,
         (short, whole): (&[f64], &[f64]),
-        group: Option<&GroupTimes>,
+        (roofline, group): (&Roofline, Option<&GroupTimes>),
     ) -> Result<()> {
         let (batch, new_tokens) = (self.batch as f64, f64::from(self.new_tokens));
         let (prefill_s, total_s) = (median(short), median(whole));
         let decode = (new_tokens > 1.0).then(|| batch * (new_tokens - 1.0) / (total_s - prefill_s));
         let rate = batch * new_tokens / total_s;
         let prefill = batch * self.prompt_len as f64 / prefill_s;
+        let bound = roofline.decode_tok_s(batch, self.prompt_len as f64 + new_tokens / 2.0);
         let rss = peak_rss_mb();
         let stats = generator.service.stats();
         if self.json {
@@ -116,15 +122,16 @@ impl Rollout {
                 "spread": round(spread(whole)), "samples_s": whole, "samples_tok_s": rates,
                 "prefill_samples_s": short, "rss_mb": rss,
                 "metrics": stats.metrics().into_iter().collect::<BTreeMap<_, _>>(), "speculation": stats.speculation,
-                "group": group.map(GroupTimes::to_json),
+                "group": group.map(GroupTimes::to_json), "roofline": roofline.to_json(bound, decode),
             });
             return print(&format!("{object}\n"));
         }
+        let roofline = roofline.to_text(bound, decode);
         let decode = decode.map_or_else(String::new, |d| format!(", decode {d:.0}"));
         let memory = rss.map_or_else(String::new, |mb| format!(", peak memory {mb} MiB"));
         let group = group.map_or_else(String::new, |group| format!("{}\n", group.to_text()));
         print(&format!(
-            "{} x ({} + {}), {}: {rate:.0} tokens/s{decode}, prefill {prefill:.0}, spread {:.2} over {} runs{memory}\n{group}",
+            "{} x ({} + {}), {}: {rate:.0} tokens/s{decode}, prefill {prefill:.0}, spread {:.2} over {} runs{memory}\n{roofline}\n{group}",
             self.batch,
             self.prompt_len,
             self.new_tokens,

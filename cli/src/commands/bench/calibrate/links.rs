@@ -5,7 +5,7 @@ use crate::plan::Link;
 use anyhow::{Context, Result};
 use std::net::TcpListener;
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use temper_actor::{CheckpointReader, PackedPolicy, ParamStore, UnitShapes};
 use temper_collective::{Collective, SocketConfig, connect, connect_threads, shard_ranges};
 use temper_proto::TrainerService;
@@ -21,34 +21,6 @@ const SMALL: usize = 256;
 const LARGE: usize = 4 << 20;
 /// Operations of one timing.
 const OPERATIONS: usize = 16;
-
-/// Bytes in a second that all cores together read from memory.
-pub(super) fn memory_rate(threads: usize) -> f64 {
-    let values = vec![1.0f32; 32 << 20];
-    let part = values.len().div_ceil(threads.max(1));
-    let mut best = 0.0f64;
-    for _ in 0..3 {
-        let begin = Instant::now();
-        std::thread::scope(|scope| {
-            for chunk in values.chunks(part) {
-                scope.spawn(move || std::hint::black_box(sum(chunk)));
-            }
-        });
-        best = best.max(4.0 * values.len() as f64 / begin.elapsed().as_secs_f64());
-    }
-    best
-}
-
-/// Sixteen sums side by side, so that memory is what is waited for.
-fn sum(values: &[f32]) -> f32 {
-    let mut sums = [0.0f32; 16];
-    for chunk in values.chunks_exact(16) {
-        for (sum, value) in sums.iter_mut().zip(chunk) {
-            *sum += value;
-        }
-    }
-    sums.iter().sum()
-}
 
 /// Between ranks in one process.
 pub(super) fn threads(shapes: &UnitShapes) -> Result<Link> {

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use temper_proto::TokenSequence;
-use temper_tensor::bench::measure_peak;
+use temper_tensor::bench::{measure_peak, measure_read_rate};
 use temper_tensor::{CpuConfig, CpuDevice, Device};
 use temper_trainer::{LocalTrainerService, Trainer};
 use temper_types::DType;
@@ -144,7 +144,7 @@ pub fn calibrate(planned: &Planned) -> Result<Calibration> {
     let cpu = CpuDevice::new(CpuConfig { num_threads: planned.recipe.placement.threads, isa: None });
     let info = cpu.info();
     let dtype = planned.dtype;
-    let peak_gflops = measure_peak(&cpu, dtype);
+    let (peak_gflops, memory_bytes_per_second) = (measure_peak(&cpu, dtype), measure_read_rate(&cpu));
     let device: Arc<dyn Device> = Arc::new(cpu);
     let expected = planned.work.expected;
     let lengths =
@@ -167,7 +167,7 @@ pub fn calibrate(planned: &Planned) -> Result<Calibration> {
         prompt_tokens: lengths.0,
         response_tokens: lengths.1,
         peak_gflops,
-        memory_bytes_per_second: links::memory_rate(info.num_threads),
+        memory_bytes_per_second,
         process_bytes,
         start: generation.start,
         decode: generation.decode,
