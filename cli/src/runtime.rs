@@ -237,5 +237,6 @@ fn run_spec(
         },
         staleness: recipe.placement.staleness,
         generation: staleness::generation(recipe),
+        scoring: staleness::scoring(recipe),
     })
 }

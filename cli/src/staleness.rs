@@ -1,7 +1,8 @@
-//! Batches generated ahead of their step: what a recipe may ask for, and what that means for its run.
+//! What overlaps in a run: batches generated ahead of their step, and scoring beside generation. What a recipe may ask
+//! for, and what that means for its run.
 
 use crate::recipe::{Placement, PlacementMode, Recipe, RecipeError, Source};
-use temper_controller::{Generation, MAX_STALENESS, PolicyStage, Stage};
+use temper_controller::{Generation, MAX_STALENESS, PolicyStage, Scoring, Stage};
 use temper_reward::{RewardKind, RewardModelSource};
 
 /// Check `placement.staleness`.
@@ -29,6 +30,23 @@ pub fn generation(recipe: &Recipe) -> Generation {
     match recipe.placement.mode {
         PlacementMode::Processes if !asks_the_trainer(recipe) => Generation::DuringTraining,
         PlacementMode::Processes | PlacementMode::Embedded => Generation::BeforeTraining,
+    }
+}
+
+/// Calls of reward workers that may be under way at once.
+const MAX_SCORE_CALLS: usize = 64;
+
+/// When responses are scored. A reward model in the engine's own process computes where the engine does: it waits until
+/// the engine is done. One process scores one group after another, so that the breaker of a reward sees the samples of
+/// two equal runs in one order.
+pub fn scoring(recipe: &Recipe) -> Scoring {
+    let is_model = |kind: &RewardKind| matches!(kind, RewardKind::RewardModel(_));
+    let has_model = recipe.reward.components.iter().any(|component| is_model(&component.kind));
+    match recipe.placement.mode {
+        _ if !recipe.placement.stream_rewards => Scoring::AfterGeneration,
+        PlacementMode::Embedded if has_model => Scoring::AfterGeneration,
+        PlacementMode::Embedded => Scoring::AsGroupsEnd { max_calls: 1 },
+        PlacementMode::Processes => Scoring::AsGroupsEnd { max_calls: MAX_SCORE_CALLS },
     }
 }
 

@@ -1,4 +1,4 @@
-//! From prompts to scored samples: groups are generated, scored, filtered, and refilled where too few are left.
+//! From prompts to scored samples: groups are generated and scored, filtered, and refilled where too few are left.
 //!
 //! consumes: prompts of the stage's dataset
 //! produces: scored samples of at most `prompts_per_step` groups, and a greedy response per prompt where it is needed
@@ -8,10 +8,10 @@ use crate::components::{OVERLONG_PENALTY, STOP_PROPERLY_PENALTY};
 use crate::reuse::Offers;
 use crate::rollouts::{Group, Rollouts};
 use crate::state::Draws;
-use crate::{Error, Phase, PolicyStage};
+use crate::{Error, PolicyStage};
 use std::sync::Arc;
 use temper_algos::filters;
-use temper_proto::{ScoreRequest, Unused};
+use temper_proto::Unused;
 use temper_types::{FinishReason, PromptRow, RewardComponent, RewardOutcome, Sample};
 
 /// Generates one batch, with all that it needs: the loop goes on beside it or waits.
@@ -29,6 +29,8 @@ pub(crate) struct Collector {
     pub(crate) offers: Option<Offers>,
     /// What is there so far.
     pub(crate) batch: Batch,
+    /// Time in which responses were scored while others were generated.
+    pub(crate) reward_overlap_seconds: f64,
 }
 
 /// A batch, and where its stage stands after it.
@@ -44,8 +46,8 @@ impl Collector {
         let is_filtered = self.stage.algorithm.plan().filter_groups;
         let mut num_groups = 0;
         while num_groups < self.stage.prompts_per_step {
-            let groups = self.generate(self.stage.prompts_per_step - num_groups)?;
-            let groups = self.score(groups)?;
+            let mut groups = self.generate(self.stage.prompts_per_step - num_groups)?;
+            groups.iter_mut().for_each(|group| self.weigh(group));
             self.batch.numbers.num_gen_batches += 1;
             for group in groups {
                 self.batch.numbers.count_generated(&group.samples);
@@ -67,6 +69,7 @@ impl Collector {
             return Err(self.nothing_found());
         }
         self.batch.columns = self.curriculum_columns();
+        self.batch.columns.push(("reward_overlap_seconds".to_owned(), self.reward_overlap_seconds));
         Ok(Collected { batch: self.batch, draws: self.draws })
     }
 
@@ -80,23 +83,10 @@ impl Collector {
         Error::NothingToTrain { step: self.batch.step, cause }
     }
 
-    fn score(&mut self, mut groups: Vec<Group>) -> Result<Vec<Group>, Error> {
-        self.rollouts.place.enter(Phase::Reward);
-        let begin = self.rollouts.clock.elapsed();
-        let requests: Vec<ScoreRequest> = groups.iter().flat_map(Group::all).map(ScoreRequest::of).collect();
-        let outcomes = self.rollouts.place.attribute(self.rollouts.services.reward.score(&requests))?;
-        let seconds = (self.rollouts.clock.elapsed() - begin).as_secs_f64();
-        self.batch.numbers.reward_seconds += seconds;
-        let share = seconds / requests.len().max(1) as f64;
-        for (sample, outcome) in groups.iter_mut().flat_map(Group::all_mut).zip(outcomes) {
-            sample.outcome = Some(outcome);
-            sample.timings.reward_seconds = share;
-        }
-        for group in &mut groups {
-            self.observe_pass_rate(group);
-            group.all_mut().for_each(|sample| penalise_length(&self.stage, sample));
-        }
-        Ok(groups)
+    /// What follows from the outcomes of a group: its prompt's pass rate, and penalties of length.
+    fn weigh(&mut self, group: &mut Group) {
+        self.observe_pass_rate(group);
+        group.all_mut().for_each(|sample| penalise_length(&self.stage, sample));
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::{
     CriticConfig, DistillStage, Error, OnlinePreferenceStage, PreferenceStage, ReferenceConfig, RewardModelStage,
+    Scoring,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -416,6 +417,8 @@ pub struct RunSpec {
     pub staleness: u32,
     /// When the next batch is generated where `staleness` lets it be generated ahead.
     pub generation: Generation,
+    /// When responses are scored.
+    pub scoring: Scoring,
     /// What a later pass over a prompt has of the pass before.
     pub replay: ReplaySpec,
 }

@@ -124,6 +124,7 @@ impl Controller {
             draws: self.state.draws(),
             batch: Batch { step, temperature: stage.sampling.temperature, ..Batch::default() },
             offers,
+            reward_overlap_seconds: 0.0,
         })
     }
 

@@ -47,6 +47,11 @@ impl Place {
     }
 
     pub(crate) fn error(&self, source: ServiceError) -> Error {
-        Error::Service { step: self.step, phase: self.phase.name(), source: Box::new(source) }
+        self.error_in(self.phase, source)
+    }
+
+    /// The same of work that belongs to another phase.
+    pub(crate) fn error_in(&self, phase: Phase, source: ServiceError) -> Error {
+        Error::Service { step: self.step, phase: phase.name(), source: Box::new(source) }
     }
 }

@@ -3,11 +3,14 @@
 use crate::accounts::{dropped, settled};
 use crate::collect::Collector;
 use crate::place::Place;
+use crate::scoring::{ScoreLine, Scoring};
 use crate::{Clock, Controller, Error, Phase, PolicyStage, ReplaySpec, Services};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
-use temper_proto::{Fate, GeneratedSample, GroupRequest, GroupResult, ServiceError, Settled, Unused};
+use temper_proto::{
+    Fate, GeneratedSample, GroupRequest, GroupResult, ScoreRequest, ServiceError, ServiceResult, Settled, Unused,
+};
 use temper_types::{ErrorCode, GroupId, PromptRow, Sample, SampleIndex, SamplingParams, Step, derive_seed};
 
 /// Prompts with the pass over the data in which they were drawn.
@@ -48,14 +51,15 @@ impl Controller {
             clock: Arc::clone(&self.clock),
             timeout: Duration::from_secs_f64(self.spec.rollout_timeout_seconds),
             replay: self.spec.replay,
+            scoring: self.spec.scoring,
             place,
         }
     }
 }
 
 impl Collector {
-    /// Draw the next prompts of the stage and answer each `num_generations` times, and once greedily where the
-    /// algorithm needs that.
+    /// Draw the next prompts of the stage, answer each `num_generations` times, and once greedily where the algorithm
+    /// needs that, and score every group: while the others are generated, where the run scores so.
     pub(crate) fn generate(&mut self, num_prompts: usize) -> Result<Vec<Group>, Error> {
         self.rollouts.place.enter(Phase::Rollout);
         let begin = self.rollouts.clock.elapsed();
@@ -70,19 +74,78 @@ impl Collector {
             requests.extend(greedy);
         }
         self.draws.next_group_id += requests.len() as u64;
-        let mut results = self.rollouts.run_groups(requests.clone())?;
-        self.batch.numbers.rollout_seconds += (self.rollouts.clock.elapsed() - begin).as_secs_f64();
-        let greedy = results.split_off(rows.len());
-        self.rollouts.settle(&dropped(&greedy, Unused::Baseline))?;
-        let groups = rows.iter().zip(&requests).zip(results);
-        let to_samples = |row, request, result| self.rollouts.to_samples((row, self.batch.step), request, result);
-        let samples = groups.map(|(((row, _), request), result)| to_samples(row, request, result));
-        let mut groups: Vec<Group> =
-            draws.iter().zip(samples).map(|(d, samples)| Group { row: d.index, samples, baseline: None }).collect();
-        for ((group, (row, _)), (request, result)) in groups.iter_mut().zip(&rows).zip(requests.iter().zip(greedy)) {
-            group.baseline = to_samples(row, request, result).pop().map(|s| as_baseline(s, &self.stage));
+        let parts = draws.iter().map(|d| Group { row: d.index, samples: Vec::new(), baseline: None });
+        let asked = Asked { rows, requests, groups: parts.collect(), greedy: Vec::new() };
+        self.answer(asked, begin)
+    }
+
+    /// Groups with their samples and outcomes, in the order of the requests.
+    fn answer(&mut self, mut asked: Asked, begin: Duration) -> Result<Vec<Group>, Error> {
+        let (step, stage) = (self.batch.step, &self.stage);
+        let line = self.rollouts.score_line();
+        let scored = std::thread::scope(|scope| {
+            let _closing = line.closing();
+            let rollouts = &self.rollouts;
+            rollouts.each_group(asked.requests.clone(), &mut |index, result| match asked.take_in(
+                rollouts,
+                (step, stage),
+                index,
+                result,
+            ) {
+                Some((place, requests)) => rollouts.score_beside(Phase::Reward, line.push(scope, place, requests)),
+                None => Ok(()),
+            })?;
+            let (generated, overlap) = (self.rollouts.clock.elapsed(), line.busy());
+            self.batch.numbers.rollout_seconds += (generated - begin).as_secs_f64();
+            self.reward_overlap_seconds += overlap.as_secs_f64();
+            self.rollouts.settle(&asked.greedy)?;
+            self.rollouts.place.enter(Phase::Reward);
+            let scored = self.rollouts.place.attribute(line.finish())?;
+            self.batch.numbers.reward_seconds += (self.rollouts.clock.elapsed() - generated).as_secs_f64();
+            Ok::<_, Error>(scored)
+        })?;
+        for (group, scored) in asked.groups.iter_mut().zip(scored) {
+            for (sample, outcome) in group.all_mut().zip(scored.outcomes) {
+                sample.outcome = Some(outcome);
+                sample.timings.reward_seconds = scored.seconds_each;
+            }
         }
-        Ok(groups)
+        Ok(asked.groups)
+    }
+}
+
+/// What was asked of the engines, and what of it is there.
+struct Asked {
+    rows: DrawnRows,
+    /// One a row; greedy ones behind them, where there are any.
+    requests: Vec<GroupRequest>,
+    groups: Vec<Group>,
+    /// Fates of greedy responses.
+    greedy: Vec<Settled>,
+}
+
+impl Asked {
+    /// Take in a finished request. Gives the place of the group that is whole now, and what is to be scored of it.
+    fn take_in(
+        &mut self,
+        rollouts: &Rollouts,
+        (step, stage): (u64, &PolicyStage),
+        index: usize,
+        result: GroupResult,
+    ) -> Option<(usize, Vec<ScoreRequest>)> {
+        let num_rows = self.rows.len();
+        let place = index % num_rows;
+        let (group, row) = (&mut self.groups[place], (&self.rows[place].0, step));
+        if index < num_rows {
+            group.samples = rollouts.to_samples(row, &self.requests[place], result);
+        } else {
+            self.greedy.extend(dropped(std::slice::from_ref(&result), Unused::Baseline));
+            let mut samples = rollouts.to_samples(row, &self.requests[place], result);
+            group.baseline = samples.pop().map(|sample| as_baseline(sample, stage));
+        }
+        let needs_baseline = self.requests.len() > num_rows;
+        let is_whole = !group.samples.is_empty() && group.baseline.is_some() == needs_baseline;
+        is_whole.then(|| (place, group.all().map(ScoreRequest::of).collect()))
     }
 }
 
@@ -93,6 +156,7 @@ pub(crate) struct Rollouts {
     /// Longest wait for one finished group.
     pub(crate) timeout: Duration,
     pub(crate) replay: ReplaySpec,
+    pub(crate) scoring: Scoring,
     pub(crate) place: Place,
 }
 
@@ -138,18 +202,47 @@ impl Rollouts {
 
     /// Submit groups and wait for all of them; results stand in the requests' order, whatever order they finish in.
     pub(crate) fn run_groups(&self, requests: Vec<GroupRequest>) -> Result<Vec<GroupResult>, Error> {
-        let order: Vec<GroupId> = requests.iter().map(|r| r.group_id).collect();
+        let mut finished: BTreeMap<usize, GroupResult> = BTreeMap::new();
+        self.each_group(requests, &mut |index, result| {
+            finished.insert(index, result);
+            Ok(())
+        })?;
+        Ok(finished.into_values().collect())
+    }
+
+    /// Submit groups and hand each on as it finishes, with its place among the requests.
+    pub(crate) fn each_group(
+        &self,
+        requests: Vec<GroupRequest>,
+        take_in: &mut dyn FnMut(usize, GroupResult) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let failed = |cause| self.place.error(ServiceError::new(ErrorCode::Internal, "rollout", "next_group", cause));
+        let mut open: BTreeMap<GroupId, usize> = requests.iter().enumerate().map(|(i, r)| (r.group_id, i)).collect();
         self.place.attribute(self.services.rollout.submit(requests))?;
-        let mut finished: BTreeMap<GroupId, GroupResult> = BTreeMap::new();
-        while finished.len() < order.len() {
+        while !open.is_empty() {
             let Some(result) = self.place.attribute(self.services.rollout.next_group(self.timeout))? else { break };
-            finished.insert(result.group_id, result);
+            let id = result.group_id;
+            let index = open.remove(&id).ok_or_else(|| failed(format!("group {id} came and is not waited for")))?;
+            take_in(index, result)?;
         }
-        let lost = |id: &GroupId| {
-            let cause = format!("group {id} was submitted and never came back");
-            ServiceError::new(ErrorCode::Internal, "rollout", "next_group", cause)
-        };
-        order.iter().map(|id| self.place.attribute(finished.remove(id).ok_or_else(|| lost(id)))).collect()
+        match open.keys().next() {
+            Some(id) => Err(failed(format!("group {id} was submitted and never came back"))),
+            None => Ok(()),
+        }
+    }
+
+    /// The calls that score the groups of one batch.
+    pub(crate) fn score_line(&self) -> ScoreLine {
+        ScoreLine::new(Arc::clone(&self.services.reward), Arc::clone(&self.clock), self.scoring)
+    }
+
+    /// Where a reward failed while groups are generated, they are given up: the run ends.
+    pub(crate) fn score_beside(&self, phase: Phase, pushed: ServiceResult<()>) -> Result<(), Error> {
+        pushed.map_err(|failure| {
+            // What is reported is why the reward failed.
+            let _ = self.services.rollout.abort_all();
+            self.place.error_in(phase, failure)
+        })
     }
 
     /// The samples of a group for the step that trains on them.

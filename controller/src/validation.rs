@@ -2,11 +2,12 @@
 
 use crate::accounts::dropped;
 use crate::record_row::Columns;
+use crate::rollouts::Rollouts;
 use crate::{Controller, Error, Phase, PolicyStage};
 use std::collections::BTreeMap;
 use temper_algos::metrics::{best_at_k, mean_at_n, pass_at_k};
 use temper_proto::{GroupRequest, ScoreRequest, Unused};
-use temper_types::{GroupId, PromptRow, RewardOutcome, Sample, SamplingParams, derive_seed};
+use temper_types::{GroupId, PromptRow, RewardOutcome, SamplingParams, derive_seed};
 
 /// Keeps the noise of validation apart from that of training.
 const VALIDATION_EPOCH: u64 = u64::MAX;
@@ -51,21 +52,32 @@ impl Controller {
             })
         };
         let requests = rows.iter().enumerate().map(request).collect::<Result<Vec<_>, Error>>()?;
-        let results = rollouts.run_groups(requests.clone())?;
-        rollouts.settle(&dropped(&results, Unused::Validation))?;
-        let groups = rows.iter().zip(&requests).zip(results);
-        let step = self.state.step + 1;
-        let to_samples = |((row, request), result)| rollouts.to_samples((row, step), request, result);
-        let groups = groups.map(to_samples).collect::<Vec<_>>();
-        let scores = self.validation_scores(&groups)?;
+        let scores = self.validation_scores(&rollouts, &rows, &requests)?;
         Ok(self.validation_columns(prefix, &rows, &scores))
     }
 
-    /// Outcomes per prompt; a sample whose reward failed is left out and counted by the caller.
-    fn validation_scores(&self, groups: &[Vec<Sample>]) -> Result<Vec<Vec<RewardOutcome>>, Error> {
-        let requests: Vec<ScoreRequest> = groups.iter().flatten().map(ScoreRequest::of).collect();
-        let mut outcomes = self.attribute(self.services.reward.score(&requests))?.into_iter();
-        Ok(groups.iter().map(|group| outcomes.by_ref().take(group.len()).collect()).collect())
+    /// Outcomes per prompt, scored as the groups end; a sample whose reward failed is left out and counted by the
+    /// caller.
+    fn validation_scores(
+        &self,
+        rollouts: &Rollouts,
+        rows: &[PromptRow],
+        requests: &[GroupRequest],
+    ) -> Result<Vec<Vec<RewardOutcome>>, Error> {
+        let (line, step) = (rollouts.score_line(), self.state.step + 1);
+        let scored = std::thread::scope(|scope| {
+            let _closing = line.closing();
+            let mut fates = Vec::new();
+            rollouts.each_group(requests.to_vec(), &mut |index, result| {
+                fates.extend(dropped(std::slice::from_ref(&result), Unused::Validation));
+                let samples = rollouts.to_samples((&rows[index], step), &requests[index], result);
+                let pushed = line.push(scope, index, samples.iter().map(ScoreRequest::of).collect());
+                rollouts.score_beside(Phase::Validation, pushed)
+            })?;
+            rollouts.settle(&fates)?;
+            rollouts.place.attribute(line.finish())
+        })?;
+        Ok(scored.into_iter().map(|group| group.outcomes).collect())
     }
 
     fn validation_columns(&self, prefix: &str, rows: &[PromptRow], outcomes: &[Vec<RewardOutcome>]) -> Columns {

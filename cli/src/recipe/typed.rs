@@ -65,6 +65,9 @@ pub struct Placement {
     pub rollout_workers: usize,
     /// Reward workers, each in a process of its own. Never changes a number.
     pub reward_workers: usize,
+    /// Score a group as soon as its last sample ends, while others are generated; false: all of a batch together, after
+    /// its generation. Never changes a number.
+    pub stream_rewards: bool,
     /// How many updates may lie between the weights that generate a batch and those that train on it: so many batches
     /// of policy stages are generated ahead. 0: none (synchronous). At most 8.
     pub staleness: u32,
@@ -90,6 +93,7 @@ impl Default for Placement {
             reward_threads: 1,
             rollout_workers: 1,
             reward_workers: 1,
+            stream_rewards: true,
             staleness: 0,
             spawn_workers: true,
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),

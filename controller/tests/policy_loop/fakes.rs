@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use temper_controller::{
-    CheckpointInfo, Controller, Generation, PolicyStage, ReplaySpec, RunDir, RunSpec, Services, Stage, SystemClock,
-    latest_checkpoint,
+    CheckpointInfo, Controller, Generation, PolicyStage, ReplaySpec, RunDir, RunSpec, Scoring, Services, Stage,
+    SystemClock, latest_checkpoint,
 };
 use temper_proto::{
     DistillService, DistillSpec, GeneratedSample, GroupRequest, GroupResult, LogProbs, MiniBatch, PolicyRole,
@@ -273,6 +273,7 @@ pub fn spec(stage: PolicyStage, replay: ReplaySpec) -> RunSpec {
         replay,
         staleness: 0,
         generation: Generation::BeforeTraining,
+        scoring: Scoring::default(),
     }
 }
 

@@ -6,6 +6,7 @@ mod estimators;
 mod fakes;
 mod replay;
 mod staleness;
+mod streaming;
 
 use fakes::{Behaviour, Call, engine_log_prob, first_id, metrics, run_in, stage, updates};
 use serde_json::{Value, json};

@@ -17,7 +17,7 @@ fn ahead(stage: PolicyStage, staleness: u32, generation: Generation) -> RunSpec 
 }
 
 /// Metrics without what the clock decides.
-fn numbers(dir: &Path) -> Vec<String> {
+pub fn numbers(dir: &Path) -> Vec<String> {
     let is_kept = |key: &str| !key.ends_with("_seconds") && key != "tokens_per_second";
     let row = |mut row: serde_json::Map<String, serde_json::Value>| {
         row.retain(|key, _| is_kept(key));
@@ -27,14 +27,14 @@ fn numbers(dir: &Path) -> Vec<String> {
 }
 
 /// Samples without times.
-fn timeless(dir: &Path) -> Vec<Sample> {
+pub fn timeless(dir: &Path) -> Vec<Sample> {
     let mut samples = samples(dir);
     samples.iter_mut().for_each(|sample| sample.timings = Default::default());
     samples
 }
 
 /// A stage in which a step remembers and refills all that it can: a curriculum, dynamic sampling, greedy baselines.
-fn demanding(steps: u64) -> (PolicyStage, Behaviour) {
+pub fn demanding(steps: u64) -> (PolicyStage, Behaviour) {
     let reward = |r: &ScoreRequest| {
         Some(if r.key.prompt_id.0.is_multiple_of(3) { 1.0 } else { f64::from(first_id(r) % 3) / 3.0 })
     };
