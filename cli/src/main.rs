@@ -13,6 +13,7 @@ mod recipe;
 mod reward_models;
 mod runtime;
 mod staleness;
+mod tables;
 mod teachers;
 mod trainer_ranks;
 mod workers;
@@ -51,6 +52,7 @@ enum Command {
     Serve(commands::serve::Serve),
     Status(commands::control::Status),
     Watch(commands::control::Watch),
+    Fetch(commands::fetch::Fetch),
     Workers(commands::control::Workers),
     Pause(commands::control::Pause),
     Drain(commands::control::Drain),
@@ -141,6 +143,7 @@ impl Command {
             Command::Serve(command) => command.run(),
             Command::Status(command) => command.run(),
             Command::Watch(command) => command.run(),
+            Command::Fetch(command) => command.run(),
             Command::Workers(command) => command.run(),
             Command::Pause(command) => command.run(),
             Command::Drain(command) => command.run(),

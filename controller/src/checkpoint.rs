@@ -168,6 +168,14 @@ pub fn latest_checkpoint(checkpoints: &Path) -> Result<Option<CheckpointInfo>, E
     Ok(list_checkpoints(checkpoints)?.pop())
 }
 
+/// The step of the last complete checkpoint, without reading it; `None` where there is none.
+///
+/// # Errors
+/// Where the directory cannot be read.
+pub fn last_checkpoint_step(checkpoints: &Path) -> Result<Option<u64>, Error> {
+    Ok(names_in(checkpoints)?.iter().filter_map(|name| name.strip_prefix(PREFIX)?.parse().ok()).max())
+}
+
 /// Check every file of a checkpoint against its manifest.
 ///
 /// # Errors

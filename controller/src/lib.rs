@@ -51,7 +51,7 @@ mod state;
 mod validation;
 
 pub use batch::QueuedBatch;
-pub use checkpoint::{CheckpointInfo, latest_checkpoint, list_checkpoints, verify_checkpoint};
+pub use checkpoint::{CheckpointInfo, last_checkpoint_step, latest_checkpoint, list_checkpoints, verify_checkpoint};
 pub use clock::{Clock, SystemClock};
 pub use config::{
     CheckpointConfig, DatasetConfig, Generation, MAX_STALENESS, MemoryConfig, PolicyStage, ReplaySpec, RunSpec,

@@ -1,7 +1,7 @@
 //! The service contracts between the controller and its workers.
 //!
 //! Owns: the traits [`RolloutService`], [`RewardService`], [`TrainerService`] (with
-//! [`ScalarModelService`] and [`DistillService`]) and [`TextService`], their messages, and
+//! [`ScalarModelService`] and [`DistillService`]), [`TextService`] and [`TableService`], their messages, and
 //! the one error type that crosses them. Knows nothing of how a service is reached: in embedded mode the traits are
 //! implemented by objects in the same process, and a transport implements them on the caller's side.
 //!
@@ -16,6 +16,7 @@ pub mod grpc;
 mod reward;
 mod rollout;
 mod scalar;
+mod tables;
 mod text;
 mod trainer;
 mod weights;
@@ -31,6 +32,7 @@ pub use rollout::{
     RolloutStats, SpeculationStats,
 };
 pub use scalar::{Backbone, PreferencePair, ScalarModelService, ScalarModelSpec, ScalarReport, ScalarRole};
+pub use tables::{TableBatches, TableInfo, TableReader, TableRequest, TableService};
 pub use text::TextService;
 pub use trainer::{
     GlobalCounts, LogProbs, MiniBatch, OptimizerConfig, PolicyRole, StageSpec, TokenSequence, TrainRow, TrainerService,

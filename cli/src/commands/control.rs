@@ -20,11 +20,19 @@ pub struct Target {
     run_dir: Option<PathBuf>,
     /// Print JSON.
     #[arg(long)]
-    json: bool,
+    pub json: bool,
 }
 
 impl Target {
     fn connect(&self) -> anyhow::Result<ControlClient> {
+        Ok(ControlClient::new(self.endpoint()?))
+    }
+
+    /// The way to the run.
+    ///
+    /// # Errors
+    /// No run that is named, or one that does not answer.
+    pub fn endpoint(&self) -> anyhow::Result<Endpoint> {
         let address = match (&self.controller, &self.run_dir) {
             (Some(address), _) => address.clone(),
             (None, Some(dir)) => read_address(dir)
@@ -32,8 +40,7 @@ impl Target {
             (None, None) => return Err(usage("which run? give --controller HOST:PORT or --run-dir DIR")),
         };
         let runtime = GrpcRuntime::start().context("starting the transport")?;
-        let endpoint = Endpoint::connect(&runtime, "run", &address, TransportConfig::default())?;
-        Ok(ControlClient::new(endpoint))
+        Ok(Endpoint::connect(&runtime, "run", &address, TransportConfig::default())?)
     }
 
     fn status(&self, verb: Verb) -> anyhow::Result<()> {

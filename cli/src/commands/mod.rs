@@ -7,6 +7,7 @@ pub mod common;
 pub mod control;
 pub mod eval;
 pub mod export;
+pub mod fetch;
 pub mod generate;
 pub mod import;
 pub mod inspect;

@@ -4,16 +4,18 @@ use super::children::{Children, Killer};
 use super::hub::{Change, Hub, Member, Standing, Work};
 use super::{LEASE, START_TIMEOUT};
 use crate::control::LocalControl;
+use crate::tables::RunTables;
 use anyhow::{Context, bail};
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use temper_controller::fleet::{FleetConfig, FleetReward, FleetRollout, WorkerPhase, WorkerStatus};
 use temper_proto::grpc::{
-    ControlServer, Endpoint, GrpcRuntime, RewardClient, RolloutClient, ServedServices, ServerHandle, TrainerClient,
+    ControlServer, Endpoint, FlightServer, GrpcRuntime, RewardClient, RolloutClient, ServedServices, ServerHandle, TrainerClient,
     TransportConfig, WorkerRegistryServer, serve,
 };
 use temper_proto::{RewardService, RolloutService, ServiceResult, TrainerService, WorkerRole};
@@ -70,6 +72,7 @@ pub struct Cluster {
     children: Option<Children>,
     wanted: [(WorkerRole, usize); 3],
     staleness: u32,
+    tables: Arc<RunTables>,
     // Last: workers are told to end by its answers.
     _server: ServerHandle,
 }
@@ -83,9 +86,11 @@ impl Cluster {
         let runtime = GrpcRuntime::start().context("starting the transport")?;
         let hub = Arc::new(Hub::new(spec.work.clone(), LEASE));
         let listener = TcpListener::bind(spec.listen).with_context(|| format!("listening at {}", spec.listen))?;
+        let tables = Arc::new(RunTables::new(Path::new(&spec.work.run_dir)));
         let services = ServedServices::new()
             .with(WorkerRegistryServer::service(hub.clone()))
-            .with(ControlServer::service(control.clone()));
+            .with(ControlServer::service(control.clone()))
+            .with(FlightServer::service(tables.clone(), &TransportConfig::default()));
         control.know(Arc::clone(&hub));
         let server = serve(&runtime, listener, services, TransportConfig::default()).context("serving workers")?;
         let wanted = [
@@ -105,6 +110,7 @@ impl Cluster {
             children,
             wanted,
             staleness: spec.staleness,
+            tables,
             _server: server,
         };
         cluster.joiner = Some(cluster.start_joiner()?);
@@ -240,6 +246,8 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
+        // Whoever follows the run is still served here.
+        self.tables.end();
         self.is_ending.store(true, Ordering::SeqCst);
         self.hub.end();
         self.children = None;

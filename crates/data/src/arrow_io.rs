@@ -15,9 +15,9 @@ const FILE_MAGIC: &[u8] = b"ARROW1";
 /// First bytes of an IPC file, padding included; an IPC stream follows.
 const FILE_HEADER: &[u8] = b"ARROW1\0\0";
 /// What stands before the length of every message.
-const CONTINUATION: [u8; 4] = [0xff; 4];
+pub(crate) const CONTINUATION: [u8; 4] = [0xff; 4];
 /// Continuation mark and length 0: the end of an IPC stream.
-const END_OF_STREAM: [u8; 8] = [0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0];
+pub(crate) const END_OF_STREAM: [u8; 8] = [0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0];
 
 /// A schema and the batches that follow it.
 #[derive(Debug)]
@@ -72,7 +72,8 @@ fn check_framing(stream: &[u8]) -> Result<(), String> {
     Err("the end mark is missing".to_owned())
 }
 
-fn check_buffers(message: &arrow_ipc::Message<'_>) -> Result<(), String> {
+/// Check that every buffer of a message lies within its body.
+pub(crate) fn check_buffers(message: &arrow_ipc::Message<'_>) -> Result<(), String> {
     let batch = message.header_as_record_batch().or_else(|| message.header_as_dictionary_batch()?.data());
     let Some(buffers) = batch.and_then(|batch| batch.buffers()) else { return Ok(()) };
     for buffer in buffers {
@@ -116,7 +117,7 @@ pub(crate) fn read_parquet(path: &Path) -> Result<Table, Error> {
 }
 
 /// Run a decoder of foreign bytes: its errors, and any panic of the decoding library on damaged input, name the file.
-fn guarded(path: &Path, format: &str, decode: impl FnOnce() -> Result<Table, String>) -> Result<Table, Error> {
+pub(crate) fn guarded<T>(path: &Path, format: &str, decode: impl FnOnce() -> Result<T, String>) -> Result<T, Error> {
     let outcome = catch_unwind(AssertUnwindSafe(decode));
     let decoded = outcome.unwrap_or_else(|_| Err("the decoder gave up on damaged data".to_owned()));
     decoded.map_err(|cause| Error::file(path, format!("not readable as {format} (truncated or damaged?): {cause}")))

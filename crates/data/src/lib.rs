@@ -8,11 +8,14 @@
 //! is a pure function of (configuration, index); a shard is complete or absent.
 
 mod arrow_io;
+mod arrow_stream;
 mod error;
 pub mod prompts;
 pub mod sampler;
 pub mod summary;
+mod table_file;
 pub mod tasks;
 pub mod trajectories;
 
 pub use error::{Error, Place};
+pub use table_file::{TableFile, TableFormat};

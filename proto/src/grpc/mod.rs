@@ -31,10 +31,13 @@ pub mod v1 {
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!("../generated/temper.v1.bin");
 
 pub use channel::{Endpoint, TransportConfig, decode_error, encode_error};
-pub use client::{ControlClient, RewardClient, RolloutClient, TrainerClient, Verb, WeightClient, WorkerRegistryClient};
+pub use client::{
+    ControlClient, RewardClient, RolloutClient, TableClient, TablePart, TrainerClient, Verb, WeightClient,
+    WorkerRegistryClient,
+};
 pub use convert::{ConvertError, version_from_wire, version_to_wire};
 pub use runtime::GrpcRuntime;
 pub use server::{
-    ControlServer, RewardServer, RolloutServer, ServedServices, ServerHandle, TrainerServer, WeightServer,
-    WorkerRegistryServer, serve,
+    ControlServer, FlightServer, RewardServer, RolloutServer, ServedServices, ServerHandle, TrainerServer,
+    WeightServer, WorkerRegistryServer, serve,
 };

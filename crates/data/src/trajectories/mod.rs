@@ -12,6 +12,7 @@ mod encode;
 mod parquet;
 mod reader;
 mod schema;
+mod shard;
 mod writer;
 
 pub use self::parquet::export_parquet;
@@ -19,7 +20,9 @@ pub use decode::from_batch;
 pub use encode::to_batch;
 pub use reader::{Dataset, read_dataset, read_step};
 pub use schema::{SCHEMA_VERSION, SCHEMA_VERSION_KEY, schema};
+pub use shard::{ShardBatches, ShardSize, shard_size, shard_steps};
 pub use writer::DatasetWriter;
+pub(crate) use writer::{rename_into_place, unfinished_name};
 
 use temper_types::Step;
 

@@ -102,7 +102,7 @@ impl DatasetWriter {
 }
 
 /// The steps of the shards that `state.json` lists.
-fn listed_steps(dir: &Path) -> Result<BTreeSet<Step>, Error> {
+pub(super) fn listed_steps(dir: &Path) -> Result<BTreeSet<Step>, Error> {
     let path = dir.join("state.json");
     let step = |name: String| {
         shard_step(&name)
@@ -143,14 +143,14 @@ pub(super) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), Error> {
 }
 
 /// The name under which `path` is written before it is renamed into place.
-pub(super) fn unfinished_name(path: &Path) -> PathBuf {
+pub(crate) fn unfinished_name(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(UNFINISHED);
     name.into()
 }
 
 /// Rename a finished file and make the new name durable.
-pub(super) fn rename_into_place(unfinished: &Path, path: &Path) -> Result<(), Error> {
+pub(crate) fn rename_into_place(unfinished: &Path, path: &Path) -> Result<(), Error> {
     std::fs::rename(unfinished, path).map_err(Error::io("rename into place", path))?;
     match path.parent() {
         Some(dir) if !dir.as_os_str().is_empty() => sync_dir(dir),

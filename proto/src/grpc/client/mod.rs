@@ -3,6 +3,7 @@
 mod control;
 mod reward;
 mod rollout;
+mod tables;
 mod trainer;
 mod weights;
 mod worker;
@@ -10,6 +11,7 @@ mod worker;
 pub use control::{ControlClient, Verb};
 pub use reward::RewardClient;
 pub use rollout::RolloutClient;
+pub use tables::{TableClient, TablePart};
 pub use trainer::TrainerClient;
 pub use weights::WeightClient;
 pub use worker::WorkerRegistryClient;

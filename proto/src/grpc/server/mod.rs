@@ -1,6 +1,7 @@
 //! Any implementation of the service traits, on a socket.
 
 mod control;
+mod flight;
 mod reward;
 mod rollout;
 mod trainer;
@@ -8,6 +9,7 @@ mod weights;
 mod worker;
 
 pub use control::ControlServer;
+pub use flight::FlightServer;
 pub use reward::RewardServer;
 pub use rollout::RolloutServer;
 pub use trainer::TrainerServer;
