@@ -1,31 +1,44 @@
 //! The control of a run, as its server offers it: the run's own control, and the workers.
 
 use crate::workers::Hub;
-use std::path::Path;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use temper_controller::RunControl;
+use temper_proto::grpc::TlsFiles;
 use temper_proto::{Changed, ControlService, RunEvent, RunStatus, ServiceError, ServiceResult, Snapshot, WorkerStatus};
 use temper_types::ErrorCode;
 
 /// Name of the file in a run's directory that says where the run is controlled.
 const ADDRESS_FILE: &str = "control";
 
-/// Write where the run is controlled.
+/// Write where the run is controlled, and, on lines of their own, the certificates that it speaks TLS by: CA,
+/// certificate, key.
 ///
 /// # Errors
 /// A directory that cannot be written.
-pub fn write_address(run_dir: &Path, address: std::net::SocketAddr) -> std::io::Result<()> {
-    std::fs::write(run_dir.join(ADDRESS_FILE), format!("{address}\n"))
+pub fn write_address(run_dir: &Path, address: SocketAddr, tls: Option<&TlsFiles>) -> io::Result<()> {
+    let mut text = format!("{address}\n");
+    for path in tls.iter().flat_map(|tls| [&tls.ca, &tls.cert, &tls.key]) {
+        text = format!("{text}{}\n", std::path::absolute(path)?.display());
+    }
+    std::fs::write(run_dir.join(ADDRESS_FILE), text)
 }
 
-/// Where the run in `run_dir` is controlled.
+/// Where the run in `run_dir` is controlled, and by which certificates.
 ///
 /// # Errors
 /// A run that is not controlled over the network.
-pub fn read_address(run_dir: &Path) -> std::io::Result<String> {
-    Ok(std::fs::read_to_string(run_dir.join(ADDRESS_FILE))?.trim().to_owned())
+pub fn read_address(run_dir: &Path) -> io::Result<(String, Option<TlsFiles>)> {
+    let text = std::fs::read_to_string(run_dir.join(ADDRESS_FILE))?;
+    let mut lines = text.lines();
+    let address = lines.next().unwrap_or_default().trim().to_owned();
+    let mut path = || lines.next().map(PathBuf::from);
+    let files = path().and_then(|ca| Some(TlsFiles { ca, cert: path()?, key: path()? }));
+    Ok((address, files))
 }
 
 /// The control of whichever controller drives the run now.

@@ -2,6 +2,7 @@
 //!
 //! Exit codes: 0 done, 1 failed with the cause, 2 bad usage or recipe, 130 interrupted after a clean checkpoint.
 
+mod certs;
 mod commands;
 mod control;
 mod draft_model;
@@ -15,6 +16,7 @@ mod runtime;
 mod staleness;
 mod tables;
 mod teachers;
+mod tls;
 mod trainer_ranks;
 mod workers;
 
@@ -50,6 +52,7 @@ enum Command {
     Inspect(commands::inspect::Inspect),
     Eval(commands::eval::Eval),
     Serve(commands::serve::Serve),
+    Certs(commands::certs::Certs),
     Status(commands::control::Status),
     Watch(commands::control::Watch),
     Fetch(commands::fetch::Fetch),
@@ -141,6 +144,7 @@ impl Command {
             Command::Inspect(command) => command.run(),
             Command::Eval(command) => command.run(),
             Command::Serve(command) => command.run(),
+            Command::Certs(command) => command.run(),
             Command::Status(command) => command.run(),
             Command::Watch(command) => command.run(),
             Command::Fetch(command) => command.run(),

@@ -4,6 +4,7 @@ use crate::control::{LocalControl, write_address};
 use crate::draft_model;
 use crate::recipe::{CheckReport, PlacementMode, Recipe, Source, render};
 use crate::reward_models::RewardModels;
+use crate::tls::TlsPlacement;
 use crate::workers::{Cluster, ClusterSpec, Work};
 use crate::{staleness, teachers, trainer_ranks};
 use anyhow::{Context, Result};
@@ -194,10 +195,11 @@ pub fn processes(
         rollout_workers: placement.rollout_workers,
         reward_workers: placement.reward_workers,
         staleness: placement.staleness,
+        tls: placement.tls.as_ref().map(TlsPlacement::files),
         is_local: placement.spawn_workers,
     };
     let cluster = Cluster::start(&spec, control)?;
-    write_address(run_dir, cluster.address()).context("writing where the run is controlled")?;
+    write_address(run_dir, cluster.address(), spec.tls.as_ref()).context("writing where the run is controlled")?;
     let trainer = cluster.trainer()?;
     let initial = trainer.version().hash;
     let spec = run_spec(recipe, report, (dtype, &format!("{initial}")), model_dir)?;

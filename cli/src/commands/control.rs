@@ -2,12 +2,13 @@
 
 use crate::commands::common::address::host_port;
 use crate::control::read_address;
+use crate::tls::{TlsFlags, transport};
 use crate::usage;
 use anyhow::Context;
 use serde_json::json;
 use std::path::PathBuf;
 use temper_proto::RunStatus;
-use temper_proto::grpc::{ControlClient, Endpoint, GrpcRuntime, TransportConfig, Verb};
+use temper_proto::grpc::{ControlClient, Endpoint, TransportConfig, Verb};
 
 /// Which run.
 #[derive(clap::Args)]
@@ -15,12 +16,14 @@ pub struct Target {
     /// HOST:PORT of the run, as it prints when it starts.
     #[arg(long, value_name = "HOST:PORT", value_parser = host_port)]
     controller: Option<String>,
-    /// Directory of the run, which knows its address.
+    /// Directory of the run, which knows its address and its certificates.
     #[arg(long, value_name = "DIR", conflicts_with = "controller")]
     run_dir: Option<PathBuf>,
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
+    #[command(flatten)]
+    tls: TlsFlags,
 }
 
 impl Target {
@@ -33,13 +36,13 @@ impl Target {
     /// # Errors
     /// No run that is named, or one that does not answer.
     pub fn endpoint(&self) -> anyhow::Result<Endpoint> {
-        let address = match (&self.controller, &self.run_dir) {
-            (Some(address), _) => address.clone(),
+        let (address, known) = match (&self.controller, &self.run_dir) {
+            (Some(address), _) => (address.clone(), None),
             (None, Some(dir)) => read_address(dir)
                 .with_context(|| format!("{} is not a run that is controlled over the network", dir.display()))?,
             (None, None) => return Err(usage("which run? give --controller HOST:PORT or --run-dir DIR")),
         };
-        let runtime = GrpcRuntime::start().context("starting the transport")?;
+        let runtime = transport(self.tls.files().or(known).as_ref())?;
         Ok(Endpoint::connect(&runtime, "run", &address, TransportConfig::default())?)
     }
 

@@ -2,6 +2,7 @@
 
 pub mod algos;
 pub mod bench;
+pub mod certs;
 pub mod check;
 pub mod common;
 pub mod control;

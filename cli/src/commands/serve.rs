@@ -1,6 +1,7 @@
 //! `temper serve`: a worker of a run, in a process of its own.
 
 use crate::commands::common::address::host_port;
+use crate::tls::TlsFlags;
 use crate::workers::{ServeOptions, WhenLost, end_with_stdin, serve_worker};
 use std::net::SocketAddr;
 use temper_proto::WorkerRole;
@@ -25,6 +26,8 @@ pub struct Serve {
     /// Where it listens; port 0 takes any.
     #[arg(long, default_value = "127.0.0.1:0")]
     listen: SocketAddr,
+    #[command(flatten)]
+    tls: TlsFlags,
     /// End when standard input ends: for workers that the controller starts.
     #[arg(long, hide = true)]
     end_with_stdin: bool,
@@ -55,6 +58,7 @@ impl Serve {
             Role::Trainer => WorkerRole::Trainer,
         };
         let when_lost = if self.end_with_stdin { WhenLost::End } else { WhenLost::JoinAgain };
-        serve_worker(&ServeOptions { role, join: self.join, name: self.name, listen: self.listen, when_lost })
+        let tls = self.tls.files();
+        serve_worker(&ServeOptions { role, join: self.join, name: self.name, listen: self.listen, tls, when_lost })
     }
 }

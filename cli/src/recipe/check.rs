@@ -5,7 +5,7 @@ use super::render::to_table;
 use super::{ModelSource, PlacementMode, Recipe, RecipeError, Source};
 use super::{check_distill, check_replay, preference_stage};
 use crate::reward_models::launcher;
-use crate::{staleness, trainer_ranks};
+use crate::{staleness, tls, trainer_ranks};
 use std::collections::BTreeMap;
 use std::path::Path;
 use temper_actor::{ModelConfig, Tokenizer};
@@ -222,7 +222,7 @@ fn check_placement(recipe: &Recipe, source: &Source) -> Result<(), RecipeError> 
         let problem = "workers that are started by hand must know where to join: expected HOST:PORT with a port";
         return Err(source.error("placement.listen", problem));
     }
-    Ok(())
+    tls::check(placement, source)
 }
 
 /// Where things run, in words.

@@ -2,6 +2,7 @@
 
 use super::stage::stages;
 use super::{RecipeError, Source};
+use crate::tls::TlsPlacement;
 use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -83,6 +84,8 @@ pub struct Placement {
     pub shard_size: usize,
     /// Longest wait of a trainer rank for the others, in seconds: the longest difference between them in one update.
     pub collective_timeout_seconds: u64,
+    /// Certificates by which the processes prove themselves to each other; none: they speak plain text.
+    pub tls: Option<TlsPlacement>,
 }
 
 impl Default for Placement {
@@ -101,6 +104,7 @@ impl Default for Placement {
             sharding: ShardingKind::Zero2,
             shard_size: 0,
             collective_timeout_seconds: 600,
+            tls: None,
         }
     }
 }

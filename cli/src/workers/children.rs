@@ -1,6 +1,7 @@
 //! Worker processes of this machine: started, watched, started again.
 
 use super::hub::{Hub, Member, Standing};
+use crate::tls::arguments;
 use anyhow::Context;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -10,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use temper_proto::WorkerRole;
+use temper_proto::grpc::TlsFiles;
 
 /// A worker that dies more often than this is not started again.
 const MAX_STARTS: u32 = 1000;
@@ -25,6 +27,15 @@ pub struct Children {
     hub: Arc<Hub>,
     table: Arc<Mutex<Table>>,
     watcher: Option<JoinHandle<()>>,
+}
+
+/// Where workers join, and by which certificates.
+#[derive(Debug, Clone)]
+pub struct Meeting {
+    /// Address of the controller.
+    pub address: SocketAddr,
+    /// The controller's own certificates, which its children share.
+    pub tls: Option<TlsFiles>,
 }
 
 /// Kills workers of this machine.
@@ -60,23 +71,23 @@ struct Running {
 }
 
 impl Children {
-    /// Start the workers that `wanted` counts, joined to the controller at `address`, and watch them.
+    /// Start the workers that `wanted` counts, joined to the controller where `meeting` says, and watch them.
     ///
     /// # Errors
     /// Where a process cannot be started.
-    pub fn start(hub: &Arc<Hub>, address: SocketAddr, wanted: &[(WorkerRole, usize)]) -> anyhow::Result<Self> {
+    pub fn start(hub: &Arc<Hub>, meeting: Meeting, wanted: &[(WorkerRole, usize)]) -> anyhow::Result<Self> {
         let mut table = Table::default();
         for (role, count) in wanted {
             for index in 0..*count {
                 let name = format!("{}-{index}", role.name());
-                let child = spawn(*role, &name, address, None)?;
+                let child = spawn(*role, &name, &meeting, None)?;
                 let running = Running { role: *role, child, starts: 1, failed_starts: 0, is_killed: false };
                 table.running.insert(name, running);
             }
         }
         let table = Arc::new(Mutex::new(table));
         let (hub_of_watcher, table_of_watcher) = (Arc::clone(hub), Arc::clone(&table));
-        let watch = move || watch(&hub_of_watcher, &table_of_watcher, address);
+        let watch = move || watch(&hub_of_watcher, &table_of_watcher, &meeting);
         let watcher = std::thread::Builder::new().name("children".to_owned()).spawn(watch)?;
         Ok(Children { hub: Arc::clone(hub), table, watcher: Some(watcher) })
     }
@@ -123,11 +134,12 @@ impl Drop for Children {
 }
 
 /// `listen` is where the worker's former life listened: whoever knows it finds the new one there.
-fn spawn(role: WorkerRole, name: &str, address: SocketAddr, listen: Option<&str>) -> anyhow::Result<Child> {
+fn spawn(role: WorkerRole, name: &str, meeting: &Meeting, listen: Option<&str>) -> anyhow::Result<Child> {
     let program = std::env::current_exe().context("finding the own program")?;
     // A group of its own: Ctrl-C at the terminal is for the controller, which ends its workers in order.
     Command::new(program)
-        .args(["serve", role.name(), "--join", &address.to_string(), "--name", name, "--end-with-stdin"])
+        .args(["serve", role.name(), "--join", &meeting.address.to_string(), "--name", name, "--end-with-stdin"])
+        .args(meeting.tls.iter().flat_map(arguments))
         .args(listen.iter().flat_map(|listen| ["--listen", listen]))
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
@@ -136,7 +148,7 @@ fn spawn(role: WorkerRole, name: &str, address: SocketAddr, listen: Option<&str>
         .with_context(|| format!("starting worker {name}"))
 }
 
-fn watch(hub: &Hub, table: &Mutex<Table>, address: SocketAddr) {
+fn watch(hub: &Hub, table: &Mutex<Table>, meeting: &Meeting) {
     loop {
         let mut table = table.lock().unwrap_or_else(PoisonError::into_inner);
         if table.is_ending {
@@ -152,7 +164,7 @@ fn watch(hub: &Hub, table: &Mutex<Table>, address: SocketAddr) {
             tracing::warn!(worker = name, cause, "a worker ended");
             hub.lose(&name, &cause);
             let member = hub.members().into_iter().find(|m| m.id.name == name);
-            table.restart((&name, &cause), address, member.as_ref());
+            table.restart((&name, &cause), meeting, member.as_ref());
         }
         drop(table);
         std::thread::sleep(TICK);
@@ -172,13 +184,13 @@ impl Table {
     }
 
     /// A process that ends before it served has failed to start; too many of those in a row end the attempts.
-    fn restart(&mut self, (name, cause): (&str, &str), address: SocketAddr, member: Option<&Member>) {
+    fn restart(&mut self, (name, cause): (&str, &str), meeting: &Meeting, member: Option<&Member>) {
         let Some(running) = self.running.get_mut(name) else { return };
         let served = member.is_some_and(|m| m.has_served && m.hello.process_id == running.child.id());
         running.failed_starts = if served || running.is_killed { 0 } else { running.failed_starts + 1 };
         let listen = member.map(|m| m.hello.address.as_str());
         let is_hopeless = running.failed_starts >= MAX_FAILED_STARTS || running.starts >= MAX_STARTS;
-        let started = if is_hopeless { None } else { spawn(running.role, name, address, listen).ok() };
+        let started = if is_hopeless { None } else { spawn(running.role, name, meeting, listen).ok() };
         match started {
             Some(child) => {
                 running.child = child;

@@ -1,10 +1,11 @@
 //! The workers of a run, joined into its services.
 
-use super::children::{Children, Killer};
+use super::children::{Children, Killer, Meeting};
 use super::hub::{Change, Hub, Member, Standing, Work};
 use super::{LEASE, START_TIMEOUT};
 use crate::control::LocalControl;
 use crate::tables::RunTables;
+use crate::tls::transport;
 use anyhow::{Context, bail};
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};
@@ -15,8 +16,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use temper_controller::fleet::{FleetConfig, FleetReward, FleetRollout, WorkerPhase, WorkerStatus};
 use temper_proto::grpc::{
-    ControlServer, Endpoint, FlightServer, GrpcRuntime, RewardClient, RolloutClient, ServedServices, ServerHandle, TrainerClient,
-    TransportConfig, WorkerRegistryServer, serve,
+    ControlServer, Endpoint, FlightServer, GrpcRuntime, RewardClient, RolloutClient, ServedServices, ServerHandle,
+    TlsFiles, TrainerClient, TransportConfig, WorkerRegistryServer, serve,
 };
 use temper_proto::{RewardService, RolloutService, ServiceResult, TrainerService, WorkerRole};
 use temper_trainer::TrainerGroup;
@@ -34,6 +35,8 @@ pub struct ClusterSpec {
     pub reward_workers: usize,
     /// By how many versions a response may be behind the weights that it trains.
     pub staleness: u32,
+    /// The certificates that processes prove themselves by, where they speak TLS.
+    pub tls: Option<TlsFiles>,
     /// True where the workers are started here; false where they are started by hand.
     pub is_local: bool,
 }
@@ -83,7 +86,7 @@ impl Cluster {
     /// # Errors
     /// A worker that does not start, by name and cause.
     pub fn start(spec: &ClusterSpec, control: &Arc<LocalControl>) -> anyhow::Result<Self> {
-        let runtime = GrpcRuntime::start().context("starting the transport")?;
+        let runtime = transport(spec.tls.as_ref())?;
         let hub = Arc::new(Hub::new(spec.work.clone(), LEASE));
         let listener = TcpListener::bind(spec.listen).with_context(|| format!("listening at {}", spec.listen))?;
         let tables = Arc::new(RunTables::new(Path::new(&spec.work.run_dir)));
@@ -98,7 +101,8 @@ impl Cluster {
             (WorkerRole::Rollout, spec.rollout_workers),
             (WorkerRole::Reward, spec.reward_workers),
         ];
-        let children = if spec.is_local { Some(Children::start(&hub, server.address(), &wanted)?) } else { None };
+        let meeting = Meeting { address: server.address(), tls: spec.tls.clone() };
+        let children = if spec.is_local { Some(Children::start(&hub, meeting, &wanted)?) } else { None };
         let mut cluster = Cluster {
             address: server.address(),
             hub,

@@ -3,6 +3,7 @@
 use crate::recipe::{Placement, Recipe, Source};
 use crate::reward_models::RewardModels;
 use crate::runtime::{LocalText, device, history_dir};
+use crate::tls::transport;
 use crate::{draft_model, trainer_ranks};
 use anyhow::{Context, bail};
 use std::io::Read;
@@ -13,8 +14,8 @@ use std::time::{Duration, Instant};
 use temper_actor::{CheckpointReader, ModelConfig, PackedPolicy, ParamStore};
 use temper_collective::{SocketConfig, connect as connect_ranks};
 use temper_proto::grpc::{
-    Endpoint, GrpcRuntime, RewardServer, RolloutServer, ServedServices, TrainerClient, TrainerServer, TransportConfig,
-    WeightClient, WeightServer, WorkerRegistryClient, serve,
+    Endpoint, GrpcRuntime, RewardServer, RolloutServer, ServedServices, TlsFiles, TrainerClient, TrainerServer,
+    TransportConfig, WeightClient, WeightServer, WorkerRegistryClient, serve,
 };
 use temper_proto::{
     Assignment, ScalarModelService, ServiceResult, TrainerService, WeightService, WorkerHello, WorkerRegistry,
@@ -43,6 +44,8 @@ pub struct ServeOptions {
     pub name: String,
     /// Where it listens; port 0 takes any.
     pub listen: SocketAddr,
+    /// Its certificates, where the run speaks TLS.
+    pub tls: Option<TlsFiles>,
     /// What it does when its life is over before the run is.
     pub when_lost: WhenLost,
 }
@@ -89,7 +92,7 @@ impl<E: Into<anyhow::Error>> From<E> for Ended {
 
 /// One life, from its registration to its end.
 fn live(options: &ServeOptions, listener: &TcpListener) -> Result<(), Ended> {
-    let runtime = GrpcRuntime::start().context("starting the transport")?;
+    let runtime = transport(options.tls.as_ref())?;
     let registry = connect(&runtime, options)?;
     let ranks = RankSocket::bind(options)?;
     let hello = WorkerHello {

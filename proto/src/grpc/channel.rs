@@ -1,13 +1,17 @@
 //! The way to a server: deadlines, keep-alives, and the one error that comes back.
 
 use super::convert::ConvertError;
+use super::tls::{SPEAKS_TLS, refuses_plain_text};
 use super::{GrpcRuntime, v1};
 use crate::{ServiceError, ServiceResult};
 use prost::Message;
 use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use temper_types::ErrorCode;
-use tonic::transport::Channel;
+use tokio::runtime::Handle;
+use tonic::transport::{Channel, Endpoint as Target};
 use tonic::{Code, Request, Response, Status};
 
 /// Which life of a worker a call is meant for.
@@ -43,6 +47,9 @@ impl Default for TransportConfig {
     }
 }
 
+/// Longest wait for a peer to say that it takes no plain text.
+const PLAIN_TEXT_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// A named peer and the connection to it.
 #[derive(Debug, Clone)]
 pub struct Endpoint {
@@ -51,13 +58,18 @@ pub struct Endpoint {
     channel: Channel,
     config: TransportConfig,
     life: Option<u64>,
+    address: String,
+    /// True once the peer has answered a call.
+    has_answered: Arc<AtomicBool>,
 }
 
 impl Endpoint {
-    /// Connect to `address` (HOST:PORT) of the worker `name`. The connection is made anew when it breaks.
+    /// Connect to `address` (HOST:PORT) of the worker `name`, under TLS where the runtime has certificates. The
+    /// connection is made anew when it breaks.
     ///
     /// # Errors
-    /// `InvalidArgument` for an address that is none, `Unavailable` where nobody answers in time.
+    /// `InvalidArgument` for an address that is none, and for a peer whose certificate is not taken or that takes not
+    /// ours; `Unavailable` where nobody answers in time.
     pub fn connect(
         runtime: &GrpcRuntime,
         name: impl Into<String>,
@@ -66,32 +78,25 @@ impl Endpoint {
     ) -> ServiceResult<Self> {
         const OPERATION: &str = "connect";
         let name = name.into();
-        let bad = |error| {
+        let bad = |error: String| {
             let message = format!("`{address}` is no HOST:PORT: {error}");
             ServiceError::new(ErrorCode::InvalidArgument, name.as_str(), OPERATION, message)
         };
-        let endpoint = Channel::from_shared(format!("http://{address}"))
-            .map_err(|e| bad(e.to_string()))?
-            .connect_timeout(config.connect_timeout)
-            .tcp_nodelay(true)
-            .http2_keep_alive_interval(config.keepalive_interval)
-            .keep_alive_timeout(config.keepalive_timeout)
-            .keep_alive_while_idle(true)
-            .initial_stream_window_size(8 << 20)
-            .initial_connection_window_size(16 << 20);
+        let target = target(runtime, address, &config).map_err(bad)?;
         let handle = runtime.handle().ok_or_else(|| stopping(&name, OPERATION))?;
-        let connected =
-            handle.block_on(async { tokio::time::timeout(config.connect_timeout, endpoint.connect()).await });
-        let unreachable = |cause: String| {
-            let message = format!("cannot reach {address}: {cause}");
-            ServiceError::new(ErrorCode::Unavailable, name.as_str(), OPERATION, message)
+        let reach = async {
+            if let Some(tls) = runtime.tls() {
+                tls.greet(host_and_port(&target)).await?;
+            }
+            target.connect().await.map_err(|error| (ErrorCode::Unavailable, causes(&error)))
         };
-        let channel = match connected {
-            Ok(Ok(channel)) => channel,
-            Ok(Err(error)) => return Err(unreachable(causes(&error))),
-            Err(_) => return Err(unreachable(format!("no answer within {:?}", config.connect_timeout))),
-        };
-        Ok(Endpoint { runtime: runtime.clone(), name, channel, config, life: None })
+        let connected = handle.block_on(async { tokio::time::timeout(config.connect_timeout, reach).await });
+        let late = |_| (ErrorCode::Unavailable, format!("no answer within {:?}", config.connect_timeout));
+        let channel = connected.map_err(late).and_then(|reached| reached).map_err(|(code, cause)| {
+            ServiceError::new(code, name.as_str(), OPERATION, format!("cannot reach {address}: {cause}"))
+        })?;
+        let (address, has_answered) = (address.to_owned(), Arc::default());
+        Ok(Endpoint { runtime: runtime.clone(), name, channel, config, life: None, address, has_answered })
     }
 
     /// Speak to life `incarnation` of the peer alone: a later one at the same address refuses.
@@ -134,7 +139,14 @@ impl Endpoint {
         }
         let answer = handle.block_on(async { tokio::time::timeout(deadline, send(request)).await });
         match answer {
-            Ok(Ok(value)) => Ok(value),
+            Ok(Ok(value)) => {
+                self.has_answered.store(true, Ordering::Relaxed);
+                Ok(value)
+            }
+            Ok(Err(status)) if self.wants_tls(handle, &status) => {
+                let message = format!("cannot reach {}: {SPEAKS_TLS}", self.address);
+                Err(ServiceError::new(ErrorCode::InvalidArgument, self.name.as_str(), operation, message))
+            }
             Ok(Err(status)) => Err(decode_error(&status, &self.name, operation)),
             Err(_) => {
                 let message = format!("no answer within {deadline:?}");
@@ -143,10 +155,50 @@ impl Endpoint {
         }
     }
 
+    /// True where a first call failed because the peer takes no plain text, which a connection that ends says in no
+    /// error that is the same each time.
+    fn wants_tls(&self, handle: &Handle, status: &Status) -> bool {
+        let is_first = !self.has_answered.load(Ordering::Relaxed) && status.details().is_empty();
+        if self.runtime.tls().is_some() || !is_first {
+            return false;
+        }
+        let refuses = async { tokio::time::timeout(PLAIN_TEXT_TIMEOUT, refuses_plain_text(&self.address)).await };
+        handle.block_on(refuses).unwrap_or(false)
+    }
+
     /// What a message that cannot be read is to the caller.
     pub(crate) fn unreadable(&self, operation: &'static str) -> impl Fn(ConvertError) -> ServiceError + '_ {
         move |error| ServiceError::new(ErrorCode::Internal, self.name.as_str(), operation, error)
     }
+}
+
+/// What a channel to `address` is made of, or why it is no address.
+fn target(runtime: &GrpcRuntime, address: &str, config: &TransportConfig) -> Result<Target, String> {
+    let scheme = if runtime.tls().is_some() { "https" } else { "http" };
+    let target = Channel::from_shared(format!("{scheme}://{address}"))
+        .map_err(|e| e.to_string())?
+        .connect_timeout(config.connect_timeout)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(config.keepalive_interval)
+        .keep_alive_timeout(config.keepalive_timeout)
+        .keep_alive_while_idle(true)
+        .initial_stream_window_size(8 << 20)
+        .initial_connection_window_size(16 << 20);
+    match runtime.tls() {
+        Some(tls) => {
+            let config = tls.channel(host_and_port(&target).0);
+            target.tls_config(config).map_err(|e| causes(&e))
+        }
+        None => Ok(target),
+    }
+}
+
+/// Host (an IPv6 address without its brackets) and port.
+fn host_and_port(target: &Target) -> (&str, u16) {
+    let uri = target.uri();
+    let host = uri.host().unwrap_or_default();
+    let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    (host, uri.port_u16().unwrap_or_default())
 }
 
 fn stopping(name: &str, operation: &'static str) -> ServiceError {

@@ -20,6 +20,7 @@ mod client;
 mod convert;
 mod runtime;
 mod server;
+mod tls;
 
 /// Messages and services as generated from the definitions.
 #[allow(missing_docs, clippy::all, clippy::too_many_lines, clippy::unwrap_used, rustdoc::all, reason = "generated")]
@@ -41,3 +42,4 @@ pub use server::{
     ControlServer, FlightServer, RewardServer, RolloutServer, ServedServices, ServerHandle, TrainerServer,
     WeightServer, WorkerRegistryServer, serve,
 };
+pub use tls::{Tls, TlsFiles};

@@ -1,5 +1,6 @@
 //! The threads that move messages. No compute runs on them.
 
+use super::Tls;
 use std::sync::Arc;
 use tokio::runtime::{Builder, Handle, Runtime};
 
@@ -7,6 +8,7 @@ use tokio::runtime::{Builder, Handle, Runtime};
 #[derive(Debug, Clone)]
 pub struct GrpcRuntime {
     inner: Arc<Owned>,
+    tls: Option<Arc<Tls>>,
 }
 
 #[derive(Debug)]
@@ -28,7 +30,19 @@ impl GrpcRuntime {
     /// Where the system gives no thread.
     pub fn start() -> std::io::Result<Self> {
         let runtime = Builder::new_multi_thread().worker_threads(2).thread_name("grpc").enable_all().build()?;
-        Ok(GrpcRuntime { inner: Arc::new(Owned(Some(runtime))) })
+        Ok(GrpcRuntime { inner: Arc::new(Owned(Some(runtime))), tls: None })
+    }
+
+    /// Put every connection that is made or taken from here on under TLS; in plain text where there is none.
+    #[must_use]
+    pub fn with_tls(mut self, tls: Option<Tls>) -> Self {
+        self.tls = tls.map(Arc::new);
+        self
+    }
+
+    /// The certificates, where connections are under TLS.
+    pub(crate) fn tls(&self) -> Option<&Arc<Tls>> {
+        self.tls.as_ref()
     }
 
     /// Where futures run; `None` only while the runtime ends.

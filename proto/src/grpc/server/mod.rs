@@ -18,6 +18,7 @@ pub use worker::WorkerRegistryServer;
 
 use super::channel::{LIFE_HEADER, TransportConfig, encode_error};
 use super::convert::ConvertError;
+use super::tls::TlsIncoming;
 use super::{FILE_DESCRIPTOR_SET, GrpcRuntime, v1};
 use crate::{ServiceError, ServiceResult};
 use std::net::{SocketAddr, TcpListener};
@@ -111,7 +112,7 @@ impl Drop for ServerHandle {
 /// How long calls that are under way keep a server that is stopped.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Serve on `listener`, which may be bound to port 0.
+/// Serve on `listener`, which may be bound to port 0; under TLS where the runtime has certificates.
 ///
 /// # Errors
 /// Where the listener cannot be used.
@@ -126,7 +127,7 @@ pub fn serve(
     listener.set_nonblocking(true)?;
     let (stop, stopped) = oneshot::channel::<()>();
     let _entered = handle.enter();
-    let incoming = TcpIncoming::from(tokio::net::TcpListener::from_std(listener)?).with_nodelay(Some(true));
+    let listener = tokio::net::TcpListener::from_std(listener)?;
     let life = services.life;
     let routes = with_common(services)?;
     let fence = move |request: Request<()>| check_life(life, request);
@@ -137,10 +138,20 @@ pub fn serve(
         .initial_stream_window_size(8 << 20)
         .initial_connection_window_size(16 << 20)
         .add_routes(routes);
-    let task = handle.spawn(server.serve_with_incoming_shutdown(incoming, async move {
+    let stopped = async move {
         // A sender that is gone means the same.
         let _ = stopped.await;
-    }));
+    };
+    let task = match runtime.tls() {
+        Some(tls) => {
+            let incoming = TlsIncoming::new(listener, tls, config.connect_timeout);
+            handle.spawn(server.serve_with_incoming_shutdown(incoming, stopped))
+        }
+        None => {
+            let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+            handle.spawn(server.serve_with_incoming_shutdown(incoming, stopped))
+        }
+    };
     Ok(ServerHandle { address, stop: Some(stop), runtime: runtime.clone(), task })
 }
 
