@@ -114,6 +114,36 @@ const CASES: &[Case] = &[
         "policy_loss = { rollout_correction = { rollout_is = \"token\", rollout_is_threshold = 0.5 }, use_kl_loss = true",
         &["stage.1.algorithm", "rollout_is_threshold", "bounds around 1"],
     ),
+    case(
+        "old weights in the cache",
+        "sampling = { max_new_tokens = 6 }",
+        "sampling = { max_new_tokens = 6 }\npartial_rollouts = { policy = \"keep_kv\" }",
+        &["stage.1.partial_rollouts.policy", "keep_kv is refused", "finish, abort or recompute"],
+    ),
+    case(
+        "nothing is over-sampled",
+        "sampling = { max_new_tokens = 6 }",
+        "sampling = { max_new_tokens = 6 }\npartial_rollouts = { over_sampling = 1.0, round_tokens = 2 }",
+        &["stage.1.partial_rollouts.over_sampling", "4 prompts", "more than 1"],
+    ),
+    case(
+        "a round longer than a response",
+        "sampling = { max_new_tokens = 6 }",
+        "sampling = { max_new_tokens = 6 }\npartial_rollouts = { round_tokens = 6 }",
+        &["stage.1.partial_rollouts.round_tokens", "less than the 6 tokens"],
+    ),
+    case(
+        "dynamic sampling over partial rollouts",
+        "algorithm = { policy_loss",
+        "partial_rollouts = { round_tokens = 2 }\nalgorithm = { filter_groups = { enable = true }, policy_loss",
+        &["stage.1.partial_rollouts", "filter_groups.enable = false"],
+    ),
+    case(
+        "greedy responses beside partial rollouts",
+        "algorithm = { policy_loss",
+        "partial_rollouts = { round_tokens = 2 }\nalgorithm = { advantage = { adv_estimator = \"remax\" }, policy_loss",
+        &["stage.1.partial_rollouts", "another adv_estimator"],
+    ),
     case("no TOML", "steps = 6", "steps = ", &["recipe.toml:4"]),
     case(
         "a task that cannot be",
@@ -199,6 +229,29 @@ fn a_good_recipe_is_explained_in_words() {
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(text.contains("4 prompts x 4 samples = 16 samples"), "{text}");
     assert!(text.contains("2 optimizer step(s) of 8 samples"), "{text}");
+}
+
+/// Partial rollouts are another run, are announced, and exclude lenient replay.
+#[test]
+fn partial_rollouts_are_explained_and_part_of_the_identity() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = recipe(dir.path(), SMALL);
+    let partial = ["--set", "stage.1.partial_rollouts={ over_sampling = 1.5, round_tokens = 2 }"];
+    let check = |sets: &[&str]| {
+        let output = temper().arg("check").arg(&path).arg("--json").args(sets).output().expect("the binary starts");
+        assert!(output.status.success(), "{}", common::stderr(&output));
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).expect("a report");
+        (report["identity"].to_string(), report["summary"].to_string())
+    };
+    let ((plain, _), (identity, text)) = (check(&[]), check(&partial));
+    assert_ne!(identity, plain);
+    assert!(text.contains("6 prompts under way") && text.contains("the first 4 that are complete"), "{text}");
+    assert!(text.contains("go on under the weights of the next step; no rollout correction is set"), "{text}");
+    let lenient = ["--set", "engine.replay=lenient"];
+    let output = temper().arg("check").arg(&path).args(partial).args(lenient).output().expect("the binary starts");
+    let message = common::stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    assert!(message.contains("stage.1.partial_rollouts") && message.contains("engine.replay"), "{message}");
 }
 
 /// What replays tokens or noise is another run; what only guesses is not.

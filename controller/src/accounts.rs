@@ -6,6 +6,7 @@
 //!
 //! Attempts that were lost with a worker are not seen here: a fleet issues them again and keeps books of its own.
 
+use crate::carried::begun;
 use crate::{Controller, Error};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -37,7 +38,7 @@ struct Group {
 #[derive(Debug, Default)]
 struct Books {
     groups: BTreeMap<GroupId, Group>,
-    /// Groups of before the run was resumed, which the engine does not know.
+    /// Groups that the engine does not know: of before the run was resumed, or kept for a later batch.
     restored: BTreeSet<GroupId>,
     /// Since the last balance: samples issued, and samples settled, by what became of them.
     issued: u64,
@@ -50,6 +51,10 @@ fn wrong(operation: &'static str, message: String) -> ServiceError {
 
 impl Books {
     fn issue(&mut self, request: &GroupRequest) -> ServiceResult<()> {
+        self.restored.remove(&request.group_id);
+        if !request.begun.is_empty() {
+            return self.issue_again(request);
+        }
         let open: BTreeSet<SampleIndex> = (0..request.seeds.len() as u32).map(SampleIndex).collect();
         let num_samples = open.len() as u64;
         let group = Group { prompt: request.prompt_id, is_delivered: false, open };
@@ -59,6 +64,27 @@ impl Books {
             return Err(wrong("issue", message));
         }
         self.issued += num_samples;
+        Ok(())
+    }
+
+    /// The next round of a group: samples of which something is drawn go on, the others are new attempts.
+    fn issue_again(&mut self, request: &GroupRequest) -> ServiceResult<()> {
+        let (id, prompt) = (request.group_id, request.prompt_id);
+        let new = || Group { prompt, is_delivered: true, open: BTreeSet::new() };
+        let group = self.groups.entry(id).or_insert_with(new);
+        if !group.is_delivered {
+            return Err(wrong("issue", format!("group {id} (prompt {prompt}) goes on before its last round is over")));
+        }
+        group.is_delivered = false;
+        for (index, begun) in (0..).map(SampleIndex).zip(&request.begun) {
+            let is_known = !begun.token_ids.is_empty();
+            if group.open.insert(index) == is_known {
+                let message =
+                    format!("sample {index} of group {id} (prompt {prompt}) goes on and has ended, or begins twice");
+                return Err(wrong("issue", message));
+            }
+            self.issued += u64::from(!is_known);
+        }
         Ok(())
     }
 
@@ -130,6 +156,20 @@ impl Accounts {
             let group = Group { prompt: sample.prompt_id, is_delivered: true, open: BTreeSet::new() };
             books.groups.entry(sample.group_id).or_insert(group).open.insert(sample.sample_index);
         }
+    }
+
+    /// These samples were delivered and stay in the loop's hands for a later batch: the engine may forget their groups.
+    pub(crate) fn keep<'a>(&self, samples: impl Iterator<Item = &'a Sample>) -> ServiceResult<()> {
+        let mut kept = Vec::new();
+        let mut books = self.books();
+        for sample in samples {
+            if !books.restored.contains(&sample.group_id) {
+                kept.push(settled(sample, Fate::Dropped(Unused::Unfinished)));
+            }
+        }
+        books.restored.extend(kept.iter().map(|sample| sample.group_id));
+        drop(books);
+        if kept.is_empty() { Ok(()) } else { self.engine.settle(0, &kept) }
     }
 
     /// Fail where a sample has no fate and is not among those that wait for a later step.
@@ -247,8 +287,8 @@ impl Controller {
 
     /// Fail where a sample was lost.
     pub(crate) fn check_accounts(&self) -> Result<(), Error> {
-        let waiting = self.queue.iter().flat_map(|batch| &batch.samples).map(|s| (s.group_id, s.sample_index));
-        self.accounts.check(self.state.step, &waiting.collect())
+        let waiting = self.queue.iter().flat_map(|batch| &batch.samples).chain(begun(&self.carried));
+        self.accounts.check(self.state.step, &waiting.map(|s| (s.group_id, s.sample_index)).collect())
     }
 }
 

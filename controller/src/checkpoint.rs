@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 const MANIFEST: &str = "MANIFEST";
 const QUEUE: &str = "queue";
+const CARRIED: &str = "carried";
 const STATE: &str = "state.json";
 const PREFIX: &str = "step-";
 const TEMPORARY: &str = ".tmp-";
@@ -40,6 +41,11 @@ impl CheckpointInfo {
     /// Samples of batches that wait for their steps; there only where some do.
     pub(crate) fn queue(&self) -> PathBuf {
         self.path.join(QUEUE)
+    }
+
+    /// Samples of groups that go on; there only where some do.
+    pub(crate) fn carried(&self) -> PathBuf {
+        self.path.join(CARRIED)
     }
 
     /// The trainer's state.
@@ -78,6 +84,10 @@ impl PendingCheckpoint {
 
     pub(crate) fn queue(&self) -> PathBuf {
         self.temporary.join(QUEUE)
+    }
+
+    pub(crate) fn carried(&self) -> PathBuf {
+        self.temporary.join(CARRIED)
     }
 
     pub(crate) fn optimizer(&self) -> PathBuf {
@@ -265,7 +275,7 @@ fn sync_tree(root: &Path) -> Result<(), Error> {
         let path = root.join(file);
         File::open(&path).and_then(|f| f.sync_all()).map_err(Error::io("sync", &path))?;
     }
-    for dir in ["model", "optimizer", "reward_model", QUEUE, ""] {
+    for dir in ["model", "optimizer", "reward_model", QUEUE, CARRIED, ""] {
         if root.join(dir).is_dir() {
             sync_dir(&root.join(dir))?;
         }

@@ -27,21 +27,34 @@ pub(crate) struct Collector {
     pub(crate) draws: Draws,
     /// Responses of earlier passes, where the batch may reuse them.
     pub(crate) offers: Option<Offers>,
+    /// Groups that earlier batches left over, the oldest first.
+    pub(crate) carried: Vec<Group>,
+    /// Groups that may be under way at once, where some are left over.
+    pub(crate) num_groups: usize,
     /// What is there so far.
     pub(crate) batch: Batch,
     /// Time in which responses were scored while others were generated.
     pub(crate) reward_overlap_seconds: f64,
 }
 
-/// A batch, and where its stage stands after it.
+/// A batch, where its stage stands after it, and the groups that it left over.
 pub(crate) struct Collected {
     pub(crate) batch: Batch,
     pub(crate) draws: Draws,
+    pub(crate) carried: Vec<Group>,
 }
 
 impl Collector {
+    /// Generate and score the batch as its stage wants it.
+    pub(crate) fn run(self) -> Result<Collected, Error> {
+        match self.stage.partial_rollouts.clone() {
+            Some(partial) => self.run_in_rounds(&partial),
+            None => self.run_whole(),
+        }
+    }
+
     /// Scored samples of `prompts_per_step` groups; with dynamic sampling, groups without spread are drawn anew.
-    pub(crate) fn run(mut self) -> Result<Collected, Error> {
+    fn run_whole(mut self) -> Result<Collected, Error> {
         let filter = self.stage.algorithm.filter_groups.clone();
         let is_filtered = self.stage.algorithm.plan().filter_groups;
         let mut num_groups = 0;
@@ -70,7 +83,7 @@ impl Collector {
         }
         self.batch.columns = self.curriculum_columns();
         self.batch.columns.push(("reward_overlap_seconds".to_owned(), self.reward_overlap_seconds));
-        Ok(Collected { batch: self.batch, draws: self.draws })
+        Ok(Collected { batch: self.batch, draws: self.draws, carried: self.carried })
     }
 
     /// Dynamic sampling ran out of batches without a single group.
@@ -84,7 +97,7 @@ impl Collector {
     }
 
     /// What follows from the outcomes of a group: its prompt's pass rate, and penalties of length.
-    fn weigh(&mut self, group: &mut Group) {
+    pub(crate) fn weigh(&mut self, group: &mut Group) {
         self.observe_pass_rate(group);
         group.all_mut().for_each(|sample| penalise_length(&self.stage, sample));
     }

@@ -1,8 +1,8 @@
 //! What a run does, resolved: the controller's own part of a recipe.
 
 use crate::{
-    CriticConfig, DistillStage, Error, OnlinePreferenceStage, PreferenceStage, ReferenceConfig, RewardModelStage,
-    Scoring,
+    CriticConfig, DistillStage, Error, OnlinePreferenceStage, PartialRollouts, PreferenceStage, ReferenceConfig,
+    RewardModelStage, Scoring,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -109,6 +109,9 @@ pub struct PolicyStage {
     pub critic: Option<CriticConfig>,
     /// How responses are drawn.
     pub sampling: SamplingParams,
+    /// Which groups a step trains on where more are under way; absent: those that it began, all of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub partial_rollouts: Option<PartialRollouts>,
     /// Optimizer.
     pub optimizer: OptimizerConfig,
     /// Learning rate over the stage's steps.
@@ -132,6 +135,7 @@ impl Default for PolicyStage {
             curriculum: CurriculumConfig::default(),
             critic: None,
             sampling: SamplingParams::default(),
+            partial_rollouts: None,
             optimizer: OptimizerConfig::default(),
             schedule: LrScheduleConfig::default(),
             memory: MemoryConfig::default(),
@@ -259,6 +263,7 @@ impl PolicyStage {
         self.check_grouping(key)?;
         self.check_critic(key)?;
         self.check_best_of_n(key)?;
+        self.check_partial_rollouts(key)?;
         self.reference.validate(key, &self.algorithm.plan())?;
         self.curriculum.validate().map_err(|e| Error::config(format!("{key}.curriculum"), e))?;
         check_common(key, self.steps, &self.optimizer, &self.schedule, &self.memory)

@@ -2,6 +2,7 @@
 
 use crate::accounts::Accounts;
 use crate::batch::{Batch, load_queue, save_queue};
+use crate::carried;
 use crate::checkpoint::{self, PendingCheckpoint};
 use crate::control::RunControl;
 use crate::control_journal::ControlJournal;
@@ -9,6 +10,7 @@ use crate::place::Place;
 use crate::preference_step::PreferenceCache;
 use crate::record::Record;
 use crate::reuse::EarlierSteps;
+use crate::rollouts::Group;
 use crate::{
     CheckpointInfo, Clock, Error, Phase, PhaseObserver, RunDir, RunSpec, RunState, Stage, load_dataset,
     verify_checkpoint,
@@ -64,6 +66,8 @@ pub struct Controller {
     pub(crate) data: BTreeMap<String, Arc<Vec<PromptRow>>>,
     /// Batches that wait for their steps, in their order.
     pub(crate) queue: VecDeque<Batch>,
+    /// Groups that the last batch left over, the oldest first.
+    pub(crate) carried: Vec<Group>,
     pub(crate) record: Record,
     pub(crate) preferences: Option<PreferenceCache>,
     pub(crate) earlier: EarlierSteps,
@@ -103,6 +107,7 @@ impl Controller {
             state,
             data,
             queue: VecDeque::new(),
+            carried: Vec::new(),
             record,
             preferences: None,
             earlier: EarlierSteps::default(),
@@ -209,7 +214,9 @@ impl Controller {
         self.state.identity = self.spec.identity.clone();
         self.place.step = self.state.step;
         self.queue = load_queue(checkpoint)?;
-        self.accounts.restore(self.queue.iter().flat_map(|batch| &batch.samples));
+        self.carried = carried::load(checkpoint)?;
+        let waiting = self.queue.iter().flat_map(|batch| &batch.samples);
+        self.accounts.restore(waiting.chain(carried::begun(&self.carried)));
         self.control.resume_after(self.state.step);
         if !self.is_complete() {
             self.begin_stage()?;
@@ -265,6 +272,7 @@ impl Controller {
 
     fn enter_next_stage(&mut self) -> Result<(), Error> {
         assert!(self.queue.is_empty(), "a batch is left that no step of the stage trains on");
+        assert!(self.carried.is_empty(), "a group is left that no step of the stage trains on");
         self.state.stage += 1;
         self.state.stage_step = 0;
         self.state.cursor = temper_data::sampler::PromptCursor::default();
@@ -334,6 +342,7 @@ impl Controller {
         self.attribute(saved)?;
         self.enter(Phase::CheckpointManifest);
         self.state.queue = save_queue(&self.queue, (&pending, &self.spec.name))?;
+        self.state.carried = carried::save(&self.carried, self.state.step, (&pending, &self.spec.name))?;
         pending.seal(&self.state)?;
         self.enter(Phase::CheckpointRename);
         let path = pending.publish()?;

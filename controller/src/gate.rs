@@ -59,8 +59,12 @@ impl Controller {
         let mut settings = BTreeMap::new();
         settings.insert(LEARNING_RATE.to_owned(), Setting::from(stage.optimizer().learning_rate));
         if let Stage::Policy(policy) = stage {
-            let lead = (self.queue.len() as u64, self.lead(policy.steps, 1) as u64);
-            settings.insert(TEMPERATURE.to_owned(), Setting { value: f64::from(policy.sampling.temperature), lead });
+            // A sample that goes on has tokens of the temperature that it began with.
+            if policy.partial_rollouts.is_none() {
+                let lead = (self.queue.len() as u64, self.lead(policy.steps, 1) as u64);
+                let value = f64::from(policy.sampling.temperature);
+                settings.insert(TEMPERATURE.to_owned(), Setting { value, lead });
+            }
             if let (true, Some(coef)) = (policy.algorithm.kl_in_reward.use_kl_in_reward, self.state.kl_coef) {
                 settings.insert(KL_COEF.to_owned(), Setting::from(coef));
             }

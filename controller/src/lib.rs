@@ -11,6 +11,7 @@
 mod accounts;
 mod batch;
 mod beliefs;
+mod carried;
 mod checkpoint;
 mod clock;
 mod collect;
@@ -30,6 +31,8 @@ pub mod fleet;
 mod gate;
 mod online_preference_step;
 mod packed;
+mod partial;
+mod partial_config;
 mod phase;
 mod pipeline;
 mod place;
@@ -51,6 +54,7 @@ mod state;
 mod validation;
 
 pub use batch::QueuedBatch;
+pub use carried::CarriedGroup;
 pub use checkpoint::{CheckpointInfo, last_checkpoint_step, latest_checkpoint, list_checkpoints, verify_checkpoint};
 pub use clock::{Clock, SystemClock};
 pub use config::{
@@ -62,6 +66,7 @@ pub use controller::{Controller, RunOutcome, Services};
 pub use dataset::load_dataset;
 pub use distill_config::{DistillStage, TeacherConfig};
 pub use error::Error;
+pub use partial_config::{PartialPolicy, PartialRollouts};
 pub use phase::{Phase, PhaseObserver};
 pub use preference_config::{OnlinePreferenceStage, PreferenceStage};
 pub use preference_data::check_preferences;

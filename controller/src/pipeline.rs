@@ -11,6 +11,7 @@
 //! is unblocked by: the trainer's last update of the step
 
 use crate::batch::Batch;
+use crate::carried;
 use crate::collect::{Collected, Collector};
 use crate::place::Place;
 use crate::record_row::StepNumbers;
@@ -100,7 +101,7 @@ impl Controller {
         numbers.rollout_wait_seconds += waited;
         let generating = collected.batch.numbers.rollout_seconds + collected.batch.numbers.reward_seconds;
         numbers.rollout_overlap_seconds += (generating - waited).max(0.0);
-        let batch = self.keep(collected);
+        let batch = self.keep(collected)?;
         self.queue.push_back(batch);
         learned
     }
@@ -111,12 +112,18 @@ impl Controller {
         let collector = self.collector(stage, step, self.place.clone())?;
         let collected = collector.run()?;
         numbers.rollout_wait_seconds += (self.clock.elapsed() - begin).as_secs_f64();
-        Ok(self.keep(collected))
+        self.keep(collected)
     }
 
     fn collector(&mut self, stage: &PolicyStage, step: u64, place: Place) -> Result<Collector, Error> {
         let offers = self.offers()?;
+        // No group is begun that no step of the stage would train on.
+        let begin = self.state.step - self.state.stage_step;
+        let left = (stage.steps + begin + 1).saturating_sub(step) * stage.prompts_per_step as u64;
+        let wanted = stage.partial_rollouts.as_ref().map_or(0, |p| p.num_groups(stage.prompts_per_step));
         Ok(Collector {
+            carried: std::mem::take(&mut self.carried),
+            num_groups: wanted.min(usize::try_from(left).unwrap_or(usize::MAX)),
             rollouts: self.rollouts(place),
             stage: stage.clone(),
             seed: self.stage_seed(),
@@ -128,10 +135,13 @@ impl Controller {
         })
     }
 
-    /// The prompts of a batch are drawn; the next one goes on behind them.
-    fn keep(&mut self, collected: Collected) -> Batch {
+    /// The prompts of a batch are drawn; the next one goes on behind them, and with the groups that are left over.
+    fn keep(&mut self, collected: Collected) -> Result<Batch, Error> {
         self.state.set_draws(collected.draws);
-        collected.batch
+        self.carried = collected.carried;
+        let kept = self.accounts.keep(carried::begun(&self.carried));
+        self.attribute(kept)?;
+        Ok(collected.batch)
     }
 
     /// A smaller batch is announced; an empty one was an error.

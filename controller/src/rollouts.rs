@@ -14,7 +14,7 @@ use temper_proto::{
 use temper_types::{ErrorCode, GroupId, PromptRow, Sample, SampleIndex, SamplingParams, Step, derive_seed};
 
 /// Prompts with the pass over the data in which they were drawn.
-type DrawnRows = Vec<(PromptRow, u64)>;
+pub(crate) type DrawnRows = Vec<(PromptRow, u64)>;
 
 /// The samples of one prompt.
 pub(crate) struct Group {

@@ -1,6 +1,6 @@
 //! What the controller must remember to go on where it stopped.
 
-use crate::QueuedBatch;
+use crate::{CarriedGroup, QueuedBatch};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use temper_algos::PassRates;
@@ -42,6 +42,9 @@ pub struct RunState {
     /// Batches that were generated ahead and wait for their steps.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub queue: Vec<QueuedBatch>,
+    /// Groups that the last batch left over.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub carried: Vec<CarriedGroup>,
     /// Value of the metric by which the best checkpoints are kept, where the last step had it.
     pub metric: Option<f64>,
 }
@@ -69,6 +72,7 @@ impl RunState {
             settings: BTreeMap::new(),
             version: PolicyVersion::default(),
             queue: Vec::new(),
+            carried: Vec::new(),
             metric: None,
         }
     }

@@ -28,6 +28,8 @@ pub enum Unused {
     Validation,
     /// Its group was given up before it was whole.
     Aborted,
+    /// It had not ended when the step had enough, and was thrown away.
+    Unfinished,
 }
 
 impl Unused {
@@ -41,6 +43,7 @@ impl Unused {
             Unused::Baseline => "baseline",
             Unused::Validation => "validation",
             Unused::Aborted => "aborted",
+            Unused::Unfinished => "unfinished",
         }
     }
 }

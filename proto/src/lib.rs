@@ -28,8 +28,8 @@ pub use error::{ServiceError, ServiceResult};
 pub use fate::{Fate, FleetCounts, Settled, Unused};
 pub use reward::{RewardService, ScoreRequest};
 pub use rollout::{
-    DraftCounts, EarlierResponse, GeneratedSample, GroupRequest, GroupResult, NUM_MATCH_BUCKETS, Reuse, RolloutService,
-    RolloutStats, SpeculationStats,
+    BegunResponse, DraftCounts, EarlierResponse, GeneratedSample, GroupRequest, GroupResult, NUM_MATCH_BUCKETS, Reuse,
+    RolloutService, RolloutStats, SpeculationStats,
 };
 pub use scalar::{Backbone, PreferencePair, ScalarModelService, ScalarModelSpec, ScalarReport, ScalarRole};
 pub use tables::{TableBatches, TableInfo, TableReader, TableRequest, TableService};

@@ -23,6 +23,22 @@ pub struct GroupRequest {
     pub priority: i32,
     /// Earlier responses whose tokens may be taken again.
     pub reuse: Option<Reuse>,
+    /// Tokens that each sample may draw now; one that has not ended by then comes back as
+    /// [`FinishReason::Paused`]. 0: no limit.
+    pub round_tokens: u32,
+    /// What there is of each sample already, one for each seed; empty where all begin anew.
+    pub begun: Vec<BegunResponse>,
+}
+
+/// The beginning of a response, drawn in earlier rounds. What follows is drawn as if it had never been interrupted:
+/// with the noise of its slots, and with penalties, stop strings and `max_new_tokens` over the whole response. Its K/V
+/// are computed anew under the weights of the day, unless the prefix cache has them under these very weights.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct BegunResponse {
+    /// Ids drawn so far; may be none.
+    pub token_ids: Vec<u32>,
+    /// Nothing more is drawn: the sample comes back without tokens. Its ids help drafters.
+    pub is_complete: bool,
 }
 
 /// Lenient replay of earlier responses to the same prompt: from its beginning on, a token of sample i's earlier
@@ -62,6 +78,8 @@ pub struct GeneratedSample {
     pub sample_index: SampleIndex,
     /// Seed of its noise.
     pub seed: u64,
+    /// Tokens of the response that the request brought ([`GroupRequest::begun`]); what follows is of those behind them.
+    pub num_begun: u32,
     /// Ids, the stop token included.
     pub token_ids: Vec<u32>,
     /// 1 where the token is of an earlier response ([`GroupRequest::reuse`]); empty where there was none.

@@ -38,6 +38,7 @@ fn sample() -> GeneratedSample {
     GeneratedSample {
         sample_index: SampleIndex(1),
         seed: u64::MAX - 5,
+        num_begun: 7,
         token_ids: vec![1, 2, 300_000],
         reused: vec![1, 0, 0],
         log_probs: vec![-0.5, f32::NEG_INFINITY, -1e-30],
@@ -274,6 +275,8 @@ fn generation_goes_over_the_wire_unchanged() {
                 EarlierResponse::default(),
             ],
         }),
+        round_tokens: 8,
+        begun: vec![BegunResponse { token_ids: vec![9, 1], is_complete: true }, BegunResponse::default()],
     };
     client.submit(vec![request.clone()]).unwrap();
     assert_eq!(wire.fake.last(), format!("{:?}", vec![request]));

@@ -1,6 +1,7 @@
 //! Generation: continuous batching over a paged K/V pool, the pure sampler, and the rollout service.
 //!
 //! ```text
+//! SyncedRolloutService  weights from a trainer: pause, drain, refit, bump, resume (Refit: pure)
 //! LocalRolloutService   one mutex, one step at a time; the contract of temper_proto::RolloutService
 //!   Engine              tokens of every sample: schedule -> copy -> forward -> draw -> append or finish
 //!     Scheduler         order, budget, admission, sharing, preemption: pure, over lengths
@@ -25,10 +26,12 @@ mod engine;
 mod error;
 mod model;
 mod policy_model;
+pub mod refit;
 pub mod scheduler;
 mod service;
 pub mod speculation;
 mod stop;
+mod synced;
 mod weight_receiver;
 
 pub use beam::{BeamHypothesis, BeamSpec};
@@ -43,4 +46,5 @@ pub use scheduler::GroupShape;
 pub use service::LocalRolloutService;
 pub use speculation::{ModelDrafter, Replay, Speculation, SpeculationConfig, Speculative};
 pub use stop::{StopMatcher, StopState, TokenByteTable, TokenBytes};
-pub use weight_receiver::{Sources, SyncedRolloutService, WeightReceiver};
+pub use synced::{Drain, SyncedRolloutService};
+pub use weight_receiver::{Sources, WeightReceiver};

@@ -9,6 +9,7 @@ use crate::engine::{Engine, EngineOptions};
 use crate::model::Model;
 use crate::policy_model::PolicyModel;
 use crate::stop::TokenBytes;
+use crate::synced::Drain;
 use crate::{BeamHypothesis, BeamSpec, EngineConfig, Error, ModelDrafter, Speculative};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -145,6 +146,19 @@ impl<M: Model> LocalRolloutService<M> {
 
     fn convert(&self, operation: &'static str) -> impl Fn(Error) -> ServiceError + '_ {
         move |error| self.error(error.code(), operation, error)
+    }
+}
+
+impl<M: Model> Drain for LocalRolloutService<M> {
+    fn drain(&self) -> ServiceResult<()> {
+        const OPERATION: &str = "drain";
+        loop {
+            let mut engine = self.lock(OPERATION)?;
+            if engine.is_idle() {
+                return Ok(());
+            }
+            engine.step().map_err(self.convert(OPERATION))?;
+        }
     }
 }
 

@@ -1,16 +1,12 @@
-//! An engine whose weights are trained elsewhere: it pulls them, proves them, and only then serves them.
+//! Weights that are trained elsewhere: pulled, proved, and only then served.
 //!
 //! What arrives lies apart from what is served: a transfer that is cut anywhere, or that does not hash to the version
 //! that was announced, leaves the old version serving.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::time::{Duration, Instant};
 use temper_actor::{PackedPolicy, ParamStore};
 use temper_collective::reshard::{Layout, Receiver, Transfer, Unit, plan};
-use temper_proto::{
-    GroupRequest, GroupResult, RolloutService, RolloutStats, ServiceError, ServiceResult, WeightRange, WeightService,
-};
+use temper_proto::{ServiceError, ServiceResult, WeightRange, WeightService};
 use temper_tensor::Device;
 use temper_types::{ErrorCode, PolicyVersion};
 
@@ -62,35 +58,61 @@ impl WeightReceiver {
     /// What the source gives, `DataLoss` where what arrived is of another model, `VersionMismatch` where it hashes to
     /// something else. The old version serves on.
     pub fn receive(&self, version: PolicyVersion) -> ServiceResult<()> {
-        let held = self.version();
-        if held == version {
+        if self.version() == version {
             return Ok(());
         }
-        let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
-        if held.hash != version.hash {
-            self.pull(&mut staging, version)?;
-            let got = staging.content_hash(&*self.device);
-            if got != version.hash {
-                let message = format!("expected weights that hash to {}, what arrived hashes to {got}", version.hash);
-                return Err(self.error(ErrorCode::VersionMismatch, message));
-            }
+        let found = self.fetch(version)?;
+        self.check(version, found)?;
+        self.serve(version);
+        Ok(())
+    }
+
+    /// Bring the weights of `version` beside those that are served, where they are others; gives what they hash to,
+    /// under the number that was asked for.
+    ///
+    /// # Errors
+    /// Those of [`WeightReceiver::receive`], but for weights that hash to something else.
+    pub fn fetch(&self, version: PolicyVersion) -> ServiceResult<PolicyVersion> {
+        if self.version().hash == version.hash {
+            return Ok(version);
         }
+        let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        self.pull(&mut staging, version)?;
+        Ok(PolicyVersion { hash: staging.content_hash(&*self.device), ..version })
+    }
+
+    /// Whether the weights that were fetched are those that were asked for.
+    ///
+    /// # Errors
+    /// `VersionMismatch`, with both hashes.
+    pub fn check(&self, version: PolicyVersion, found: PolicyVersion) -> ServiceResult<()> {
+        if found == version {
+            return Ok(());
+        }
+        let (expected, got) = (version.hash, found.hash);
+        let message = format!("expected weights that hash to {expected}, what arrived hashes to {got}");
+        Err(self.error(ErrorCode::VersionMismatch, "set_version", message))
+    }
+
+    /// Swap in the weights that were fetched last and proved to be `version`.
+    pub fn serve(&self, version: PolicyVersion) {
+        let staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
         let mut policy = self.policy.write().unwrap_or_else(PoisonError::into_inner);
-        if held.hash != version.hash {
+        if policy.version.hash != version.hash {
             policy.repack(&staging);
         }
         policy.version = version;
-        Ok(())
     }
 
     /// Every element once, from a rank that holds it; ranks that hold the same give equal amounts.
     fn pull(&self, staging: &mut ParamStore, version: PolicyVersion) -> ServiceResult<()> {
+        const OPERATION: &str = "set_version";
         let Sources { ranks, layout } = &self.sources;
         let units: Vec<Unit> =
             staging.units().iter().map(|unit| Unit { len: unit.buffer().len(), tensors: Vec::new() }).collect();
         let receiver = Receiver { rank: 0, source_rank: None };
         let transfers = plan(&units, (*layout, Layout::Replicated { world: 1 }), receiver)
-            .map_err(|e| self.error(ErrorCode::InvalidArgument, e))?;
+            .map_err(|e| self.error(ErrorCode::InvalidArgument, OPERATION, e))?;
         for (rank, source) in ranks.iter().enumerate() {
             let manifest = source.manifest()?;
             if !manifest.unit_lens.iter().copied().eq(units.iter().map(|unit| unit.len as u64)) {
@@ -99,7 +121,7 @@ impl WeightReceiver {
                     manifest.unit_lens.len(),
                     units.len()
                 );
-                return Err(self.error(ErrorCode::DataLoss, message));
+                return Err(self.error(ErrorCode::DataLoss, OPERATION, message));
             }
             let own: Vec<&Transfer> = transfers.iter().filter(|transfer| transfer.source == rank).collect();
             let range = |t: &&Transfer| WeightRange {
@@ -109,14 +131,20 @@ impl WeightReceiver {
             };
             let ranges: Vec<WeightRange> = own.iter().map(range).collect();
             let mut writer = Writer { device: &*self.device, staging: &mut *staging, transfers: &own, filled: 0 };
-            let beyond = || self.error(ErrorCode::DataLoss, "more weights arrived than were asked for");
+            let beyond = || self.error(ErrorCode::DataLoss, OPERATION, "more weights arrived than were asked for");
             source.pull(version, &ranges, &mut |values| writer.write(values).ok_or_else(beyond))?;
         }
         Ok(())
     }
 
-    fn error(&self, code: ErrorCode, message: impl std::fmt::Display) -> ServiceError {
-        ServiceError::new(code, self.name.as_str(), "set_version", message)
+    /// An error of the engine that these weights are for.
+    pub(crate) fn error(
+        &self,
+        code: ErrorCode,
+        operation: &'static str,
+        message: impl std::fmt::Display,
+    ) -> ServiceError {
+        ServiceError::new(code, self.name.as_str(), operation, message)
     }
 }
 
@@ -149,45 +177,5 @@ impl Writer<'_> {
     }
 }
 
-/// A rollout service that receives its weights from a trainer.
-pub struct SyncedRolloutService<S> {
-    engine: S,
-    receiver: WeightReceiver,
-    refit_micros: AtomicU64,
-}
-
-impl<S: RolloutService> SyncedRolloutService<S> {
-    /// `engine` generates with the policy that `receiver` fills.
-    pub fn new(engine: S, receiver: WeightReceiver) -> Self {
-        SyncedRolloutService { engine, receiver, refit_micros: AtomicU64::new(0) }
-    }
-}
-
-impl<S: RolloutService> RolloutService for SyncedRolloutService<S> {
-    fn submit(&self, groups: Vec<GroupRequest>) -> ServiceResult<()> {
-        self.engine.submit(groups)
-    }
-
-    fn next_group(&self, timeout: Duration) -> ServiceResult<Option<GroupResult>> {
-        self.engine.next_group(timeout)
-    }
-
-    fn abort_all(&self) -> ServiceResult<usize> {
-        self.engine.abort_all()
-    }
-
-    fn set_version(&self, version: PolicyVersion) -> ServiceResult<()> {
-        let begin = Instant::now();
-        let received = self.receiver.receive(version);
-        self.refit_micros.fetch_add(begin.elapsed().as_micros() as u64, Ordering::Relaxed);
-        received?;
-        self.engine.set_version(version)
-    }
-
-    fn stats(&self) -> RolloutStats {
-        RolloutStats { refit_micros: self.refit_micros.load(Ordering::Relaxed), ..self.engine.stats() }
-    }
-}
-
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -3,7 +3,7 @@
 use super::check_reward_model::{self, check_directories, check_earlier, check_pairs};
 use super::render::to_table;
 use super::{ModelSource, PlacementMode, Recipe, RecipeError, Source};
-use super::{check_distill, check_replay, preference_stage};
+use super::{check_distill, check_partial, check_replay, preference_stage};
 use crate::reward_models::launcher;
 use crate::{staleness, tls, trainer_ranks};
 use std::collections::BTreeMap;
@@ -287,6 +287,7 @@ pub fn summary(recipe: &Recipe, num_rows: &BTreeMap<String, usize>) -> String {
         lines.push(format!("validation: {rows} held-out prompts x {} samples", recipe.validation.num_samples));
     }
     lines.extend(check_replay::summary(recipe));
+    lines.extend(check_partial::summary(recipe));
     lines.extend(placement_summary(recipe));
     lines.extend(trainer_ranks::summary(&recipe.placement));
     lines.extend(staleness::summary(recipe));

@@ -19,6 +19,11 @@ pub(super) fn check(recipe: &Recipe, source: &Source) -> Result<(), RecipeError>
         return Ok(());
     }
     for (index, stage) in policy_stages(recipe) {
+        if stage.partial_rollouts.is_some() {
+            let problem = "a response that goes on is not replayed leniently too: expected engine.replay = \
+                           \"exact\" or \"coupled\", or no partial_rollouts";
+            return Err(source.error(&format!("stage.{index}.partial_rollouts"), problem));
+        }
         let sampling = &stage.sampling;
         // The model's stop ids, which the recipe need not name, are banned before min_new_tokens.
         if sampling.is_truncated() || sampling.min_new_tokens > 0 {
@@ -60,7 +65,7 @@ pub(super) fn summary(recipe: &Recipe) -> Option<String> {
     }
 }
 
-fn policy_stages(recipe: &Recipe) -> impl Iterator<Item = (usize, &PolicyStage)> {
+pub(super) fn policy_stages(recipe: &Recipe) -> impl Iterator<Item = (usize, &PolicyStage)> {
     recipe.stages.iter().enumerate().filter_map(|(index, stage)| match stage {
         Stage::Policy(stage) => Some((index, &**stage)),
         Stage::OnlinePreference(stage) => Some((index, &stage.policy)),

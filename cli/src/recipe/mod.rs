@@ -8,6 +8,7 @@
 
 mod check;
 mod check_distill;
+mod check_partial;
 mod check_replay;
 mod check_reward_model;
 mod error;

@@ -1,7 +1,7 @@
 //! The books refuse what cannot be, and name what is left.
 
 use super::*;
-use temper_proto::GeneratedSample;
+use temper_proto::{BegunResponse, GeneratedSample};
 use temper_types::{FinishReason, SampleTimings, SamplingParams};
 
 /// Answers what it was asked, and counts calls to settle.
@@ -16,6 +16,7 @@ fn result(request: &GroupRequest) -> GroupResult {
     let sample = |(index, seed): (usize, &u64)| GeneratedSample {
         sample_index: SampleIndex(index as u32),
         seed: *seed,
+        num_begun: 0,
         token_ids: vec![1],
         reused: vec![],
         log_probs: vec![0.0],
@@ -128,4 +129,30 @@ fn what_is_aborted_is_dropped_and_what_was_delivered_is_not() {
     assert!(lost.contains("2 issued samples") && lost.contains("group 2"), "{lost}");
     let expected = [("issued", 4.0), ("trained", 0.0), ("dropped/aborted", 2.0)];
     assert_eq!(columns(&accounts), expected.map(|(name, n)| (name.to_owned(), n)));
+}
+
+fn going_on(group: u64, begun: [&[u32]; 2]) -> GroupRequest {
+    let begun = begun.map(|ids| BegunResponse { token_ids: ids.to_vec(), is_complete: false }).into();
+    GroupRequest { begun, ..request(group) }
+}
+
+/// A sample that goes on is issued once; one that begins anew was dropped before, and is issued again.
+#[test]
+fn what_goes_on_is_counted_once() {
+    let (engine, accounts) = accounts(false);
+    let early = accounts.submit(vec![going_on(2, [&[1], &[1]])]).unwrap_err();
+    assert!(early.message.contains("group 2 (prompt 12) goes on before its last round is over"), "{early}");
+    while accounts.next_group(Duration::ZERO).unwrap().is_some() {}
+    accounts.submit(vec![going_on(1, [&[1], &[1]])]).unwrap();
+    accounts.next_group(Duration::ZERO).unwrap();
+    let ended = accounts.submit(vec![going_on(1, [&[1], &[]])]).unwrap_err();
+    assert!(ended.message.contains("sample 1 of group 1 (prompt 11)"), "{ended}");
+    accounts.settle(0, &[fate(2, 1, Fate::Dropped(Unused::Filtered))]).unwrap();
+    accounts.submit(vec![going_on(2, [&[1], &[]])]).unwrap();
+    accounts.next_group(Duration::ZERO).unwrap();
+    let all: Vec<Settled> = [0, 1].map(|index| fate(2, index, Fate::Trained)).into();
+    accounts.settle(1, &all).unwrap();
+    let expected = [("issued", 5.0), ("trained", 2.0), ("dropped/filtered", 1.0)];
+    assert_eq!(columns(&accounts), expected.map(|(name, n)| (name.to_owned(), n)));
+    assert_eq!(engine.settled.lock().unwrap().len(), 2);
 }

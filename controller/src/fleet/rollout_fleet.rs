@@ -429,9 +429,11 @@ impl Server {
 
     fn answer(&mut self, result: GroupResult) -> ServiceResult<()> {
         let group = result.group_id;
-        let ticket = self.known.get(&group).copied().unwrap_or(Ticket(u64::MAX));
-        let is_open = self.open.remove(&group);
         let mut state = self.shared.lock();
+        // A second answer to an earlier round of the group is about an attempt that has ended.
+        let is_of_round = state.desk.requests.get(&group).is_none_or(|request| answers_round(request, &result));
+        let ticket = self.known.get(&group).copied().filter(|_| is_of_round).unwrap_or(Ticket(u64::MAX));
+        let is_open = is_of_round && self.open.remove(&group);
         if let (true, Some(request)) = (is_open, state.desk.requests.get(&group)) {
             check_answer(request, &result)
                 .map_err(|problem| self.shared.error(ErrorCode::Internal, "next_group", problem))?;
@@ -447,6 +449,12 @@ impl Server {
         }
         Ok(())
     }
+}
+
+/// True where `result` goes on where the responses of `request` stand.
+fn answers_round(request: &GroupRequest, result: &GroupResult) -> bool {
+    let num_begun = |index: usize| request.begun.get(index).map_or(0, |response| response.token_ids.len());
+    result.samples.iter().enumerate().all(|(index, sample)| sample.num_begun as usize == num_begun(index))
 }
 
 /// An answer that is not one to its request comes from a broken worker.

@@ -93,6 +93,52 @@ fn response(seed: u64, temperature: f32) -> Vec<u32> {
     ids
 }
 
+/// What a round draws of a sample.
+struct Round {
+    num_begun: u32,
+    token_ids: Vec<u32>,
+    finish_reason: FinishReason,
+}
+
+/// The next tokens of a response that is drawn in rounds; `None` of one that is drawn in one piece.
+fn next_tokens(group: &GroupRequest, index: usize, seed: u64) -> Option<Round> {
+    if group.round_tokens == 0 && group.begun.is_empty() {
+        return None;
+    }
+    let begun = group.begun.get(index).cloned().unwrap_or_default();
+    let whole = response(seed, group.sampling.temperature);
+    assert!(whole.starts_with(&begun.token_ids), "{begun:?} is no beginning of {whole:?}");
+    assert_eq!(begun.is_complete, begun.token_ids == whole);
+    let rest = &whole[begun.token_ids.len()..];
+    let round = if group.round_tokens == 0 { rest.len() } else { rest.len().min(group.round_tokens as usize) };
+    let finish_reason = if round == rest.len() { FinishReason::Stop } else { FinishReason::Paused };
+    Some(Round { num_begun: begun.token_ids.len() as u32, token_ids: rest[..round].to_vec(), finish_reason })
+}
+
+impl Round {
+    fn sample(self, index: usize, seed: u64, version: PolicyVersion) -> GeneratedSample {
+        GeneratedSample {
+            sample_index: SampleIndex(index as u32),
+            seed,
+            num_begun: self.num_begun,
+            reused: Vec::new(),
+            log_probs: self.token_ids.iter().map(|id| engine_log_prob(*id)).collect(),
+            policy_versions: if self.token_ids.is_empty() {
+                Vec::new()
+            } else {
+                vec![(version, self.token_ids.len() as u32)]
+            },
+            token_ids: self.token_ids,
+            sampled_log_probs: Vec::new(),
+            surviving_mass: Vec::new(),
+            finish_reason: self.finish_reason,
+            num_drafted: 0,
+            num_accepted: 0,
+            timings: SampleTimings::default(),
+        }
+    }
+}
+
 impl RolloutService for Rollout {
     fn submit(&self, groups: Vec<GroupRequest>) -> ServiceResult<()> {
         self.groups.lock().expect("no panic elsewhere").extend(groups);
@@ -102,12 +148,16 @@ impl RolloutService for Rollout {
         let Some(group) = self.groups.lock().expect("no panic elsewhere").pop() else { return Ok(None) };
         let version = *self.version.lock().expect("no panic elsewhere");
         let sample = |(index, seed): (usize, &u64)| {
+            if let Some(round) = next_tokens(&group, index, *seed) {
+                return round.sample(index, *seed, version);
+            }
             let earlier = group.reuse.as_ref().map(|reuse| reuse.responses[index].token_ids.clone());
             let reused = earlier.iter().flatten().map(|_| 1).collect();
             let token_ids = earlier.unwrap_or_else(|| response(*seed, group.sampling.temperature));
             GeneratedSample {
                 sample_index: SampleIndex(index as u32),
                 seed: *seed,
+                num_begun: 0,
                 reused,
                 log_probs: token_ids.iter().map(|id| engine_log_prob(*id)).collect(),
                 policy_versions: vec![(version, token_ids.len() as u32)],

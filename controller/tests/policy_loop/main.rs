@@ -4,6 +4,7 @@ mod changes;
 mod critic;
 mod estimators;
 mod fakes;
+mod partial;
 mod replay;
 mod staleness;
 mod streaming;

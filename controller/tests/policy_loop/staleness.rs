@@ -12,7 +12,7 @@ use temper_controller::{Generation, PolicyStage, ReplaySpec, RunSpec, latest_che
 use temper_proto::{GroupRequest, GroupResult, RolloutService, RolloutStats, ScoreRequest, ServiceResult};
 use temper_types::{PolicyVersion, Sample};
 
-fn ahead(stage: PolicyStage, staleness: u32, generation: Generation) -> RunSpec {
+pub(crate) fn ahead(stage: PolicyStage, staleness: u32, generation: Generation) -> RunSpec {
     RunSpec { staleness, generation, ..spec(stage, ReplaySpec::Exact) }
 }
 

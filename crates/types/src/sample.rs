@@ -15,6 +15,8 @@ pub enum FinishReason {
     Length,
     /// The request was aborted; the response is partial.
     Abort,
+    /// The round that it was asked for is over; the response is partial and goes on later.
+    Paused,
 }
 
 impl FinishReason {
@@ -25,6 +27,7 @@ impl FinishReason {
             FinishReason::StopString => "stop_string",
             FinishReason::Length => "length",
             FinishReason::Abort => "abort",
+            FinishReason::Paused => "paused",
         }
     }
 }

@@ -109,6 +109,7 @@ pub enum FinishReason {
     StopString = 2,
     Length = 3,
     Abort = 4,
+    Paused = 5,
 }
 impl FinishReason {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -122,6 +123,7 @@ impl FinishReason {
             Self::StopString => "FINISH_REASON_STOP_STRING",
             Self::Length => "FINISH_REASON_LENGTH",
             Self::Abort => "FINISH_REASON_ABORT",
+            Self::Paused => "FINISH_REASON_PAUSED",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -132,6 +134,7 @@ impl FinishReason {
             "FINISH_REASON_STOP_STRING" => Some(Self::StopString),
             "FINISH_REASON_LENGTH" => Some(Self::Length),
             "FINISH_REASON_ABORT" => Some(Self::Abort),
+            "FINISH_REASON_PAUSED" => Some(Self::Paused),
             _ => None,
         }
     }
@@ -1514,6 +1517,21 @@ pub struct GroupRequest {
     /// Earlier responses whose tokens may be taken again.
     #[prost(message, optional, tag = "8")]
     pub reuse: ::core::option::Option<Reuse>,
+    /// Tokens that each sample may draw now; one that has not ended by then is paused. 0: no limit.
+    #[prost(uint32, tag = "9")]
+    pub round_tokens: u32,
+    /// What there is of each sample already; empty where all begin anew.
+    #[prost(message, repeated, tag = "10")]
+    pub begun: ::prost::alloc::vec::Vec<BegunResponse>,
+}
+/// The beginning of a response, drawn in earlier rounds.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BegunResponse {
+    #[prost(uint32, repeated, tag = "1")]
+    pub token_ids: ::prost::alloc::vec::Vec<u32>,
+    /// Nothing more is drawn.
+    #[prost(bool, tag = "2")]
+    pub is_complete: bool,
 }
 /// Lenient replay of earlier responses.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -1598,6 +1616,9 @@ pub struct GeneratedSample {
     /// 1 where the token is of an earlier response.
     #[prost(bytes = "vec", tag = "13")]
     pub reused: ::prost::alloc::vec::Vec<u8>,
+    /// Tokens of the response before these.
+    #[prost(uint32, tag = "14")]
+    pub num_begun: u32,
 }
 /// Consecutive tokens of one version.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

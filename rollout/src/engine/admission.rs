@@ -43,6 +43,7 @@ pub(super) fn check_request(
         ));
     }
     check_reuse(request, limits)?;
+    check_begun(request, limits)?;
     check_length(request, limits)
 }
 
@@ -56,6 +57,15 @@ fn check_reuse(request: &GroupRequest, limits: ModelLimits) -> Result<(), Error>
         return Err(Error::InvalidRequest { group_id, cause });
     }
     reuse.responses.iter().try_for_each(|response| check_ids(group_id, "reuse", &response.token_ids, limits))
+}
+
+/// Responses that go on are of this model, and have something left to draw.
+fn check_begun(request: &GroupRequest, limits: ModelLimits) -> Result<(), Error> {
+    let group_id = request.group_id;
+    if let Some(cause) = super::rounds::problem(request) {
+        return Err(Error::InvalidRequest { group_id, cause });
+    }
+    request.begun.iter().try_for_each(|response| check_ids(group_id, "begun", &response.token_ids, limits))
 }
 
 /// Bias, allowed ids and bad words name ids of the model, and no turn of a response can leave nothing to draw.

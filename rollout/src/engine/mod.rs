@@ -14,6 +14,10 @@
 //! drawn as if the draft were right, by the same function with the same noise; the draws count as far as the draft is
 //! what was drawn, and the first one that differs counts too. So a draft moves work between steps and nothing else.
 //!
+//! # Rounds
+//! A request may bring the beginnings of its responses and limit what is drawn now; a sample that has not ended by then
+//! is paused, and goes on when a later request brings what there is of it. Rounds change no bit, like preemption.
+//!
 //! # When weights change between steps
 //! Every token is tagged with the version that drew it. K/V of running sequences are kept: a token drawn after a
 //! change attends to K/V that older weights stored. A sequence that is preempted after a change is recomputed under
@@ -32,6 +36,7 @@ mod lengths;
 mod prefix;
 mod refits;
 mod reuse;
+mod rounds;
 mod sample;
 
 use crate::beam::{BeamHypothesis, BeamSpec, beam_search};
@@ -338,12 +343,15 @@ impl<M: Model> Engine<M> {
                 self.samples.resize_with(key.index() + 1, || None);
             }
             self.samples[key.index()] = Some(OpenSample::new(&context, sample_index));
+            self.go_on(*key);
             self.name_blocks(*key);
         }
         let finished = keys.iter().map(|_| None).collect();
         self.num_queued += keys.len();
         self.num_prompt_tokens += shape.prompt_len as u64;
-        self.groups.insert(group_id, OpenGroup { context, num_open: keys.len(), keys, finished });
+        let group = OpenGroup { context: Arc::clone(&context), num_open: keys.len(), keys: keys.clone(), finished };
+        self.groups.insert(group_id, group);
+        self.skip_complete(&context.request, &keys);
     }
 
     fn context(&self, request: GroupRequest) -> GroupContext {
@@ -502,10 +510,12 @@ impl<M: Model> Engine<M> {
     fn close(&mut self, group_id: GroupId) {
         let Some(group) = self.groups.remove(&group_id) else { return };
         let samples: Vec<GeneratedSample> = group.finished.into_iter().flatten().collect();
-        self.lengths.note(&group.context.request, &samples);
+        let whole = rounds::whole(&group.context.request, &samples);
+        self.lengths.note(&group.context.request, &whole);
         if let Some(speculation) = &mut self.speculation {
-            speculation.close_group(&group.context.request, &samples);
+            speculation.close_group(&group.context.request, &whole);
         }
+        drop(whole);
         self.finished.push_back(GroupResult {
             group_id,
             prompt_id: group.context.request.prompt_id,
@@ -523,6 +533,8 @@ pub(crate) mod fake_model;
 mod life_tests;
 #[cfg(test)]
 mod reuse_tests;
+#[cfg(test)]
+mod rounds_tests;
 #[cfg(test)]
 mod speculation_tests;
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use super::prefix::Chain;
 use super::reuse;
+use super::rounds::most_new_tokens;
 use crate::speculation::{DraftContext, Proposal};
 use crate::stop::{StopMatcher, StopState, TokenBytes};
 use std::sync::{Arc, OnceLock};
@@ -30,7 +31,10 @@ pub(super) struct GroupContext {
 pub(super) struct OpenSample {
     pub context: Arc<GroupContext>,
     sample_index: u32,
+    /// Tokens of earlier rounds, then those drawn in this one.
     token_ids: Vec<u32>,
+    /// How many were drawn in earlier rounds; what follows is of the others.
+    num_begun: usize,
     log_probs: Vec<f32>,
     sampled_log_probs: Vec<f32>,
     surviving_mass: Vec<f32>,
@@ -83,6 +87,7 @@ impl OpenSample {
             context: Arc::clone(context),
             sample_index,
             token_ids: Vec::new(),
+            num_begun: 0,
             log_probs: Vec::new(),
             sampled_log_probs: Vec::new(),
             surviving_mass: Vec::new(),
@@ -96,6 +101,26 @@ impl OpenSample {
             is_reusing: reuse::earlier_token(context.request.reuse.as_ref(), sample_index as usize, 0).is_some(),
             reused: Vec::new(),
         }
+    }
+
+    /// Go on behind the tokens of earlier rounds: penalties and stop strings have seen them.
+    pub fn go_on(&mut self, begun: &[u32]) {
+        let context = Arc::clone(&self.context);
+        self.token_ids.extend_from_slice(begun);
+        self.num_begun = begun.len();
+        if context.request.sampling.has_penalties() {
+            begun.iter().for_each(|id| count(&mut self.seen, *id));
+        }
+        if let Some((matcher, bytes)) = &context.stop {
+            for id in begun {
+                matcher.feed(&mut self.stop_state, bytes.token_bytes(*id));
+            }
+        }
+    }
+
+    /// Index in the group.
+    pub fn sample_index(&self) -> usize {
+        self.sample_index as usize
     }
 
     /// The token of the earlier response whose log-prob decides whether it is taken at `slot`; `None` where it is not
@@ -250,7 +275,7 @@ impl OpenSample {
 
     /// Add a drawn token; says why the response ends, where it does.
     fn push(&mut self, drawn: &Sampled, version: PolicyVersion) -> Option<FinishReason> {
-        if self.token_ids.is_empty() {
+        if self.log_probs.is_empty() {
             self.reserve();
         }
         let sampling = &self.context.request.sampling;
@@ -273,7 +298,7 @@ impl OpenSample {
     /// Take room for the whole response, so that its later tokens do not allocate.
     fn reserve(&mut self) {
         let sampling = &self.context.request.sampling;
-        let room = sampling.max_new_tokens as usize;
+        let room = most_new_tokens(&self.context.request, self.num_begun);
         self.token_ids.reserve(room);
         self.log_probs.reserve(room);
         if self.context.request.reuse.is_some() {
@@ -300,17 +325,22 @@ impl OpenSample {
                 return Some(FinishReason::StopString);
             }
         }
-        (len >= sampling.max_new_tokens as usize).then_some(FinishReason::Length)
+        if len >= sampling.max_new_tokens as usize {
+            return Some(FinishReason::Length);
+        }
+        let round = self.context.request.round_tokens as usize;
+        (round > 0 && self.log_probs.len() >= round).then_some(FinishReason::Paused)
     }
 
-    /// The finished sample.
-    pub fn finish(self, finish_reason: FinishReason, now: Duration) -> GeneratedSample {
+    /// The finished sample: what was drawn in this round.
+    pub fn finish(mut self, finish_reason: FinishReason, now: Duration) -> GeneratedSample {
         let context = &self.context;
         let started_at = context.started_at.get().copied().unwrap_or(now);
         GeneratedSample {
             sample_index: SampleIndex(self.sample_index),
             seed: context.request.seeds[self.sample_index as usize],
-            token_ids: self.token_ids,
+            num_begun: context.request.begun.get(self.sample_index as usize).map_or(0, |b| b.token_ids.len() as u32),
+            token_ids: self.token_ids.split_off(self.num_begun),
             reused: self.reused,
             log_probs: self.log_probs,
             sampled_log_probs: self.sampled_log_probs,

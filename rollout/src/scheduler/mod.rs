@@ -191,6 +191,14 @@ impl Scheduler {
         key
     }
 
+    /// Let `key`, which was submitted and has not started, go on behind `num_tokens` tokens of its own and take at most
+    /// `max_new_tokens` more. It starts like one that was preempted.
+    pub fn go_on(&mut self, key: SeqKey, num_tokens: usize, max_new_tokens: usize) {
+        let sequence = &mut self.sequences[key.index()];
+        sequence.len += num_tokens;
+        sequence.max_slots = sequence.max_slots.min(sequence.len + max_new_tokens.max(1) - 1);
+    }
+
     /// Forget the names of the blocks of `key`. A sequence without names uses no cache.
     pub fn clear_hashes(&mut self, key: SeqKey) {
         self.sequences[key.index()].hashes.clear();

@@ -77,7 +77,9 @@ impl Scheduler {
         let num_shared = self.num_shareable_blocks(&self.sequences[key.index()]);
         let mut num_looked_up = 0;
         match source {
-            PromptSource::Sibling(sibling) => self.share(sibling, num_shared, key),
+            PromptSource::Sibling(sibling) if self.num_cached_blocks(key) <= num_shared => {
+                self.share(sibling, num_shared, key);
+            }
             _ => num_looked_up = self.share_cached(key),
         }
         let sequence = &mut self.sequences[key.index()];
@@ -101,6 +103,13 @@ impl Scheduler {
         self.blocks.fork(&self.sequences[from.index()].table, num_blocks, &mut table);
         self.sequences[to.index()].is_stale = self.sequences[from.index()].is_stale;
         self.sequences[to.index()].table = table;
+    }
+
+    /// Leading blocks of the known tokens of `key` that the prefix cache has: more than the prompt's where the sequence
+    /// goes on behind tokens of its own.
+    fn num_cached_blocks(&self, key: SeqKey) -> usize {
+        let Sequence { hashes, len, .. } = &self.sequences[key.index()];
+        self.blocks.num_cached(shareable_names(hashes, *len, self.limits.block_size))
     }
 
     /// Take the cached blocks that the known tokens of `key` begin with, so that a row is left to compute. Returns the

@@ -8,6 +8,7 @@ fn sample(sample_index: u32, token_ids: &[u32]) -> GeneratedSample {
     GeneratedSample {
         sample_index: SampleIndex(sample_index),
         seed: 0,
+        num_begun: 0,
         token_ids: token_ids.to_vec(),
         reused: Vec::new(),
         log_probs: Vec::new(),

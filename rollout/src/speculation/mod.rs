@@ -341,8 +341,18 @@ impl Speculation {
             let past = self.history.get(prompt);
             let start = GroupStart { group_id: context.group_id, prompt, num_samples, past: &past };
             self.drafters.iter_mut().for_each(|drafter| drafter.open_group(&start));
+            self.show_begun(context);
         }
         self.drafters.iter_mut().for_each(|drafter| drafter.observe(context, num_new));
+    }
+
+    /// Show what earlier rounds have drawn of a group that goes on.
+    fn show_begun(&mut self, context: &DraftContext<'_>) {
+        let begun = context.request.begun.iter().enumerate().filter(|(_, begun)| !begun.token_ids.is_empty());
+        for (sample_index, begun) in begun {
+            let context = DraftContext { sample_index, response: &begun.token_ids, ..*context };
+            self.drafters.iter_mut().for_each(|drafter| drafter.observe(&context, begun.token_ids.len()));
+        }
     }
 
     /// A group ended; its responses are remembered under its prompt.

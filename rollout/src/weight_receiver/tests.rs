@@ -26,15 +26,15 @@ fn model(hidden_size: usize) -> ModelConfig {
 }
 
 /// Weights in pieces of 7 elements; element `flip` comes with its last bit flipped, and nothing after `cut`.
-struct Source {
-    params: ParamStore,
-    version: PolicyVersion,
-    cut: Option<usize>,
-    flip: Option<usize>,
+pub(crate) struct Source {
+    pub params: ParamStore,
+    pub version: PolicyVersion,
+    pub cut: Option<usize>,
+    pub flip: Option<usize>,
 }
 
 impl Source {
-    fn new(hidden_size: usize, seed: u64) -> Self {
+    pub fn new(hidden_size: usize, seed: u64) -> Self {
         let dev = device();
         let params = ParamStore::init(&*dev, &model(hidden_size), seed);
         let version = PolicyVersion { number: seed, hash: params.content_hash(&*dev) };
@@ -74,7 +74,7 @@ impl WeightService for Source {
 }
 
 /// A receiver that serves the weights of seed 1.
-fn receiver(source: Source) -> (WeightReceiver, Arc<RwLock<PackedPolicy>>) {
+pub(crate) fn receiver(source: Source) -> (WeightReceiver, Arc<RwLock<PackedPolicy>>) {
     let (dev, config) = (device(), model(16));
     let params = ParamStore::init(&*dev, &config, 1);
     let mut policy = PackedPolicy::new(&dev, &params, &config, DType::F32);

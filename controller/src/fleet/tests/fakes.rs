@@ -155,11 +155,13 @@ impl FakeRollout {
         let used = if self.manner == Manner::AnswersWithOtherWeights { version(99) } else { held };
         let change = u64::from(self.manner == Manner::ChangesSeeds);
         let sample = |(index, seed): (usize, &u64)| {
-            let noise = mix(*seed + change, held.number);
+            let num_begun = group.begun.get(index).map_or(0, |b| b.token_ids.len() as u32);
+            let noise = mix(*seed + change + u64::from(1000 * num_begun), held.number);
             let token_ids: Vec<u32> = (0..1 + noise % 8).map(|i| (mix(noise, i) % 50) as u32).collect();
             GeneratedSample {
                 sample_index: SampleIndex(index as u32),
                 seed: *seed + change,
+                num_begun,
                 reused: Vec::new(),
                 log_probs: token_ids.iter().map(|id| -(*id as f32) / 7.0).collect(),
                 policy_versions: vec![(used, token_ids.len() as u32)],

@@ -7,7 +7,7 @@ use super::fakes::{Batch, FakeRollout, Manner, ManualClock, request, until, vers
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use temper_proto::{RolloutService, ServiceError};
+use temper_proto::{BegunResponse, GeneratedSample, GroupRequest, RolloutService, ServiceError};
 use temper_types::{ErrorCode, GroupId};
 
 const NUM_GROUPS: u64 = 12;
@@ -133,6 +133,31 @@ fn a_worker_that_answers_twice_is_counted_and_changes_nothing() {
     assert_eq!(run.batch().as_ref(), Ok(&expected));
     assert_eq!(run.status("engine-0").phase, WorkerPhase::Ready);
     assert!(run.fleet.fences()[&Fence::DuplicateAnswer] > 0);
+}
+
+/// What a second round over `first` draws.
+fn second_round(run: &Run, first: &Batch) -> Result<Batch, ServiceError> {
+    let begun = |sample: &GeneratedSample| BegunResponse { token_ids: sample.token_ids.clone(), is_complete: false };
+    let go_on = |id| GroupRequest { begun: first[&GroupId(id)].iter().map(begun).collect(), ..request(id) };
+    run.fleet.submit((0..NUM_GROUPS).map(go_on).collect())?;
+    run.collect()
+}
+
+/// Groups that go on are issued again with the same beginnings, and a second answer to their first round is none to
+/// their second.
+#[test]
+fn a_second_round_survives_losses_and_second_answers() {
+    let undisturbed = start(config(), &[Manner::Good]);
+    let first = undisturbed.batch().expect("nothing fails");
+    let expected = second_round(&undisturbed, &first).expect("nothing fails");
+    assert_ne!(first, expected);
+    for manner in [Manner::Twice, Manner::NewestFirst, Manner::DiesAfter(8), Manner::DiesAfter(5)] {
+        let run = start(config(), &[manner, Manner::Good]);
+        assert_eq!(run.batch().as_ref(), Ok(&first));
+        assert_eq!(second_round(&run, &first).as_ref(), Ok(&expected));
+        let ledger = run.fleet.ledger();
+        assert!(ledger.is_balanced() && ledger.open() == 3 * NUM_GROUPS, "{ledger:?}");
+    }
 }
 
 #[test]

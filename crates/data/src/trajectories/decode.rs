@@ -162,10 +162,12 @@ impl<'a> Row<'a> {
 
     fn finish_reason(&self) -> Result<FinishReason, String> {
         let name = self.text("finish_reason")?;
-        [FinishReason::Stop, FinishReason::StopString, FinishReason::Length, FinishReason::Abort]
+        use FinishReason::{Abort, Length, Paused, Stop, StopString};
+        let expected = "stop, stop_string, length, abort or paused";
+        [Stop, StopString, Length, Abort, Paused]
             .into_iter()
             .find(|reason| reason.name() == name)
-            .ok_or_else(|| format!("column `finish_reason`: `{name}`: expected stop, stop_string, length or abort"))
+            .ok_or_else(|| format!("column `finish_reason`: `{name}`: expected {expected}"))
     }
 
     fn policy_versions(&self) -> Result<Vec<(PolicyVersion, u32)>, String> {

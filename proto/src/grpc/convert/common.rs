@@ -81,6 +81,7 @@ pub(super) fn finish_to_wire(reason: FinishReason) -> i32 {
         FinishReason::StopString => v1::FinishReason::StopString,
         FinishReason::Length => v1::FinishReason::Length,
         FinishReason::Abort => v1::FinishReason::Abort,
+        FinishReason::Paused => v1::FinishReason::Paused,
     };
     wire.into()
 }
@@ -91,6 +92,7 @@ pub(super) fn finish_from_wire(reason: i32) -> Result<FinishReason, ConvertError
         Ok(v1::FinishReason::StopString) => Ok(FinishReason::StopString),
         Ok(v1::FinishReason::Length) => Ok(FinishReason::Length),
         Ok(v1::FinishReason::Abort) => Ok(FinishReason::Abort),
+        Ok(v1::FinishReason::Paused) => Ok(FinishReason::Paused),
         Ok(v1::FinishReason::Unspecified) | Err(_) => {
             Err(ConvertError::new("finish_reason", "a reason of FinishReason", reason))
         }

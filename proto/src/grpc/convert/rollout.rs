@@ -4,8 +4,8 @@ use super::common::{finish_from_wire, finish_to_wire};
 use super::{ConvertError, required, version_from_wire, version_to_wire};
 use crate::grpc::v1;
 use crate::{
-    DraftCounts, EarlierResponse, GeneratedSample, GroupRequest, GroupResult, NUM_MATCH_BUCKETS, Reuse, RolloutStats,
-    SpeculationStats,
+    BegunResponse, DraftCounts, EarlierResponse, GeneratedSample, GroupRequest, GroupResult, NUM_MATCH_BUCKETS, Reuse,
+    RolloutStats, SpeculationStats,
 };
 use temper_types::{GroupId, PolicyVersion, PromptId, SampleIndex, SampleTimings, SamplingParams};
 
@@ -22,19 +22,23 @@ from {
     bad_words_ids: p.bad_words_ids.into_iter().map(|word| word.token_ids).collect(),
 });
 
-same_fields!(GroupRequest, v1::GroupRequest, group => { epoch, prompt_token_ids, seeds, priority }
+same_fields!(GroupRequest, v1::GroupRequest, group => { epoch, prompt_token_ids, seeds, priority, round_tokens }
 to {
     group_id: group.group_id.0,
     prompt_id: group.prompt_id.0,
     sampling: Some(group.sampling.into()),
     reuse: group.reuse.map(Into::into),
+    begun: group.begun.into_iter().map(Into::into).collect(),
 }
 try_from {
     group_id: GroupId(group.group_id),
     prompt_id: PromptId(group.prompt_id),
     sampling: required(group.sampling, "groups.sampling")?.into(),
     reuse: group.reuse.map(TryInto::try_into).transpose()?,
+    begun: group.begun.into_iter().map(Into::into).collect(),
 });
+
+same_fields!(BegunResponse, v1::BegunResponse, begun => { token_ids, is_complete });
 
 same_fields!(Reuse, v1::Reuse, reuse => { lenience }
 to { responses: reuse.responses.into_iter().map(Into::into).collect() }
@@ -64,7 +68,7 @@ fn per_token<T>(values: Vec<T>, num_tokens: usize, field: &'static str) -> Resul
     }
 }
 
-same_fields!(GeneratedSample, v1::GeneratedSample, s => { seed, token_ids, num_drafted, num_accepted }
+same_fields!(GeneratedSample, v1::GeneratedSample, s => { seed, num_begun, token_ids, num_drafted, num_accepted }
 to {
     sample_index: s.sample_index.0,
     reused: s.reused,
