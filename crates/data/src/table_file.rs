@@ -38,8 +38,8 @@ impl TableFormat {
     }
 }
 
-/// A file of rows that appears complete or not at all: under its name once it is finished, and not where this is dropped
-/// before.
+/// A file of rows that appears complete or not at all: under its name once it is finished, and not where this is
+/// dropped before.
 pub struct TableFile {
     path: PathBuf,
     unfinished: PathBuf,
