@@ -4,5 +4,6 @@ mod beam;
 mod bitwise;
 mod draft_model;
 mod lenient;
+mod rounds;
 mod speculation;
 mod support;

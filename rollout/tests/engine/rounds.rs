@@ -1,14 +1,13 @@
 //! Rounds over random policies: a response that is cut and goes on has the bits of the uncut one.
 
-mod common;
-
-use common::{Model, engine_of, engine_with, run_all};
+use crate::support::{Model, engine_of, engine_with, run_all};
 use temper_proto::{BegunResponse, GeneratedSample, GroupRequest};
 use temper_rollout::EngineConfig;
 use temper_types::{FinishReason, GroupId, SamplingParams};
 
-const OLD: Model = Model { seed: 3 };
-const NEW: Model = Model { seed: 4 };
+/// Seeds of the weights.
+const OLD: u64 = 3;
+const NEW: u64 = 4;
 const LEN: u32 = 24;
 
 fn request(sampling: SamplingParams) -> GroupRequest {
@@ -21,8 +20,8 @@ fn request(sampling: SamplingParams) -> GroupRequest {
     }
 }
 
-fn generate(model: Model, request: GroupRequest) -> Vec<GeneratedSample> {
-    run_all(&mut engine_of(model), vec![request]).remove(0).samples
+fn generate(seed: u64, request: GroupRequest) -> Vec<GeneratedSample> {
+    run_all(&mut engine_of(Model::llama(seed)), vec![request]).remove(0).samples
 }
 
 fn going_on(request: &GroupRequest, first: &[GeneratedSample]) -> GroupRequest {
@@ -59,7 +58,7 @@ fn a_cut_at_any_position_changes_no_bit() {
         let whole = generate(OLD, request.clone());
         for cut in 1..LEN {
             for config in [&caching, &plain] {
-                let mut engine = engine_with(OLD, config);
+                let mut engine = engine_with(Model::llama(OLD), config);
                 let mut round = |request| run_all(&mut engine, vec![request]).remove(0).samples;
                 let first = round(GroupRequest { round_tokens: cut, ..request.clone() });
                 if first.iter().all(|s| s.finish_reason != FinishReason::Paused) {
