@@ -49,6 +49,12 @@ fn generation_is_timed() {
     assert_near("tokens_per_second", &report["tokens_per_second"], 12.0 / median(&report["samples_s"]));
     assert_near("prefill_tok_s", &report["prefill_tok_s"], 10.0 / median(&report["prefill_samples_s"]));
     assert!(report["rss_mb"].as_u64().unwrap() > 0);
+    let roofline = &report["roofline"];
+    for key in ["read_gb_s", "peak_gflops", "decode_tok_s"] {
+        assert!(roofline[key].as_f64().unwrap() > 0.0, "{key} in {roofline}");
+    }
+    let reached = report["decode_tok_s"].as_f64().unwrap() / roofline["decode_tok_s"].as_f64().unwrap();
+    assert_near("share", &roofline["share"], reached);
 }
 
 #[test]

@@ -21,8 +21,8 @@ use temper_types::{GroupId, PromptId, SamplingParams, derive_seed};
 /// A run is timed from the submission of all prompts to the last finished response. decode_tok_s is
 /// batch * (new - 1) / (time of a whole run - time of a run with one new token), prefill_tok_s is batch * prompt / time
 /// of a run with one new token, tokens_per_second is batch * new / time of a whole run. roofline is what decoding
-/// could reach where every step reads each weight, key and value once at the rate at which this machine's memory is read,
-/// or computes at its peak, whichever takes longer.
+/// could reach where every step reads each weight, key and value once at the rate of this machine's memory, or
+/// computes at its peak, whichever takes longer.
 #[derive(clap::Args)]
 pub struct Rollout {
     /// Hugging Face model directory.
@@ -130,14 +130,10 @@ impl Rollout {
         let decode = decode.map_or_else(String::new, |d| format!(", decode {d:.0}"));
         let memory = rss.map_or_else(String::new, |mb| format!(", peak memory {mb} MiB"));
         let group = group.map_or_else(String::new, |group| format!("{}\n", group.to_text()));
-        print(&format!(
-            "{} x ({} + {}), {}: {rate:.0} tokens/s{decode}, prefill {prefill:.0}, spread {:.2} over {} runs{memory}\n{roofline}\n{group}",
-            self.batch,
-            self.prompt_len,
-            self.new_tokens,
-            generator.dtype,
-            spread(whole),
-            whole.len()
-        ))
+        let Generator { dtype, .. } = generator;
+        let (prompt_len, spread, runs) = (self.prompt_len, spread(whole), whole.len());
+        let line = format!("{batch} x ({prompt_len} + {new_tokens}), {dtype}: {rate:.0} tokens/s{decode}");
+        let line = format!("{line}, prefill {prefill:.0}, spread {spread:.2} over {runs} runs{memory}");
+        print(&format!("{line}\n{roofline}\n{group}"))
     }
 }
