@@ -14,8 +14,8 @@ pub use config::{Family, Head, ModelConfig, RopeConfig, RopeScaling};
 pub use error::{Error, Result};
 pub use init::{InitConfig, init_model};
 pub use model::{
-    BackwardUnits, Batch, Distillation, OutputGrads, PackedPolicy, ParamStore, Recompute, Tape, TeacherRows,
-    TensorSlot, TrainArena, TrainBatch, Unit, UnitShapes, WeightHasher, WholeUnits, Workspace,
+    ArrivingHash, BackwardUnits, Batch, Distillation, OutputGrads, PackedPolicy, ParamStore, Recompute, Tape,
+    TeacherRows, TensorSlot, TrainArena, TrainBatch, Unit, UnitShapes, WeightHasher, WholeUnits, Workspace,
 };
 pub use tokenizer::{ChatTemplate, GenerationPrompt, SpecialTokens, Tokenizer};
 pub use weights_io::{CheckpointReader, TensorKind, TensorSpec, tensor_specs, write_checkpoint};

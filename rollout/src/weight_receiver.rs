@@ -1,14 +1,19 @@
 //! Weights that are trained elsewhere: pulled, proved, and only then served.
 //!
 //! What arrives lies apart from what is served: a transfer that is cut anywhere, or that does not hash to the version
-//! that was announced, leaves the old version serving.
+//! that was announced, leaves the old version serving. Each piece is hashed as it is written, while a near cache has it;
+//! all ranks are asked at once, by as many threads as the device computes with.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use temper_actor::{PackedPolicy, ParamStore};
+use temper_actor::{ArrivingHash, PackedPolicy, ParamStore};
 use temper_collective::reshard::{Layout, Receiver, Transfer, Unit, plan};
 use temper_proto::{ServiceError, ServiceResult, WeightRange, WeightService};
-use temper_tensor::Device;
-use temper_types::{ErrorCode, PolicyVersion};
+use temper_tensor::{Device, ViewMut};
+use temper_types::{ContentHash, ErrorCode, PolicyVersion};
+
+/// What errors name.
+const OPERATION: &str = "set_version";
 
 /// Receives weights for a packed policy.
 pub struct WeightReceiver {
@@ -77,8 +82,8 @@ impl WeightReceiver {
             return Ok(version);
         }
         let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
-        self.pull(&mut staging, version)?;
-        Ok(PolicyVersion { hash: staging.content_hash(&*self.device), ..version })
+        let hash = self.pull(&mut staging, version)?;
+        Ok(PolicyVersion { hash, ..version })
     }
 
     /// Whether the weights that were fetched are those that were asked for.
@@ -91,7 +96,7 @@ impl WeightReceiver {
         }
         let (expected, got) = (version.hash, found.hash);
         let message = format!("expected weights that hash to {expected}, what arrived hashes to {got}");
-        Err(self.error(ErrorCode::VersionMismatch, "set_version", message))
+        Err(self.error(ErrorCode::VersionMismatch, OPERATION, message))
     }
 
     /// Swap in the weights that were fetched last and proved to be `version`.
@@ -104,15 +109,20 @@ impl WeightReceiver {
         policy.version = version;
     }
 
+    /// Fill `staging`, and hash what arrives.
+    fn pull(&self, staging: &mut ParamStore, version: PolicyVersion) -> ServiceResult<ContentHash> {
+        let transfers = self.transfers(staging)?;
+        let arriving = ArrivingHash::new(staging);
+        let errands = errands(staging, &transfers, self.errands_per_source());
+        self.run(errands, version, &arriving)?;
+        Ok(arriving.finish(&*self.device, staging))
+    }
+
     /// Every element once, from a rank that holds it; ranks that hold the same give equal amounts.
-    fn pull(&self, staging: &mut ParamStore, version: PolicyVersion) -> ServiceResult<()> {
-        const OPERATION: &str = "set_version";
+    fn transfers(&self, staging: &ParamStore) -> ServiceResult<Vec<Transfer>> {
         let Sources { ranks, layout } = &self.sources;
         let units: Vec<Unit> =
             staging.units().iter().map(|unit| Unit { len: unit.buffer().len(), tensors: Vec::new() }).collect();
-        let receiver = Receiver { rank: 0, source_rank: None };
-        let transfers = plan(&units, (*layout, Layout::Replicated { world: 1 }), receiver)
-            .map_err(|e| self.error(ErrorCode::InvalidArgument, OPERATION, e))?;
         for (rank, source) in ranks.iter().enumerate() {
             let manifest = source.manifest()?;
             if !manifest.unit_lens.iter().copied().eq(units.iter().map(|unit| unit.len as u64)) {
@@ -123,18 +133,39 @@ impl WeightReceiver {
                 );
                 return Err(self.error(ErrorCode::DataLoss, OPERATION, message));
             }
-            let own: Vec<&Transfer> = transfers.iter().filter(|transfer| transfer.source == rank).collect();
-            let range = |t: &&Transfer| WeightRange {
-                unit: t.unit as u32,
-                start: t.range.start as u64,
-                len: t.range.len() as u64,
-            };
-            let ranges: Vec<WeightRange> = own.iter().map(range).collect();
-            let mut writer = Writer { device: &*self.device, staging: &mut *staging, transfers: &own, filled: 0 };
-            let beyond = || self.error(ErrorCode::DataLoss, OPERATION, "more weights arrived than were asked for");
-            source.pull(version, &ranges, &mut |values| writer.write(values).ok_or_else(beyond))?;
         }
-        Ok(())
+        let receiver = Receiver { rank: 0, source_rank: None };
+        plan(&units, (*layout, Layout::Replicated { world: 1 }), receiver)
+            .map_err(|e| self.error(ErrorCode::InvalidArgument, OPERATION, e))
+    }
+
+    /// All ranks are asked at once; where there are fewer of them than threads, each by several.
+    fn errands_per_source(&self) -> usize {
+        (self.device.info().num_threads / self.sources.ranks.len().max(1)).max(1)
+    }
+
+    /// Run every errand to its end, each in a thread; the first failure in their order counts.
+    fn run(&self, errands: Vec<Errand<'_>>, version: PolicyVersion, arriving: &ArrivingHash) -> ServiceResult<()> {
+        let run = |errand: Errand<'_>| {
+            let source = self.sources.ranks.get(errand.source);
+            let source = source.ok_or_else(|| self.error(ErrorCode::Internal, OPERATION, "a source that is none"))?;
+            let ranges = errand.ranges();
+            let mut writer = Writer { device: &*self.device, arriving, parts: errand.parts.into_iter(), now: None };
+            let beyond = || self.error(ErrorCode::DataLoss, OPERATION, "more weights arrived than were asked for");
+            source.pull(version, &ranges, &mut |values| writer.write(values).ok_or_else(beyond))
+        };
+        if errands.len() == 1 {
+            return errands.into_iter().try_for_each(run);
+        }
+        std::thread::scope(|scope| {
+            let run = &run;
+            let threads: Vec<_> = errands.into_iter().map(|errand| scope.spawn(move || run(errand))).collect();
+            let panicked =
+                |_| Err(self.error(ErrorCode::Internal, OPERATION, "a thread that receives weights panicked"));
+            let ended: Vec<ServiceResult<()>> =
+                threads.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect();
+            ended.into_iter().collect()
+        })
     }
 
     /// An error of the engine that these weights are for.
@@ -148,30 +179,86 @@ impl WeightReceiver {
     }
 }
 
-/// Fills the ranges of a source's transfers, one after the other.
-struct Writer<'a> {
-    device: &'a dyn Device,
-    staging: &'a mut ParamStore,
-    transfers: &'a [&'a Transfer],
-    /// Elements of the first transfer that are there.
-    filled: usize,
+/// A place that is filled from one source.
+struct Part<'a> {
+    unit: usize,
+    /// First element in the unit.
+    start: usize,
+    to: ViewMut<'a>,
 }
 
-impl Writer<'_> {
+/// What one thread asks of one source.
+struct Errand<'a> {
+    source: usize,
+    parts: Vec<Part<'a>>,
+}
+
+impl Errand<'_> {
+    fn len(&self) -> usize {
+        self.parts.iter().map(|part| part.to.len()).sum()
+    }
+
+    fn ranges(&self) -> Vec<WeightRange> {
+        let range = |part: &Part<'_>| WeightRange {
+            unit: part.unit as u32,
+            start: part.start as u64,
+            len: part.to.len() as u64,
+        };
+        self.parts.iter().map(range).collect()
+    }
+}
+
+/// Divide transfers, which ascend, into up to `per_source` errands of equal size for each source.
+fn errands<'a>(staging: &'a mut ParamStore, transfers: &[Transfer], per_source: usize) -> Vec<Errand<'a>> {
+    let mut totals: BTreeMap<usize, usize> = BTreeMap::new();
+    for transfer in transfers {
+        *totals.entry(transfer.source).or_default() += transfer.range.len();
+    }
+    let mut open: BTreeMap<usize, Errand<'a>> = BTreeMap::new();
+    let mut done = Vec::new();
+    let mut transfers = transfers.iter().peekable();
+    for (index, unit) in staging.units_mut().iter_mut().enumerate() {
+        let (mut rest, mut at) = (unit.buffer_mut().all_mut(), 0);
+        while let Some(transfer) = transfers.next_if(|transfer| transfer.unit == index) {
+            let (source, mut start) = (transfer.source, transfer.range.start);
+            let share = totals[&source].div_ceil(per_source).max(1);
+            while start < transfer.range.end {
+                let errand = open.entry(source).or_insert_with(|| Errand { source, parts: Vec::new() });
+                let len = (share - errand.len()).min(transfer.range.end - start);
+                let (to, tail) = rest.split_at(start - at).1.split_at(len);
+                errand.parts.push(Part { unit: index, start, to });
+                start += len;
+                (rest, at) = (tail, start);
+                if errand.len() == share {
+                    done.extend(open.remove(&source));
+                }
+            }
+        }
+    }
+    done.extend(open.into_values());
+    done
+}
+
+/// Fills the parts of an errand, one after the other, and hashes what it writes.
+struct Writer<'a, 'b> {
+    device: &'b dyn Device,
+    arriving: &'b ArrivingHash,
+    parts: std::vec::IntoIter<Part<'a>>,
+    /// What is being filled.
+    now: Option<Part<'a>>,
+}
+
+impl Writer<'_, '_> {
     /// `None` where nothing is left to fill.
     fn write(&mut self, mut values: &[f32]) -> Option<()> {
         while !values.is_empty() {
-            let (transfer, later) = self.transfers.split_first()?;
-            let part = values.len().min(transfer.range.len() - self.filled);
-            let (now, rest) = values.split_at(part);
-            let start = transfer.range.start + self.filled;
-            let to = self.staging.unit_mut(transfer.unit).buffer_mut().view_mut(start..start + part);
+            let Part { unit, start, to } = self.now.take().or_else(|| self.parts.next())?;
+            let (now, later) = values.split_at(values.len().min(to.len()));
+            let (to, rest) = to.split_at(now.len());
             self.device.write(to, now);
-            values = rest;
-            self.filled += part;
-            if self.filled == transfer.range.len() {
-                (self.transfers, self.filled) = (later, 0);
-            }
+            self.arriving.add(unit, start, now);
+            values = later;
+            self.now = (!rest.is_empty()).then_some(Part { unit, start: start + now.len(), to: rest });
         }
         Some(())
     }

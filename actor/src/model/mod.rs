@@ -19,6 +19,7 @@
 //! ([`PackedPolicy::train_forward`], [`PackedPolicy::backward`], [`PackedPolicy::score_only`]).
 
 mod arena;
+mod arriving;
 mod backward;
 mod batch;
 mod distill;
@@ -35,6 +36,7 @@ mod train;
 mod units;
 
 pub use arena::{Recompute, TrainArena};
+pub use arriving::ArrivingHash;
 pub use backward::OutputGrads;
 pub use batch::TrainBatch;
 pub use distill::{Distillation, TeacherRows};

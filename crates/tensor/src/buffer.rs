@@ -105,6 +105,17 @@ pub struct ViewMut<'a> {
     pub(crate) data: &'a mut [f32],
 }
 
+impl<'a> ViewMut<'a> {
+    /// The first `mid` elements, and the others.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub fn split_at(self, mid: usize) -> (ViewMut<'a>, ViewMut<'a>) {
+        let (head, tail) = self.data.split_at_mut(mid);
+        (ViewMut { data: head }, ViewMut { data: tail })
+    }
+}
+
 impl ViewMut<'_> {
     /// Number of elements.
     pub fn len(&self) -> usize {

@@ -27,7 +27,7 @@ pub use args::{
     LmHead, LmHeadGrad, LmHeadTrain, NormGrad, NormShape, RowGrads, RowLoss, SampleRow, Sampled, SeqSpan, TokenStats,
 };
 pub use buffer::{Buffer, View, ViewMut};
-pub use cpu::{CpuConfig, CpuDevice, Isa};
+pub use cpu::{CpuConfig, CpuDevice, Isa, ValueHasher};
 pub use device::Device;
 pub use kv::{KvCache, KvCacheSpec, RopeTable};
 pub use linear::{LinearShape, PackedLinear, Reduction, Store};

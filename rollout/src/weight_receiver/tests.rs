@@ -11,7 +11,11 @@ use temper_tensor::{CpuConfig, CpuDevice, DType, Device};
 use temper_types::{ErrorCode, PolicyVersion};
 
 fn device() -> Arc<dyn Device> {
-    Arc::new(CpuDevice::new(CpuConfig { num_threads: 1, isa: None }))
+    threads(1)
+}
+
+fn threads(num_threads: usize) -> Arc<dyn Device> {
+    Arc::new(CpuDevice::new(CpuConfig { num_threads, isa: None }))
 }
 
 fn model(hidden_size: usize) -> ModelConfig {
@@ -205,5 +209,79 @@ fn every_element_comes_once_from_a_rank_that_holds_it() {
             let (least, most) = (sent.iter().min(), sent.iter().max());
             assert!(most.zip(least).is_some_and(|(most, least)| most - least <= 8), "{layout:?}: {sent:?}");
         }
+    }
+}
+
+/// Gives what it is asked for in pieces of one size, with one bit of one element of one unit flipped.
+struct Damaged {
+    whole: Source,
+    piece: usize,
+    /// Unit, element and bit.
+    flip: Option<(usize, usize, u32)>,
+}
+
+impl WeightService for Damaged {
+    fn manifest(&self) -> ServiceResult<WeightManifest> {
+        self.whole.manifest()
+    }
+
+    fn pull(&self, _: PolicyVersion, ranges: &[WeightRange], sink: WeightSink<'_>) -> ServiceResult<()> {
+        let dev = device();
+        for range in ranges {
+            let wanted = range.start as usize..(range.start + range.len) as usize;
+            let mut values = vec![0.0; wanted.len()];
+            dev.read(self.whole.params.unit(range.unit as usize).buffer().view(wanted.clone()), &mut values);
+            if let Some((unit, element, bit)) = self.flip
+                && unit == range.unit as usize
+                && wanted.contains(&element)
+            {
+                let value = &mut values[element - wanted.start];
+                *value = f32::from_bits(value.to_bits() ^ (1 << bit));
+            }
+            values.chunks(self.piece).try_for_each(&mut *sink)?;
+        }
+        Ok(())
+    }
+}
+
+/// What a receiver with `num_threads` threads says of weights that come from ranks in `layout`.
+fn receive_damaged(
+    num_threads: usize,
+    layout: Layout,
+    (piece, flip): (usize, Option<(usize, usize, u32)>),
+) -> Result<(), (ErrorCode, PolicyVersion)> {
+    let rank = |_| Arc::new(Damaged { whole: Source::new(16, 2), piece, flip }) as Arc<dyn WeightService>;
+    let (version, config) = (Source::new(16, 2).version, model(16));
+    let params = ParamStore::init(&*device(), &config, 1);
+    let policy = Arc::new(RwLock::new(PackedPolicy::new(&device(), &params, &config, DType::F32)));
+    let sources = Sources { ranks: (0..layout.world()).map(rank).collect(), layout };
+    let receiver = WeightReceiver::new(threads(num_threads), policy, params, sources, "rollout-0".to_owned());
+    receiver.receive(version).map_err(|error| (error.code, receiver.version()))
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn any_flipped_bit_of_any_piece_is_caught_for_every_layout(
+        piece in 1usize..400,
+        num_threads in 1usize..5,
+        layout in proptest::sample::select(vec![
+            Layout::Replicated { world: 1 },
+            Layout::Replicated { world: 3 },
+            Layout::Fsdp { world: 3, shards: 3 },
+            Layout::Fsdp { world: 4, shards: 2 },
+        ]),
+        (place, bit) in (0usize..1 << 20, 0u32..32),
+    ) {
+        // An element of a tensor: padding is part of no hash.
+        let whole = Source::new(16, 2);
+        let slots: Vec<_> = whole.params.tensors().map(|(unit, slot)| (unit, slot.range.clone())).collect();
+        let (unit, range) = slots[place % slots.len()].clone();
+        let flip = (unit, range.start + place % range.len(), bit);
+        proptest::prop_assert_eq!(receive_damaged(num_threads, layout, (piece, None)), Ok(()));
+        let caught = receive_damaged(num_threads, layout, (piece, Some(flip)));
+        let kept = (ErrorCode::VersionMismatch, PolicyVersion::default());
+        proptest::prop_assert_eq!(caught, Err(kept), "{:?}", flip);
     }
 }

@@ -26,9 +26,11 @@ mod read_probe;
 mod rope;
 mod sample;
 mod simd;
+mod value_hash;
 
 pub use device::{CpuConfig, CpuDevice};
 pub use simd::Isa;
+pub use value_hash::ValueHasher;
 
 pub(crate) use aligned::AlignedVec;
 pub(crate) use gemm::{PackedPanels, peak_probe};
