@@ -4,8 +4,8 @@ use crate::{Error, LocalTrainerService, Trainer};
 use temper_proto::{ServiceError, ServiceResult, WeightManifest, WeightRange, WeightService, WeightSink};
 use temper_types::{ErrorCode, PolicyVersion};
 
-/// Elements that are read at once: 1 MiB.
-const PIECE: u64 = 1 << 18;
+/// Elements that are read at once: 8 KiB, which stay in the nearest cache until they are written and hashed.
+const PIECE: u64 = 1 << 11;
 
 /// Each piece is read under the trainer's lock, so that an update may come between two pieces: the receiver's hash
 /// finds that.

@@ -69,6 +69,21 @@ fn training_steps_are_timed() {
 }
 
 #[test]
+fn weights_move_once_for_every_layout_over_every_path() {
+    let model = fixture("llama");
+    let report = bench(&["sync", "--model", text(&model), "--from", "replicated:2,fsdp:3,hybrid:4/2", "--runs", "2"]);
+    let bytes = report["weight_bytes"].as_u64().unwrap();
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 3 * 2 * 2, "layouts, engines, paths");
+    for row in rows {
+        assert_eq!(row["moved_bytes"], row["lower_bound_bytes"], "{row}");
+        assert_eq!(row["moved_bytes"].as_u64(), row["to"].as_u64().map(|engines| engines * bytes));
+        assert_eq!(row["sync_s"].as_f64(), Some(median(&row["samples_s"])));
+        assert_near("ratio", &row["ratio"], median(&row["samples_s"]) / median(&row["copy_samples_s"]));
+    }
+}
+
+#[test]
 fn whole_grpo_steps_are_timed() {
     let dir = tempfile::tempdir().unwrap();
     let init = new_model(dir.path());
@@ -98,4 +113,9 @@ fn bad_usage_exits_with_2() {
     fail(&["bench", "train", "--model", text(&model), "--seq", "1"], 2, &["--seq 1"]);
     fail(&["bench", "gemm", "--shapes", "64by128"], 2, &["--shapes 64by128", "KxN"]);
     fail(&["bench", "gemm", "--dtype", "f64"], 2, &["f64"]);
+    fail(
+        &["bench", "sync", "--model", text(&model), "--from", "hybrid:4/3"],
+        2,
+        &["--from hybrid:4/3", "RANKS/SHARDS"],
+    );
 }

@@ -1,4 +1,4 @@
-//! `temper bench`: how fast this machine generates, trains and multiplies.
+//! `temper bench`: how fast this machine generates, trains, multiplies and moves weights.
 
 pub mod calibrate;
 mod gemm;
@@ -7,6 +7,7 @@ mod grpo;
 mod rollout;
 mod roofline;
 mod samples;
+mod sync;
 mod train;
 
 use anyhow::Result;
@@ -15,7 +16,7 @@ use clap::Subcommand;
 /// Measure speed on this machine. Every sample is kept in the JSON; figures are medians.
 #[derive(clap::Args)]
 #[command(
-    after_help = "Examples:\n  temper bench gemm\n  temper bench rollout --model models/smollm2-135m --batch 32 --prompt-len 64 --new-tokens 128 --dtype bf16 --json\n  temper bench train --model models/smollm2-135m --batch 8 --seq 256 --json\n  temper bench grpo --model models/smollm2-135m --prompts 4 --gens 8 --len 64 --json\n  temper bench calibrate recipes/quickstart.toml --output quickstart.calibration.json"
+    after_help = "Examples:\n  temper bench gemm\n  temper bench rollout --model models/smollm2-135m --batch 32 --prompt-len 64 --new-tokens 128 --dtype bf16 --json\n  temper bench train --model models/smollm2-135m --batch 8 --seq 256 --json\n  temper bench grpo --model models/smollm2-135m --prompts 4 --gens 8 --len 64 --json\n  temper bench sync --model models/smollm2-135m --from fsdp:2 --to 1\n  temper bench calibrate recipes/quickstart.toml --output quickstart.calibration.json"
 )]
 pub struct Bench {
     #[command(subcommand)]
@@ -28,6 +29,7 @@ enum Command {
     Rollout(rollout::Rollout),
     Train(train::Train),
     Grpo(grpo::Grpo),
+    Sync(sync::WeightSync),
     Calibrate(calibrate::Calibrate),
 }
 
@@ -42,6 +44,7 @@ impl Bench {
             Command::Rollout(command) => command.run(),
             Command::Train(command) => command.run(),
             Command::Grpo(command) => command.run(),
+            Command::Sync(command) => command.run(),
             Command::Calibrate(command) => command.run(),
         }
     }

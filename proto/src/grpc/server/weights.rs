@@ -5,15 +5,15 @@ use crate::grpc::channel::encode_error;
 use crate::grpc::convert::{version_from_wire, version_to_wire};
 use crate::grpc::v1::weight_service_server::{WeightService as Wire, WeightServiceServer};
 use crate::grpc::{TransportConfig, v1};
-use crate::{ServiceError, WeightRange, WeightService};
+use crate::{ServiceError, ServiceResult, WeightRange, WeightService};
 use std::sync::Arc;
 use temper_types::ErrorCode;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-/// Elements of one chunk: 1 MiB.
-const CHUNK: usize = 1 << 18;
+/// Bytes of one chunk.
+const CHUNK_BYTES: usize = 1 << 20;
 /// Chunks that wait for a slow receiver.
 const QUEUE: usize = 4;
 
@@ -30,10 +30,47 @@ impl WeightServer {
     }
 }
 
-fn bytes_of(values: &[f32]) -> Vec<u8> {
-    let mut data = Vec::with_capacity(4 * values.len());
-    data.extend(values.iter().flat_map(|value| value.to_le_bytes()));
-    data
+/// Puts pieces of any size together to chunks.
+struct Chunks {
+    data: Vec<u8>,
+    sender: mpsc::Sender<Result<v1::WeightChunk, Status>>,
+}
+
+impl Chunks {
+    fn new(sender: mpsc::Sender<Result<v1::WeightChunk, Status>>) -> Self {
+        Chunks { data: Vec::with_capacity(CHUNK_BYTES), sender }
+    }
+
+    fn add(&mut self, mut values: &[f32]) -> ServiceResult<()> {
+        while !values.is_empty() {
+            let room = (CHUNK_BYTES - self.data.len()) / size_of::<f32>();
+            let (now, rest) = values.split_at(room.min(values.len()));
+            let start = self.data.len();
+            self.data.resize(start + size_of_val(now), 0);
+            let (words, _) = self.data[start..].as_chunks_mut::<4>();
+            words.iter_mut().zip(now).for_each(|(word, value)| *word = value.to_le_bytes());
+            values = rest;
+            if self.data.len() == CHUNK_BYTES {
+                self.send()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn send(&mut self) -> ServiceResult<()> {
+        let data = std::mem::replace(&mut self.data, Vec::with_capacity(CHUNK_BYTES));
+        let gone = |_| ServiceError::new(ErrorCode::Cancelled, "weights", "pull", "the receiver is gone");
+        self.sender.blocking_send(Ok(v1::WeightChunk { data })).map_err(gone)
+    }
+
+    /// Send what is left, or why it ended.
+    fn finish(mut self, pulled: ServiceResult<()>) {
+        let ended = pulled.and_then(|()| if self.data.is_empty() { Ok(()) } else { self.send() });
+        if let Err(error) = ended {
+            // A receiver that is gone does not read why.
+            let _ = self.sender.blocking_send(Err(encode_error(error)));
+        }
+    }
 }
 
 #[tonic::async_trait]
@@ -55,18 +92,9 @@ impl Wire for WeightServer {
         let (sender, receiver) = mpsc::channel(QUEUE);
         let service = Arc::clone(&self.service);
         tokio::task::spawn_blocking(move || {
-            let mut sink = |values: &[f32]| {
-                for part in values.chunks(CHUNK) {
-                    let chunk = v1::WeightChunk { data: bytes_of(part) };
-                    let gone = |_| ServiceError::new(ErrorCode::Cancelled, "weights", "pull", "the receiver is gone");
-                    sender.blocking_send(Ok(chunk)).map_err(gone)?;
-                }
-                Ok(())
-            };
-            if let Err(error) = service.pull(version, &ranges, &mut sink) {
-                // A receiver that is gone does not read why.
-                let _ = sender.blocking_send(Err(encode_error(error)));
-            }
+            let mut chunks = Chunks::new(sender);
+            let pulled = service.pull(version, &ranges, &mut |values| chunks.add(values));
+            chunks.finish(pulled);
         });
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
