@@ -71,7 +71,7 @@ fn training_steps_are_timed() {
 #[test]
 fn weights_move_once_for_every_layout_over_every_path() {
     let model = fixture("llama");
-    let report = bench(&["sync", "--model", text(&model), "--from", "replicated:2,fsdp:3,hybrid:4/2", "--runs", "2"]);
+    let report = bench(&["sync", "--model", text(&model), "--from", "replicated:2,fsdp:3,hybrid:4/2", "--runs", "3"]);
     let bytes = report["weight_bytes"].as_u64().unwrap();
     let rows = report["rows"].as_array().unwrap();
     assert_eq!(rows.len(), 3 * 2 * 2, "layouts, engines, paths");
