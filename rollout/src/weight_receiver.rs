@@ -1,8 +1,8 @@
 //! Weights that are trained elsewhere: pulled, proved, and only then served.
 //!
 //! What arrives lies apart from what is served: a transfer that is cut anywhere, or that does not hash to the version
-//! that was announced, leaves the old version serving. Each piece is hashed as it is written, while a near cache has it;
-//! all ranks are asked at once, by as many threads as the device computes with.
+//! that was announced, leaves the old version serving. Each piece is hashed as it is written, while a near cache has
+//! it; all ranks are asked at once, by as many threads as the device computes with.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};

@@ -73,7 +73,8 @@ proptest! {
         for (index, unit) in store.units().iter().enumerate() {
             let len = unit.buffer().len();
             let mut starts: Vec<usize> = (0..len).step_by(piece).collect();
-            starts.sort_by_key(|start| if order == 0 { 0 } else { (*start as u64 + 1).wrapping_mul(order * 0x9e37_79b9) });
+            let shuffled = |start: &usize| (*start as u64 + 1).wrapping_mul(order * 0x9e37_79b9);
+            starts.sort_by_key(|start| if order == 0 { 0 } else { shuffled(start) });
             for (count, start) in starts.iter().enumerate() {
                 let end = len.min(start + piece);
                 let mut values = vec![0.0; end - start];
