@@ -115,7 +115,7 @@ impl Objective {
     /// The loss of a part of a mini-batch with its gradients; `counts` are those of the whole mini-batch.
     ///
     /// # Errors
-    /// Those of the loss: arrays missing, of the wrong length or not finite.
+    /// Those of the loss: arrays missing, of the wrong length or not finite; counts smaller than the part's own.
     pub fn evaluate(&self, input: &ObjectiveInput<'_>, counts: &GlobalCounts) -> Result<ObjectiveOutput, Error> {
         match self {
             Objective::Sft(kind) => {
@@ -155,6 +155,7 @@ fn policy(
         }
         _ => input.old_log_probs,
     };
+    counts.expect_part(&input.batch)?;
     let policy_input = PolicyLossInput {
         batch: input.batch,
         log_probs: input.log_probs,

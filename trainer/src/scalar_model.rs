@@ -507,6 +507,7 @@ impl CriticSums {
             old_values: &columns.old_values,
             returns: &columns.returns,
         };
+        counts.expect_part(&input.batch)?;
         let out = value_loss(config, &input, counts)?;
         self.loss += out.loss;
         self.num_clipped += out.num_clipped as f64;

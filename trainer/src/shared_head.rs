@@ -92,6 +92,7 @@ impl SharedHead {
             old_values: &columns.old_values,
             returns: &columns.returns,
         };
+        counts.expect_part(&input.batch)?;
         let out = value_loss(&self.config.value_loss, &input, counts)?;
         self.sums.loss += out.loss;
         self.sums.num_clipped += out.num_clipped as f64;

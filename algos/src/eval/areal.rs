@@ -43,82 +43,115 @@ pub(super) fn actor(case: &Case<'_>) -> Result<Results, Error> {
         dual_clip: case.num("c_clip", 0.0)?,
         level: case.parse("importance_sampling_level", "token")?,
     };
-    let weights = behaviour_weights(case, &batch, &proximal, &behave)?;
+    let behaviour = behaviour(case, &batch, &proximal, &behave)?;
+    let weights = behaviour.as_ref().map(|b| &b.weights[..]);
+    let kept = behaviour.as_ref().map_or(batch.response_mask(), |b| &b.kept);
     let input = PolicyLossInput {
-        batch,
+        batch: batch.with_mask(kept)?,
         log_probs: &now,
         old_log_probs: &proximal,
         advantages: &advantages,
-        rollout_is_weights: weights.as_ref().map(|(w, _)| &w[..]),
+        rollout_is_weights: weights,
         ..PolicyLossInput::default()
     };
     let out = decoupled_loss(&options, &input, &GlobalCounts::of(&batch, 1.0))?;
-    // A rejected token is not reported as clipped.
-    let kept = |t: usize| weights.as_ref().is_none_or(|(w, _)| w[t] != 0.0);
-    let widen = |bits: &[u8]| -> Vec<f64> {
-        bits.iter().enumerate().map(|(t, b)| f64::from(*b) * f64::from(u8::from(kept(t)))).collect()
-    };
+    let widen = |bits: &[u8]| -> Vec<f64> { bits.iter().map(|b| f64::from(*b)).collect() };
     let mut results = Results::default()
         .num("loss", out.loss)
         .grid("clip_mask", mask.cols, &widen(&out.clipped))
         .grid("dual_clip_mask", mask.cols, &widen(&out.dual_clipped))
         .grad_grid("logprobs", mask.cols, &out.d_log_probs);
-    if let Some((weights, filtered)) = &weights {
-        results = results.grid("behave_imp_weight", mask.cols, weights).num("filtered_fraction", *filtered);
+    if let Some(behaviour) = &behaviour {
+        results = results
+            .grid("behave_imp_weight", mask.cols, &behaviour.weights)
+            .num("filtered_fraction", behaviour.touched as f64 / batch.num_tokens().max(1) as f64);
     }
     Ok(results)
 }
 
-/// Weights against the behaviour policy after rejection, and the share of tokens that it touches.
-fn behaviour_weights(
+/// Weights against the behaviour policy after rejection.
+struct Behaviour {
+    /// `[T]`, 0 where nothing is left.
+    weights: Vec<f64>,
+    /// `[T]`: the mask that is left.
+    kept: Vec<u8>,
+    /// Number of tokens that were rejected, or whose weight was clamped.
+    touched: usize,
+}
+
+/// How tokens or rows are rejected, or their weights clamped.
+struct Rule<'a> {
+    sequence: bool,
+    clamp: bool,
+    metric: &'a str,
+    agg: &'a str,
+    lower: Option<f64>,
+    upper: f64,
+}
+
+impl Rule<'_> {
+    /// The statistic of a log-ratio; for `ratio` the log-ratio itself, which rows aggregate before the exponential.
+    fn statistic(&self, gap: f64) -> f64 {
+        match self.metric {
+            "kl_k2" => 0.5 * gap * gap,
+            "kl_k3" => (-gap).exp() - 1.0 + gap,
+            _ => gap,
+        }
+    }
+
+    fn rejects(&self, statistic: f64) -> bool {
+        let value = if self.metric == "ratio" { statistic.exp() } else { statistic };
+        value > self.upper || self.lower.is_some_and(|lower| value < lower)
+    }
+
+    /// The statistic of a row.
+    fn of_row(&self, gaps: &[f64]) -> f64 {
+        let statistics = gaps.iter().map(|gap| self.statistic(*gap));
+        match self.agg {
+            "sum" => statistics.sum(),
+            "max" => statistics.fold(f64::NEG_INFINITY, f64::max),
+            _ => statistics.sum::<f64>() / gaps.len().max(1) as f64,
+        }
+    }
+}
+
+fn behaviour(
     case: &Case<'_>,
     batch: &TokenBatch,
     proximal: &[f64],
     behave: &[f64],
-) -> Result<Option<(Vec<f64>, f64)>, Error> {
-    let Some(rule) = case.nested("rejection_sampling") else { return Ok(None) };
-    let upper = rule.num("upper", f64::INFINITY)?;
-    let lower = rule.num("lower", f64::NEG_INFINITY)?;
-    let sequence = rule.text("level", "token")? == "sequence";
-    let clamp = rule.text("action", "mask")? == "clamp";
-    let (metric, agg) = (rule.text("metric", "ratio")?, rule.text("agg", "mean")?);
-    let gap = |t: usize| proximal[t] - behave[t];
-    let statistic = |t: usize| match metric {
-        "kl_k1" => gap(t),
-        "kl_k2" => 0.5 * gap(t) * gap(t),
-        "kl_k3" => gap(t).exp() - 1.0 - gap(t),
-        _ => gap(t).exp(),
+) -> Result<Option<Behaviour>, Error> {
+    let Some(table) = case.nested("rejection_sampling") else { return Ok(None) };
+    let rule = Rule {
+        sequence: table.text("level", "token")? == "sequence",
+        clamp: table.text("action", "mask")? == "clamp",
+        metric: table.text("metric", "ratio")?,
+        agg: table.text("agg", "mean")?,
+        lower: table.opt_num("lower")?,
+        upper: table.num("upper", f64::INFINITY)?,
     };
-    let (mut weights, mut touched) = (vec![0.0; batch.num_slots()], 0usize);
+    let mut out = Behaviour { weights: vec![0.0; batch.num_slots()], kept: vec![0; batch.num_slots()], touched: 0 };
     for row in 0..batch.num_rows() {
-        let len = batch.row_len(row).max(1) as f64;
-        let mean_gap = batch.active(row).map(gap).sum::<f64>() / len;
-        let of_row = match agg {
-            "sum" => batch.active(row).map(statistic).sum(),
-            "max" => batch.active(row).map(statistic).fold(f64::NEG_INFINITY, f64::max),
-            _ => batch.active(row).map(statistic).sum::<f64>() / len,
-        };
-        for t in batch.active(row) {
-            let by_ratio = sequence && metric == "ratio";
-            let weight = if by_ratio { mean_gap.exp() } else { gap(t).exp() };
-            let value = match (sequence, by_ratio) {
-                // A row's ratio is the geometric mean, but for the gate of `mask` by sum or maximum.
-                (true, true) if agg == "max" && !clamp => of_row,
-                (true, true) if agg == "sum" && !clamp => (mean_gap * len).exp(),
-                (true, true) => mean_gap.exp(),
-                (true, false) => of_row,
-                (false, _) => statistic(t),
-            };
-            let outside = value < lower || value > upper;
-            touched += usize::from(outside);
-            weights[t] = match (outside, clamp) {
-                (true, true) => weight.cut(lower, upper),
-                (true, false) => 0.0,
-                (false, _) => weight,
-            };
+        let gaps: Vec<f64> = batch.active(row).map(|t| proximal[t] - behave[t]).collect();
+        let mean = gaps.iter().sum::<f64>() / gaps.len().max(1) as f64;
+        let of_row = rule.of_row(&gaps);
+        for (t, gap) in batch.active(row).zip(&gaps) {
+            // A row that is judged by its ratio has one weight, the geometric mean.
+            let weight = if rule.sequence && rule.metric == "ratio" { mean.exp() } else { gap.exp() };
+            let outside = rule.rejects(if rule.sequence { of_row } else { rule.statistic(*gap) });
+            if outside && !rule.clamp {
+                out.touched += 1;
+                continue;
+            }
+            // Token weights are clamped one by one, whatever judges them.
+            let clamps = rule.clamp && (outside || !rule.sequence);
+            let bounded = if clamps { weight.cut(rule.lower.unwrap_or(0.0), rule.upper) } else { weight };
+            out.touched += usize::from(bounded != weight);
+            out.weights[t] = bounded;
+            out.kept[t] = 1;
         }
     }
-    Ok(Some((weights, touched as f64 / batch.num_tokens().max(1) as f64)))
+    Ok(Some(out))
 }
 
 fn sapo(case: &Case<'_>) -> Result<Results, Error> {

@@ -230,11 +230,19 @@ impl<'a> Case<'a> {
     }
 
     /// Two numbers among the settings.
-    pub(super) fn pair(&self, key: &str) -> Result<Option<(f64, f64)>, Error> {
+    pub(super) fn two(&self, key: &str) -> Result<Option<(f64, f64)>, Error> {
         match self.numbers(key)?.as_deref() {
             None => Ok(None),
-            Some([low, high]) if low <= high => Ok(Some((*low, *high))),
-            Some(_) => Err(self.bad(key, "expected two numbers in ascending order")),
+            Some([first, second]) => Ok(Some((*first, *second))),
+            Some(_) => Err(self.bad(key, "expected two numbers")),
+        }
+    }
+
+    /// Two numbers among the settings, a lower and an upper bound.
+    pub(super) fn pair(&self, key: &str) -> Result<Option<(f64, f64)>, Error> {
+        match self.two(key)? {
+            Some((low, high)) if low > high => Err(self.bad(key, "expected two numbers in ascending order")),
+            bounds => Ok(bounds),
         }
     }
 

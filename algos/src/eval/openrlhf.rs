@@ -6,12 +6,13 @@ use crate::advantages::{RewardBaseline, RewardBaselineConfig, baseline_advantage
 use crate::filters::{OverlongConfig, stop_properly_reward};
 use crate::kl_bounded::BoundedKl;
 use crate::masked::{masked_mean, masked_var_biased};
+use crate::math::Cut;
 use crate::preference::{
     DpoConfig, DpoLossType, Pair, PreferenceCounts, PreferenceInput, RewardModelConfig, dpo_loss, reward_model_loss,
 };
 use crate::{
-    Error, GlobalCounts, KlController, KlControllerConfig, KlControllerType, LossAggMode, SftLossType, TokenBatch,
-    ValueLossConfig, ValueLossInput, agg_loss, sft_loss, value_loss,
+    Error, GlobalCounts, KlController, KlControllerConfig, KlControllerType, LossAggMode, SftLossType, ValueLossConfig,
+    ValueLossInput, agg_loss, sft_loss, value_loss,
 };
 
 /// `compute_advantages_and_returns`.
@@ -66,13 +67,21 @@ pub(super) fn reward(case: &Case<'_>) -> Result<Results, Error> {
             let mask = case.mask("action_mask")?;
             let clip = case.pair("reward_clip_range")?;
             let (r, kl) = (case.vector("r")?, case.sized("kl", mask.bits.len())?);
-            let out = rewards_with_kl(&mask.batch()?, &r, &kl, case.num("kl_coef", 0.0)?, clip)?;
+            let batch = mask.batch()?;
+            let mut out = rewards_with_kl(&batch, &r, &kl, case.num("kl_coef", 0.0)?, clip)?;
+            // The peer finds the last slot where a row has no token.
+            for row in (0..batch.num_rows()).filter(|row| batch.row_len(*row) == 0 && mask.cols > 0) {
+                out[batch.row(row).end - 1] += clip.map_or(r[row], |(low, high)| r[row].cut(low, high));
+            }
             Ok(Results::default().grid("reward", mask.cols, &out))
         }
         "masked_normalize" => masked_normalize(case),
         "overlong_penalty" => overlong(case),
         "stop_properly_penalty" => {
             let coef = case.num("stop_properly_penalty_coef", 0.0)?;
+            if coef > 1.0 {
+                return Err(case.bad("stop_properly_penalty_coef", format!("{coef} is above 1")));
+            }
             let (truncated, rewards) = (case.vector("truncated")?, case.vector("rewards")?);
             let one = |(t, r): (&f64, &f64)| if *t != 0.0 { stop_properly_reward(*r, coef) } else { *r };
             let out: Vec<f64> = truncated.iter().zip(&rewards).map(one).collect();
@@ -151,26 +160,23 @@ pub(super) fn losses(case: &Case<'_>) -> Result<Results, Error> {
     }
 }
 
-/// Rows count in the mean of means even where they are empty.
-fn counts(batch: &TokenBatch) -> GlobalCounts {
-    let own = GlobalCounts::of(batch, 1.0);
-    GlobalCounts { num_sequences: own.num_rows, ..own }
-}
-
 fn value(case: &Case<'_>) -> Result<Results, Error> {
     let mask = case.mask("action_mask")?;
     let (values, old_values) = (case.sized("values", mask.bits.len())?, case.sized("old_values", mask.bits.len())?);
     let returns = case.sized("returns", mask.bits.len())?;
     let batch = mask.batch()?;
-    let config = ValueLossConfig { cliprange_value: case.num("clip_eps", 0.0)?, loss_agg_mode: agg_mode(case)? };
+    // Absent: no clipping; the library's 0 is that, the peer's clips to the old values.
+    let cliprange_value = case.opt_num("clip_eps")?.map_or(0.0, |eps| eps.max(f64::MIN_POSITIVE));
+    let config = ValueLossConfig { cliprange_value, loss_agg_mode: agg_mode(case)? };
     let input = ValueLossInput { batch, predictions: &values, old_values: &old_values, returns: &returns };
-    let out = value_loss(&config, &input, &counts(&batch))?;
+    let out = value_loss(&config, &input, &GlobalCounts::of(&batch, 1.0))?;
     Ok(Results::default().num("loss", out.loss).grad_grid("values", mask.cols, &out.d_predictions))
 }
 
 fn pairwise(case: &Case<'_>) -> Result<Results, Error> {
     let (chosen, rejected) = (case.vector("chosen_reward")?, case.vector("reject_reward")?);
-    let margin = case.opt_sized("margin", chosen.len())?;
+    // LogExpLoss takes a margin and does not read it.
+    let margin = if case.name.starts_with("LogExpLoss") { None } else { case.opt_sized("margin", chosen.len())? };
     let n = chosen.len() as u64;
     let out = reward_model_loss(&RewardModelConfig::default(), &chosen, &rejected, margin.as_deref(), n)?;
     Ok(Results::default()
@@ -220,7 +226,7 @@ fn sft(case: &Case<'_>) -> Result<Results, Error> {
     let log_probs = case.sized("per_token_logps", mask.bits.len())?;
     let batch = mask.batch()?;
     let negative: Vec<f64> = log_probs.iter().map(|l| -l).collect();
-    let (loss, weights) = agg_loss(agg_mode(case)?, &batch, &negative, &counts(&batch))?;
+    let (loss, weights) = agg_loss(agg_mode(case)?, &batch, &negative, &GlobalCounts::of(&batch, 1.0))?;
     let gradient: Vec<f64> = weights.iter().map(|w| -w).collect();
     Ok(Results::default().num("loss", loss).grad_grid("per_token_logps", mask.cols, &gradient))
 }

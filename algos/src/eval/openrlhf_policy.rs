@@ -22,9 +22,11 @@ struct Settings {
 
 fn settings(case: &Case<'_>, mask: &Mask) -> Result<Settings, Error> {
     let gspo = case.text("policy_loss_type", "ppo")? == "gspo";
+    // GSPO's loss is one of rows, whatever this says.
+    case.accept(&["token_level_loss"]);
     let batch = mask.batch()?;
     let own = GlobalCounts::of(&batch, 1.0);
-    let sequences = case.opt_num("global_batch_size")?.map_or(own.num_rows, |n| n as u64);
+    let sequences = case.opt_num("global_batch_size")?.map_or(own.num_sequences, |n| n as u64);
     let tokens = case.opt_num("batch_num_tokens")?.map_or(own.num_tokens, |n| n as u64);
     Ok(Settings {
         low: case.num("clip_eps_low", 0.2)?,
@@ -37,7 +39,7 @@ fn settings(case: &Case<'_>, mask: &Mask) -> Result<Settings, Error> {
     })
 }
 
-/// Weights against the engine and the tokens that they drop.
+/// Weights against the engine, and the tokens that are out of bounds: dropped or clipped.
 struct Correction {
     weights: Vec<f64>,
     dropped: Vec<f64>,
@@ -52,14 +54,18 @@ fn correction(case: &Case<'_>, batch: &TokenBatch, old: &[f64], engine: &[f64]) 
     let (low, high) = bounds.unwrap_or((0.5, 5.0));
     let gating = case.text("is_correction_gating", "ratio")?;
     let clip = case.text("is_correction_mode", "mask")? == "clip";
+    if clip && (level != "token" || gating != "ratio") {
+        return Err(case.bad("is_correction_mode", "clip needs is_correction_level token and gating ratio"));
+    }
+    if gating != "ratio" && low > 0.0 {
+        return Err(case.bad("is_correction_threshold", "a divergence has an upper bound only: the lower one is 0"));
+    }
     let log_ratio: Vec<f64> = old.iter().zip(engine).map(|(o, e)| o - e).collect();
     let divergence = |t: usize| {
-        let (p, q) = (engine[t].exp(), old[t].exp());
+        let bounded = |log_prob: f64| log_prob.exp().cut(1e-6, 1.0 - 1e-6);
+        let (p, q) = (bounded(engine[t]), bounded(old[t]));
         match gating {
-            "binary_kl" => {
-                let rest = |x: f64| (1.0 - x).max(1e-8);
-                p * (engine[t] - old[t]) + (1.0 - p) * (rest(p).ln() - rest(q).ln())
-            }
+            "binary_kl" => p * (p / q).ln() + (1.0 - p) * ((1.0 - p) / (1.0 - q)).ln(),
             "tv" => (p - q).abs(),
             _ => log_ratio[t],
         }
@@ -80,15 +86,16 @@ fn correction(case: &Case<'_>, batch: &TokenBatch, old: &[f64], engine: &[f64]) 
             } else {
                 weight
             };
-            out.dropped[t] = f64::from(u8::from(outside && !clip));
+            out.dropped[t] = f64::from(u8::from(outside));
         }
     }
     Ok(Some(out))
 }
 
-/// Share of rows with a dropped token.
+/// Share of rows with a dropped token; the peer's mean of a row without tokens is no number, and out of bounds.
 fn rows_hit(batch: &TokenBatch, dropped: &[f64]) -> f64 {
-    let hit = batch.rows().filter(|row| dropped[row.clone()].contains(&1.0)).count();
+    let is_hit = |row: &usize| batch.row_len(*row) == 0 || dropped[batch.row(*row)].contains(&1.0);
+    let hit = (0..batch.num_rows()).filter(is_hit).count();
     hit as f64 / batch.num_rows().max(1) as f64
 }
 

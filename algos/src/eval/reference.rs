@@ -42,7 +42,7 @@ fn optimizer(case: &Case<'_>) -> Result<OptimizerConfig, Error> {
     let lr = case.num("lr", if name == "RMSprop" { 0.01 } else { 1e-3 })?;
     Ok(match name {
         "AdamW" | "Adam" => {
-            let betas = case.pair("betas")?.unwrap_or((0.9, 0.999));
+            let betas = case.two("betas")?.unwrap_or((0.9, 0.999));
             let decoupled = name == "AdamW";
             OptimizerConfig::Adam(AdamConfig {
                 lr,

@@ -1,6 +1,6 @@
 //! verl's rollout correction: weights, rejection, diagnostics, bypass mode.
 
-use super::case::{Case, Results};
+use super::case::{Case, Mask, Results};
 use super::verl_losses;
 use crate::Error;
 use crate::rollout_correction::{
@@ -30,9 +30,15 @@ pub(super) fn config(case: &Case<'_>) -> Result<RolloutCorrectionConfig, Error> 
     })
 }
 
+/// The mask; the peer refuses one without any token.
+fn mask(case: &Case<'_>) -> Result<Mask, Error> {
+    let mask = case.mask("response_mask")?;
+    if mask.bits.contains(&1) { Ok(mask) } else { Err(case.bad("response_mask", "expected at least one token")) }
+}
+
 /// `compute_rollout_correction_weights`.
 pub(super) fn weights(case: &Case<'_>) -> Result<Results, Error> {
-    let mask = case.mask("response_mask")?;
+    let mask = mask(case)?;
     let log_ratio = case.sized("log_ratio", mask.bits.len())?;
     let out = importance_weights(&config(case)?, &mask.batch()?, &log_ratio)?
         .ok_or_else(|| case.bad("rollout_is", "expected token or sequence"))?;
@@ -41,7 +47,7 @@ pub(super) fn weights(case: &Case<'_>) -> Result<Results, Error> {
 
 /// `compute_rollout_rejection_mask`.
 pub(super) fn rejection(case: &Case<'_>) -> Result<Results, Error> {
-    let mask = case.mask("response_mask")?;
+    let mask = mask(case)?;
     let log_ratio = case.sized("log_ratio", mask.bits.len())?;
     let config = config(case)?;
     let bound = config.rollout_rs_threshold.as_ref();
@@ -58,7 +64,7 @@ pub(super) fn rejection(case: &Case<'_>) -> Result<Results, Error> {
 
 /// `compute_offpolicy_metrics`.
 pub(super) fn off_policy(case: &Case<'_>) -> Result<Results, Error> {
-    let mask = case.mask("response_mask")?;
+    let mask = mask(case)?;
     let (old, rollout) =
         (case.sized("old_log_prob", mask.bits.len())?, case.sized("rollout_log_prob", mask.bits.len())?);
     let m = off_policy_metrics(&mask.batch()?, &old, &rollout)?;
@@ -67,17 +73,21 @@ pub(super) fn off_policy(case: &Case<'_>) -> Result<Results, Error> {
 
 /// `compute_policy_loss_bypass_mode`: the loss, and the report of its rejection.
 pub(super) fn bypass(case: &Case<'_>) -> Result<Results, Error> {
-    let (results, metrics) = verl_losses::bypass(case)?;
+    let mut kept = mask(case)?;
     let config = config(case)?;
-    let mut all: Vec<(String, f64)> = metrics.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+    let mut reports = Vec::new();
     if !config.rollout_rs.is_empty() {
-        let mask = case.mask("response_mask")?;
+        let mask = &kept;
         let (now, rollout) = (case.sized("log_prob", mask.bits.len())?, case.sized("old_log_prob", mask.bits.len())?);
         let log_ratio: Vec<f64> = now.iter().zip(&rollout).map(|(n, r)| n - r).collect();
         let bound = config.rollout_rs_threshold.as_ref();
         let out = rejection_mask(&config.rollout_rs, bound, &mask.batch()?, &log_ratio)?;
-        all.extend(out.report.named().into_iter().map(|(key, value)| (format!("rollout_corr/{key}"), value)));
+        reports = out.report.named();
+        kept.bits = out.response_mask;
     }
+    let (results, metrics) = verl_losses::bypass(case, &kept)?;
+    let mut all: Vec<(String, f64)> = metrics.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+    all.extend(reports.into_iter().map(|(key, value)| (format!("rollout_corr/{key}"), value)));
     let all: Vec<(&str, f64)> = all.iter().map(|(key, value)| (key.as_str(), *value)).collect();
     Ok(results.metrics(&all))
 }

@@ -64,7 +64,10 @@ pub(super) fn grpo(case: &Case<'_>) -> Result<Results, Error> {
     let advantages = spread(&batch, &case.vector("advantages")?)?;
     let (reference, entropies) =
         (case.opt_sized("ref_per_token_logps", mask.bits.len())?, case.opt_sized("entropies", mask.bits.len())?);
-    let sampling = case.opt_sized("sampling_per_token_logps", mask.bits.len())?;
+    let mut sampling = case.opt_sized("sampling_per_token_logps", mask.bits.len())?;
+    // A token that the engine could not score is no evidence of drift.
+    let scored = sampling.iter_mut().flatten().zip(&log_probs);
+    scored.filter(|(sampled, _)| sampled.is_nan()).for_each(|(sampled, now)| *sampled = *now);
     let config = config(case)?;
     let mut ratio = engine_weights(case, &batch)?;
     if let (Some(ratio), TrlLossType::Vespo) = (&mut ratio, config.trl.loss_type) {
@@ -84,21 +87,28 @@ pub(super) fn grpo(case: &Case<'_>) -> Result<Results, Error> {
     };
     let masked = PolicyLossInput { entropies: entropies.as_deref(), ..input };
     let without_entropy = PolicyLossConfig { entropy_coeff: 0.0, ..config.clone() };
-    let (out, report) = trl_loss(&without_entropy, &masked, &counts(case, &config, &mask)?)?;
+    let counts = counts(case, &config, &mask)?;
+    let (out, mut report) = trl_loss(&without_entropy, &masked, &counts)?;
+    // TRL's metrics of completions of one token are means over all rows, masked or not.
+    let all = vec![1; mask.bits.len()];
+    let seen = if mask.cols == 1 { batch.with_mask(&all)? } else { batch };
+    if mask.cols == 1 {
+        report = trl_loss(&without_entropy, &PolicyLossInput { batch: seen, ..masked }, &counts)?.1;
+    }
     // `vllm_is` says that `importance_sampling_ratio` is given; `steps_per_generation` concerns dapo's family alone.
     case.accept(&["vllm_is", "steps_per_generation"]);
     let accumulation = case.num("gradient_accumulation_steps", 1.0)?;
     let scale = normaliser(case, &config, accumulation)?;
     // TRL's bonus is the mean over the tokens of the micro-batch, divided by the accumulation steps alone.
     let entropies = entropies.unwrap_or_default();
-    let mean_entropy = masked_mean(&entropies, batch.response_mask());
+    let mean_entropy = masked_mean(&entropies, seen.response_mask());
     let bonus = config.entropy_coeff / accumulation;
     let kept = high_entropy_tokens(&config, &batch, &entropies);
     let loss = out.loss * scale - bonus * masked_mean(&entropies, &kept);
     let d_log_probs: Vec<f64> = out.d_log_probs.iter().map(|d| d * scale).collect();
     let per_token = bonus / kept.iter().filter(|k| **k == 1).count().max(1) as f64;
     let d_entropies: Vec<f64> = kept.iter().map(|k| -per_token * f64::from(*k)).collect();
-    let mut metrics = report_metrics(&config, &batch, &report);
+    let mut metrics = report_metrics(&config, &seen, &report);
     metrics.push(("entropy", mean_entropy));
     if config.entropy_coeff > 0.0 {
         // TRL reports the loss of dapo's family after the accumulation factor, that of the others before it.

@@ -33,6 +33,8 @@ fn config(estimator: AdvEstimator, case: &Case<'_>) -> Result<AdvantageConfig, E
     let default = AdvantageConfig::default();
     let baseline = [AdvEstimator::OptimalTokenBaseline, AdvEstimator::TirOptimalTokenBaseline].contains(&estimator);
     let epsilon = case.num("epsilon", if baseline { default.token_baseline_epsilon } else { default.epsilon })?;
+    // The library asks for a number above 0; this one is lost beside any deviation but 0.
+    let epsilon = if epsilon == 0.0 { f64::MIN_POSITIVE } else { epsilon };
     Ok(AdvantageConfig {
         adv_estimator: estimator,
         gamma: case.num("gamma", default.gamma)?,

@@ -39,6 +39,25 @@ pub(super) type Metrics = Vec<(&'static str, f64)>;
 pub(super) struct Counted {
     pub(super) counts: GlobalCounts,
     pub(super) dp_size: f64,
+    mode: LossAggMode,
+}
+
+impl Counted {
+    /// What the mode divides by.
+    fn divisor(&self) -> f64 {
+        match self.mode {
+            LossAggMode::TokenSum => 1.0,
+            LossAggMode::TokenMean => self.counts.num_tokens as f64,
+            LossAggMode::SeqMeanTokenSum | LossAggMode::SeqMeanTokenSumNorm | LossAggMode::SeqMeanTokenMean => {
+                self.counts.num_sequences as f64
+            }
+        }
+    }
+
+    /// The loss as verl gives it: multiplied by the number of ranks, and 0 / 0 where there is nothing.
+    pub(super) fn loss(&self, loss: f64) -> f64 {
+        if self.divisor() == 0.0 { f64::NAN } else { loss * self.dp_size }
+    }
 }
 
 /// The setting `loss_agg_mode`.
@@ -82,7 +101,7 @@ pub(super) fn counted(case: &Case<'_>, mask: &Mask, mode: LossAggMode) -> Result
         num_rows: own.num_rows.saturating_mul(dp_size as u64),
         loss_scale_factor: info.num("loss_scale_factor", own.loss_scale_factor)?,
     };
-    Ok(Counted { counts, dp_size })
+    Ok(Counted { counts, dp_size, mode })
 }
 
 fn config(mode: LossMode, case: &Case<'_>) -> Result<PolicyLossConfig, Error> {
@@ -138,12 +157,12 @@ pub(in crate::eval) fn run(function: Function, case: &Case<'_>) -> Result<Result
     let counted = counted(case, &mask, mode_of(function.0, case)?)?;
     let config = config(function.0, case)?;
     let out = loss(&config, case, &mask, &counted)?;
-    Ok(with_gradient(&out, counted.dp_size, mask.cols).metrics(&metrics(function.0, &out)))
+    Ok(with_gradient(&out, &counted, mask.cols).metrics(&metrics(function.0, &out)))
 }
 
-fn with_gradient(out: &LossOutput, scale: f64, cols: usize) -> Results {
-    let gradient: Vec<f64> = out.d_log_probs.iter().map(|d| d * scale).collect();
-    Results::default().num("loss", out.loss * scale).grad_grid("log_prob", cols, &gradient)
+fn with_gradient(out: &LossOutput, counted: &Counted, cols: usize) -> Results {
+    let gradient: Vec<f64> = out.d_log_probs.iter().map(|d| d * counted.dp_size).collect();
+    Results::default().num("loss", counted.loss(out.loss)).grad_grid("log_prob", cols, &gradient)
 }
 
 /// The metrics that verl's function of this mode reports.
@@ -174,22 +193,27 @@ pub(in crate::eval) fn total(case: &Case<'_>) -> Result<Results, Error> {
     let mode = case.parse("loss_mode", "vanilla")?;
     let counted = counted(case, &mask, agg_mode(case)?)?;
     let out = loss(&config(mode, case)?, case, &mask, &counted)?;
-    let scale = counted.dp_size;
-    let entropies: Vec<f64> = out.d_entropies.iter().map(|d| d * scale).collect();
-    Ok(with_gradient(&out, scale, mask.cols).grad_grid("entropy", mask.cols, &entropies))
+    let entropies: Vec<f64> = out.d_entropies.iter().map(|d| d * counted.dp_size).collect();
+    Ok(with_gradient(&out, &counted, mask.cols).grad_grid("entropy", mask.cols, &entropies))
 }
 
-/// `compute_policy_loss_bypass_mode`, and the metrics of the loss inside.
-pub(super) fn bypass(case: &Case<'_>) -> Result<(Results, Metrics), Error> {
+/// `compute_policy_loss_bypass_mode` with the mask that its rejection leaves, and the metrics of the loss inside.
+pub(super) fn bypass(case: &Case<'_>, kept: &Mask) -> Result<(Results, Metrics), Error> {
     let mask = case.mask("response_mask")?;
-    let counted = counted(case, &mask, agg_mode(case)?)?;
+    let mode = agg_mode(case)?;
+    // The library divides by what is left; verl by that only where no counts are given.
+    let mut counted = counted(case, kept, mode)?;
+    let left = Counted { counts: GlobalCounts::of(&kept.batch()?, 1.0), ..counted };
+    if counted.divisor() > 0.0 {
+        counted.dp_size *= left.divisor() / counted.divisor();
+    }
     let config = config(LossMode::BypassMode, case)?;
     let out = loss(&config, case, &mask, &counted)?;
     let inner = match config.rollout_correction.loss_type {
         BypassLoss::PpoClip => LossMode::Vanilla,
         BypassLoss::Reinforce => LossMode::Reinforce,
     };
-    Ok((with_gradient(&out, counted.dp_size, mask.cols), metrics(inner, &out)))
+    Ok((with_gradient(&out, &counted, mask.cols), metrics(inner, &out)))
 }
 
 /// `agg_loss`.
@@ -198,17 +222,7 @@ pub(in crate::eval) fn agg(case: &Case<'_>) -> Result<Results, Error> {
     let losses = case.sized("loss_mat", mask.bits.len())?;
     let mode = agg_mode(case)?;
     let counted = counted(case, &mask, mode)?;
-    let num_sequences = counted.counts.num_sequences;
-    let empty = match mode {
-        LossAggMode::TokenSum => false,
-        LossAggMode::TokenMean => counted.counts.num_tokens == 0,
-        LossAggMode::SeqMeanTokenSum | LossAggMode::SeqMeanTokenSumNorm | LossAggMode::SeqMeanTokenMean => {
-            num_sequences == 0
-        }
-    };
     let (loss, weights) = agg_loss(mode, &mask.batch()?, &losses, &counted.counts)?;
     let gradient: Vec<f64> = weights.iter().map(|w| w * counted.dp_size).collect();
-    // The peer's mean of nothing is 0 / 0; the library's is 0.
-    let loss = if empty { f64::NAN } else { loss * counted.dp_size };
-    Ok(Results::default().num("loss", loss).grad_grid("loss_mat", mask.cols, &gradient))
+    Ok(Results::default().num("loss", counted.loss(loss)).grad_grid("loss_mat", mask.cols, &gradient))
 }

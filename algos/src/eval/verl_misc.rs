@@ -28,7 +28,7 @@ pub(super) fn value(case: &Case<'_>) -> Result<Results, Error> {
     let out = value_loss(&config, &input, &counted.counts)?;
     let gradient: Vec<f64> = out.d_predictions.iter().map(|d| d * counted.dp_size).collect();
     Ok(Results::default()
-        .num("loss", out.loss * counted.dp_size)
+        .num("loss", counted.loss(out.loss))
         .num("vf_clipfrac", out.num_clipped as f64 / batch.num_tokens().max(1) as f64)
         .grad_grid("vpreds", mask.cols, &gradient))
 }
@@ -63,7 +63,7 @@ pub(super) fn entropy(case: &Case<'_>) -> Result<Results, Error> {
         gradient.extend(token_gradient(logits.row(t), labels[t] as usize, 1.0, 0.0, *weight)?);
     }
     Ok(Results::default()
-        .num("loss", loss)
+        .num("loss", counted.loss(loss))
         .grid("entropy", mask.cols, &entropies)
         .grid("logprobs", mask.cols, &column(|s| s.log_prob))
         .grid("sum_pi_squared", mask.cols, &column(|s| s.sum_pi_squared))

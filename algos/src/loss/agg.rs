@@ -49,6 +49,22 @@ impl GlobalCounts {
         }
     }
 
+    /// Check that a part of the mini-batch is not larger than the whole.
+    ///
+    /// # Errors
+    /// Counts smaller than the batch's own.
+    pub fn expect_part(&self, batch: &TokenBatch) -> Result<(), Error> {
+        let (tokens, sequences) = (batch.num_tokens() as u64, batch.num_sequences() as u64);
+        if self.num_tokens >= tokens && self.num_sequences >= sequences {
+            return Ok(());
+        }
+        let cause = format!(
+            "global counts ({} tokens, {} sequences) are smaller than the batch's own ({tokens}, {sequences})",
+            self.num_tokens, self.num_sequences
+        );
+        Err(Error::batch("loss aggregation", cause))
+    }
+
     /// Counts of two disjoint parts of one mini-batch together; the larger scale factor stays.
     #[must_use]
     pub fn merge(self, other: GlobalCounts) -> GlobalCounts {
@@ -65,16 +81,8 @@ impl LossAggMode {
     /// Weight of every token of each row, `[B]`; 0 where nothing takes part (verl's token-mean gives NaN there).
     ///
     /// # Errors
-    /// A scale factor that is not above 0 where the mode divides by it, and counts smaller than the batch's own.
+    /// A scale factor that is not above 0 where the mode divides by it.
     pub fn row_weights(self, batch: &TokenBatch, counts: &GlobalCounts) -> Result<Vec<f64>, Error> {
-        let (tokens, sequences) = (batch.num_tokens() as u64, batch.num_sequences() as u64);
-        if counts.num_tokens < tokens || counts.num_sequences < sequences {
-            let cause = format!(
-                "global counts ({} tokens, {} sequences) are smaller than the batch's own ({tokens}, {sequences})",
-                counts.num_tokens, counts.num_sequences
-            );
-            return Err(Error::batch("loss aggregation", cause));
-        }
         if self == LossAggMode::SeqMeanTokenSumNorm
             && !(counts.loss_scale_factor > 0.0 && counts.loss_scale_factor.is_finite())
         {

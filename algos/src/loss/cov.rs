@@ -46,7 +46,8 @@ pub(crate) fn kl_cov(config: &PolicyLossConfig, input: &PolicyLossInput<'_>) -> 
     let batch = &input.batch;
     let covariances = covariances(input);
     let mut by_covariance: Vec<usize> = (0..batch.num_slots()).filter(|t| batch.is_active(*t)).collect();
-    by_covariance.sort_by(|a, b| covariances[*b].total_cmp(&covariances[*a]));
+    // Adding 0 makes 0 of -0: they tie, and of tied tokens the first comes first.
+    by_covariance.sort_by(|a, b| (covariances[*b] + 0.0).total_cmp(&(covariances[*a] + 0.0)));
     let count = ((config.kl_cov_ratio * by_covariance.len() as f64) as usize).max(1);
     let mut penalised = vec![false; batch.num_slots()];
     by_covariance.iter().take(count).for_each(|t| penalised[*t] = true);

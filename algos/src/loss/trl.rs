@@ -205,12 +205,14 @@ impl Call<'_> {
         KlTerm { value, d_log_prob: d, d_log_ratio: 0.0 }
     }
 
-    /// Where the lower and the upper bound hold; for cispo the absolute one alone.
+    /// Where the lower and the upper bound hold for the ratio below `delta`; for cispo the absolute one alone.
     fn clipped(&self, t: usize, ratio: f64) -> (bool, bool) {
         let advantage = self.input.advantages[t];
         if self.config.trl.loss_type == TrlLossType::Cispo {
             return (false, ratio > self.range.high && advantage > 0.0);
         }
+        let delta = self.config.trl.delta;
+        let ratio = if delta > 0.0 { ratio.min(delta) } else { ratio };
         let low = ratio < 1.0 - self.range.low && advantage < 0.0;
         (low, ratio > 1.0 + self.range.high && advantage > 0.0)
     }

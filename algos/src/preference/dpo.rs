@@ -91,7 +91,9 @@ impl DpoConfig {
 
     /// What the loss has to see at once.
     pub fn scope(&self) -> Scope {
-        if self.loss_type.iter().any(|kind| kind.sorts()) { Scope::MiniBatch } else { Scope::Sequence }
+        let averages_weights = self.use_weighting && self.loss_type.contains(&DpoLossType::Sft);
+        let whole = averages_weights || self.loss_type.iter().any(|kind| kind.sorts());
+        if whole { Scope::MiniBatch } else { Scope::Sequence }
     }
 }
 
@@ -131,6 +133,7 @@ pub fn dpo_loss(
     for (k, kind) in config.loss_type.iter().enumerate() {
         let weight = config.loss_weights.get(k).copied().unwrap_or(1.0);
         if *kind == DpoLossType::Sft {
+            let weight = weight * mean_weight(&scored);
             let nll = input.add_nll(weight, counts, &mut out.d_log_probs);
             out.metrics.nll_loss = nll;
             out.loss += weight * nll;
@@ -148,6 +151,11 @@ pub fn dpo_loss(
         }
     }
     Ok(out)
+}
+
+/// Mean weight of the pairs, by which the likelihood counts; 1 without weighting.
+fn mean_weight(scored: &[Scored]) -> f64 {
+    if scored.is_empty() { 1.0 } else { scored.iter().map(|one| one.weight).sum::<f64>() / scored.len() as f64 }
 }
 
 /// Losses of all pairs, derivatives with respect to the rows' log-ratios.

@@ -62,7 +62,7 @@ pub struct WeightMetrics {
     pub seq_fraction_low: f64,
     /// Share of tokens whose weight was set to 0 by a range.
     pub oob_ratio: Option<f64>,
-    /// Mean by which batch normalisation divided.
+    /// Mean by which batch normalisation divided; 1 where it is too small to divide by.
     pub batch_norm_factor: Option<f64>,
 }
 
@@ -134,11 +134,10 @@ pub fn importance_weights(
         sequence_extremes(&mut metrics, batch, log_ratio, range);
     }
     if config.rollout_is_batch_normalize {
-        let factor = batch_mean(config.rollout_is, batch, &weights);
+        let mean = batch_mean(config.rollout_is, batch, &weights);
+        let factor = if mean > 1e-8 { mean } else { 1.0 };
         metrics.batch_norm_factor = Some(factor);
-        if factor > 1e-8 {
-            weights.iter_mut().for_each(|w| *w /= factor);
-        }
+        weights.iter_mut().for_each(|w| *w /= factor);
     }
     Ok(Some(WeightOutput { weights, metrics }))
 }
@@ -211,10 +210,11 @@ fn report(batch: &TokenBatch, raw: &[f64], weights: &[f64], range: Range) -> Wei
 fn sequence_extremes(metrics: &mut WeightMetrics, batch: &TokenBatch, log_ratio: &[f64], range: Range) {
     let mask = batch.response_mask();
     let sums: Vec<f64> = batch.rows().map(|row| masked_sum(&log_ratio[row.clone()], &mask[row])).collect();
-    let (low, high) = extremes(sums.iter().map(|s| s.cut(-SAFETY_BOUND, SAFETY_BOUND).exp()));
+    let (low, high) = extremes(sums.iter().copied());
     let (lower, upper) = range.bounds();
-    metrics.min = low;
-    metrics.max = high;
+    // As in verl only the largest is bounded; the other bound keeps a finite number.
+    metrics.min = low.min(700.0).exp();
+    metrics.max = high.min(SAFETY_BOUND).exp();
     metrics.fraction_high = share(sums.iter().map(|s| *s > upper.ln()));
     metrics.fraction_low = share(sums.iter().map(|s| *s < lower.ln()));
 }
