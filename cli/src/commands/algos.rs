@@ -1,7 +1,8 @@
 //! `temper algos`: the algorithms by name, and any of them on given arrays.
 
 use super::common::output::{print, write_json};
-use anyhow::{Context, Result, anyhow};
+use crate::usage;
+use anyhow::{Context, Result};
 use clap::Subcommand;
 use schemars::{JsonSchema, schema_for};
 use serde_json::{Value, json};
@@ -114,10 +115,15 @@ fn variants<T: JsonSchema>(key: &'static str) -> Result<Vec<Entry>> {
 impl Eval {
     fn run(self) -> Result<()> {
         let path = self.file.display();
-        let text = std::fs::read_to_string(&self.file).with_context(|| format!("reading {path}"))?;
-        let document: Value = serde_json::from_str(&text).map_err(|e| anyhow!("{path}: not JSON: {e}"))?;
-        let result = eval::eval_file(&document).with_context(|| path.to_string())?;
+        let text = std::fs::read_to_string(&self.file).map_err(|e| usage(format!("{path}: {e}")))?;
+        let document: Value = serde_json::from_str(&text).map_err(|e| usage(format!("{path}: not JSON: {e}")))?;
+        let result = eval::eval_file(&document).map_err(|e| usage(format!("{path}: {e}")))?;
         for case in result["cases"].as_array().into_iter().flatten() {
+            // A refusal is a result; a case that cannot be read is worth a line where a person looks.
+            if case["outputs"]["error"]["type"] == "KeyError" {
+                let message = &case["outputs"]["error"]["message"];
+                tracing::warn!(file = %path, case = %case["name"], error = %message, "a case that cannot be read");
+            }
             if let Some(unread) = case.get("unread_params") {
                 tracing::warn!(case = %case["name"], params = %unread, "parameters that the function does not read");
             }

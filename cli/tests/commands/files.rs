@@ -81,7 +81,7 @@ fn vectors_are_evaluated_by_the_functions_of_training() {
         assert_eq!(names(&got), names(&document));
     }
     let unknown = write(dir.path(), "u.json", r#"{"source": "verl 1", "function": "nothing", "cases": []}"#);
-    fail(&["algos", "eval", &unknown], 1, &["u.json", "nothing"]);
+    fail(&["algos", "eval", &unknown], 2, &["u.json", "nothing"]);
     let broken = write(dir.path(), "b.json", "{");
-    fail(&["algos", "eval", &broken], 1, &["b.json", "not JSON"]);
+    fail(&["algos", "eval", &broken], 2, &["b.json", "not JSON"]);
 }
