@@ -17,6 +17,8 @@ fn config(case: &Case<'_>) -> Result<PolicyLossConfig, Error> {
     let default = TrlConfig::default();
     let beta = case.num("beta", 0.0)?;
     let low = case.num("epsilon_low", case.num("epsilon", 0.2)?)?;
+    // TRL chooses between two plain numbers by torch.where: what comes out is an f32.
+    let tau = |key: &str, default| case.num(key, default).map(|tau| f64::from(tau as f32));
     Ok(PolicyLossConfig {
         loss_mode: LossMode::Trl,
         clip_ratio_low: Some(low),
@@ -24,8 +26,8 @@ fn config(case: &Case<'_>) -> Result<PolicyLossConfig, Error> {
         use_kl_loss: beta != 0.0,
         kl_loss_coef: beta,
         entropy_coeff: case.num("entropy_coef", 0.0)?,
-        tau_pos: case.num("sapo_temperature_pos", 1.0)?,
-        tau_neg: case.num("sapo_temperature_neg", 1.05)?,
+        tau_pos: tau("sapo_temperature_pos", 1.0)?,
+        tau_neg: tau("sapo_temperature_neg", 1.05)?,
         trl: TrlConfig {
             loss_type: case.parse("loss_type", "dapo")?,
             importance_sampling_level: case.parse("importance_sampling_level", "token")?,
@@ -93,7 +95,7 @@ pub(super) fn grpo(case: &Case<'_>) -> Result<Results, Error> {
     let all = vec![1; mask.bits.len()];
     let seen = if mask.cols == 1 { batch.with_mask(&all)? } else { batch };
     if mask.cols == 1 {
-        report = trl_loss(&without_entropy, &PolicyLossInput { batch: seen, ..masked }, &counts)?.1;
+        report = TrlReport { phi: report.phi, ..report_of_all(&without_entropy, &masked, seen, &counts)? };
     }
     // `vllm_is` says that `importance_sampling_ratio` is given; `steps_per_generation` concerns dapo's family alone.
     case.accept(&["vllm_is", "steps_per_generation"]);
@@ -121,6 +123,21 @@ pub(super) fn grpo(case: &Case<'_>) -> Result<Results, Error> {
         .metrics(&metrics)
         .grad_grid("per_token_logps", mask.cols, &d_log_probs)
         .grad_grid("entropies", mask.cols, &d_entropies))
+}
+
+/// The report over all slots of `seen`. The ratio of a row without tokens is 1, where rows have one.
+fn report_of_all(
+    config: &PolicyLossConfig,
+    masked: &PolicyLossInput<'_>,
+    seen: TokenBatch<'_>,
+    counts: &GlobalCounts,
+) -> Result<TrlReport, Error> {
+    let shared = config.trl.importance_sampling_level == crate::ImportanceLevel::Sequence;
+    let old_or_now =
+        |t: usize| if shared && !masked.batch.is_active(t) { masked.log_probs[t] } else { masked.old_log_probs[t] };
+    let old: Vec<f64> = (0..masked.batch.num_slots()).map(old_or_now).collect();
+    let input = PolicyLossInput { batch: seen, old_log_probs: &old, ..*masked };
+    Ok(trl_loss(config, &input, counts)?.1)
 }
 
 fn high_entropy_tokens(config: &PolicyLossConfig, batch: &TokenBatch, entropies: &[f64]) -> Vec<u8> {
