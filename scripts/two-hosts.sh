@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A run over two network namespaces as two hosts, joined by a virtual cable: the controller and the trainer in one, two
-# engines and a reward worker in the other. The cable is cut for CUT seconds (default 20: longer than a lease) and healed
+# engines and a reward worker in the other. New weights take the cable too. The cable is cut for CUT seconds (default 20: longer than a lease) and healed
 # while the run goes on. The final weights must be those of the run in one process.
 #
 # usage, as root: scripts/two-hosts.sh PATH-TO-TEMPER [RECIPE]     (CUT=seconds, STEPS="--set ..." to shorten it)
@@ -36,7 +36,7 @@ echo "reference: one process"
 echo "two hosts"
 ip netns exec "$a" "$temper" train "$recipe" --run-dir "$dir/two" "${steps[@]}" \
     --set placement.mode=processes --set placement.spawn_workers=false --set placement.listen=10.77.0.1:7070 \
-    --set placement.rollout_workers=2 >"$dir/two.log" 2>&1 &
+    --set placement.rollout_workers=2 --set placement.weight_transport=grpc >"$dir/two.log" 2>&1 &
 run=$!
 ip netns exec "$a" "$temper" serve trainer --join 10.77.0.1:7070 --listen 10.77.0.1:0 2>"$dir/trainer.log" &
 for role in rollout rollout reward; do

@@ -1,6 +1,6 @@
 //! Every environment variable that temper reads, in one place.
 
-/// `TEMPER_LOG`: filter of log messages on stderr (`info` where it is not set).
+/// `TEMPER_LOG`: filter of log messages on stderr (`warn` where it is not set).
 pub const LOG: &str = "TEMPER_LOG";
 
 /// `TEMPER_KILL_AT=STEP:PHASE`: the process kills itself with SIGKILL when that phase of that step begins. For tests

@@ -27,6 +27,7 @@ fn start(recipe: &Path, run_dir: &Path, sets: &[&str]) -> Child {
     sets.iter().for_each(|set| {
         command.args(["--set", set]);
     });
+    command.env("TEMPER_LOG", "warn,temper_rollout=info");
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary starts")
 }
 
@@ -95,12 +96,15 @@ fn any_number_of_workers_gives_the_bits_of_one_process() {
     let reference = dir.path().join("reference");
     assert!(train(&recipe, &reference, &[], None).status.success());
     let expected = outcome(&reference);
-    for workers in 1..=3 {
+    for (workers, transport) in [(1, "auto"), (2, "grpc"), (3, "auto")] {
         let run_dir = dir.path().join(format!("workers-{workers}"));
         let (rollout, reward) =
             (format!("placement.rollout_workers={workers}"), format!("placement.reward_workers={}", 4 - workers));
-        finish(start(&recipe, &run_dir, &[&rollout, &reward]));
+        let transport_key = format!("placement.weight_transport={transport}");
+        let output = finish(start(&recipe, &run_dir, &[&rollout, &reward, &transport_key]));
         assert_eq!(outcome(&run_dir), expected, "{workers} rollout workers");
+        let said = stderr(&output).matches("weights come through memory shared with the trainer").count();
+        assert_eq!(said, if transport == "auto" { workers } else { 0 }, "{}", stderr(&output));
     }
 }
 

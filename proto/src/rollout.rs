@@ -205,6 +205,10 @@ pub struct RolloutStats {
     /// Microseconds between the end of the last step under old weights and the beginning of the first under new ones,
     /// while samples were open.
     pub pause_micros: u64,
+    /// Bytes of new weights that were read from memory shared with the trainer.
+    pub shared_weight_bytes: u64,
+    /// Bytes of new weights that came over the connection to the trainer.
+    pub streamed_weight_bytes: u64,
     /// Drafted tokens.
     pub speculation: SpeculationStats,
 }
@@ -237,6 +241,8 @@ impl RolloutStats {
             ("pause_seconds_total", seconds(self.pause_micros)),
             ("num_refits_total", self.num_refits as f64),
             ("weight_version", self.weight_version as f64),
+            ("refit_shared_bytes_total", self.shared_weight_bytes as f64),
+            ("refit_streamed_bytes_total", self.streamed_weight_bytes as f64),
         ];
         let drafts = self.speculation.by_drafter().into_iter().flat_map(|(drafter, buckets)| {
             buckets.iter().zip(MATCH_BUCKETS).flat_map(move |(counts, bucket)| {
@@ -305,6 +311,7 @@ mod tests {
             spec_decode_num_accepted_tokens_total num_preemptions_total prompt_tokens_total generation_tokens_total \
             prefill_tokens_total reused_prefix_tokens_total num_steps_total rows_per_step step_seconds_total \
             tail_seconds_total refit_seconds_total pause_seconds_total num_refits_total weight_version \
+            refit_shared_bytes_total refit_streamed_bytes_total \
             spec_decode_num_draft_tokens_total/model/3-4 spec_decode_num_accepted_tokens_total/model/3-4";
         assert_eq!(names.join(" "), expected);
         let value = |name: &str| metrics.iter().find(|(other, _)| other == name).expect("it is there").1;

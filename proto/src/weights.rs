@@ -23,6 +23,30 @@ pub struct WeightRange {
     pub len: u64,
 }
 
+/// Memory of the holder's host in which its weights lie: an anonymous file, which only processes of that host can open.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SharedWeights {
+    /// Process that holds the file, as it knows itself.
+    pub process_id: u32,
+    /// Its descriptor of the file.
+    pub descriptor: u32,
+    /// Random bytes with which the file begins, and by which it is known.
+    pub nonce: [u8; 16],
+    /// What is held of each parameter unit.
+    pub units: Vec<SharedUnit>,
+}
+
+/// The part of a parameter unit that is held: f32 in the byte order of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SharedUnit {
+    /// First element.
+    pub start: u64,
+    /// Number of elements.
+    pub len: u64,
+    /// Where they begin in the file, in bytes.
+    pub offset_bytes: u64,
+}
+
 /// Takes the elements of the ranges as they come, in order.
 pub type WeightSink<'a> = &'a mut (dyn FnMut(&[f32]) -> ServiceResult<()> + Send);
 
@@ -33,6 +57,14 @@ pub trait WeightService: Send + Sync {
     /// # Errors
     /// Where the service cannot answer.
     fn manifest(&self) -> ServiceResult<WeightManifest>;
+    /// Where the weights lie in memory that processes of the same host can read; `None` where they do not. They may
+    /// change while they are read: whoever reads them proves what it has by the hash of `version`.
+    ///
+    /// # Errors
+    /// `VersionMismatch` where it does not hold `version` now.
+    fn shared(&self, _version: PolicyVersion) -> ServiceResult<Option<SharedWeights>> {
+        Ok(None)
+    }
     /// Hand the elements of `ranges` to `sink`, in the order of the ranges, in pieces of any size.
     ///
     /// # Errors

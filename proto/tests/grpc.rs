@@ -179,9 +179,21 @@ impl DistillService for Fake {
 /// 3 MB of weights, so that a pull takes several chunks.
 const UNITS: [u64; 2] = [700_000, 50_001];
 
+fn shared_weights() -> SharedWeights {
+    let unit = |start| SharedUnit { start, len: start + 7, offset_bytes: 4096 + start };
+    SharedWeights { process_id: 71, descriptor: 5, nonce: [250; 16], units: vec![unit(0), unit(1 << 40)] }
+}
+
 impl WeightService for Fake {
     fn manifest(&self) -> ServiceResult<WeightManifest> {
         Ok(WeightManifest { version: VERSION, unit_lens: UNITS.to_vec() })
+    }
+    fn shared(&self, version: PolicyVersion) -> ServiceResult<Option<SharedWeights>> {
+        match version {
+            VERSION => Ok(Some(shared_weights())),
+            version if version.number == 0 => Ok(None),
+            _ => Err(failure(ErrorCode::VersionMismatch)),
+        }
     }
     fn pull(&self, version: PolicyVersion, ranges: &[WeightRange], sink: WeightSink<'_>) -> ServiceResult<()> {
         if version != VERSION {
@@ -387,6 +399,16 @@ fn weights_arrive_in_order_and_a_broken_stream_is_an_error() {
     assert_eq!(client.pull(VERSION, &broken, &mut ignore), Err(failure(ErrorCode::DataLoss)));
     let mut refuse = |_: &[f32]| Err(failure(ErrorCode::Cancelled));
     assert_eq!(client.pull(VERSION, &ranges, &mut refuse), Err(failure(ErrorCode::Cancelled)));
+}
+
+#[test]
+fn where_weights_lie_in_memory_is_told_or_that_they_do_not() {
+    let wire = wire();
+    let client = WeightClient::new(wire.endpoint());
+    assert_eq!(client.shared(VERSION), Ok(Some(shared_weights())));
+    assert_eq!(client.shared(PolicyVersion { number: 0, ..VERSION }), Ok(None));
+    let other = PolicyVersion { number: VERSION.number + 1, ..VERSION };
+    assert_eq!(client.shared(other), Err(failure(ErrorCode::VersionMismatch)));
 }
 
 #[test]

@@ -112,7 +112,13 @@ impl<S: Drain> RolloutService for SyncedRolloutService<S> {
     }
 
     fn stats(&self) -> RolloutStats {
-        RolloutStats { refit_micros: self.refit_micros.load(Ordering::Relaxed), ..self.engine.stats() }
+        let bytes = self.receiver.bytes();
+        RolloutStats {
+            refit_micros: self.refit_micros.load(Ordering::Relaxed),
+            shared_weight_bytes: bytes.shared,
+            streamed_weight_bytes: bytes.streamed,
+            ..self.engine.stats()
+        }
     }
 }
 

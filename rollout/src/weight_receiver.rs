@@ -4,6 +4,7 @@
 //! that was announced, leaves the old version serving. Each piece is hashed as it is written, while a near cache has
 //! it; all ranks are asked at once, by as many threads as the device computes with.
 
+use crate::nearby_weights::{NearbyWeights, WeightBytes, WeightTransport};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use temper_actor::{ArrivingHash, PackedPolicy, ParamStore};
@@ -19,7 +20,9 @@ const OPERATION: &str = "set_version";
 pub struct WeightReceiver {
     device: Arc<dyn Device>,
     policy: Arc<RwLock<PackedPolicy>>,
-    sources: Sources,
+    /// The ranks that hold the weights, in their order.
+    ranks: Vec<NearbyWeights>,
+    layout: Layout,
     /// The weights as they arrive, f32 in canonical units.
     staging: Mutex<ParamStore>,
     name: String,
@@ -31,12 +34,14 @@ pub struct Sources {
     pub ranks: Vec<Arc<dyn WeightService>>,
     /// What each of them holds.
     pub layout: Layout,
+    /// How their weights come.
+    pub transport: WeightTransport,
 }
 
 impl Sources {
     /// One rank that holds everything.
     pub fn one(rank: Arc<dyn WeightService>) -> Self {
-        Sources { ranks: vec![rank], layout: Layout::Replicated { world: 1 } }
+        Sources { ranks: vec![rank], layout: Layout::Replicated { world: 1 }, transport: WeightTransport::Auto }
     }
 }
 
@@ -49,7 +54,18 @@ impl WeightReceiver {
         sources: Sources,
         name: String,
     ) -> Self {
-        WeightReceiver { device, policy, sources, staging: Mutex::new(params), name }
+        let Sources { ranks, layout, transport } = sources;
+        let nearby = |(rank, holder)| NearbyWeights::new(holder, rank, transport);
+        let ranks = ranks.into_iter().enumerate().map(nearby).collect();
+        WeightReceiver { device, policy, ranks, layout, staging: Mutex::new(params), name }
+    }
+
+    /// What arrived so far, and how.
+    pub fn bytes(&self) -> WeightBytes {
+        self.ranks.iter().map(NearbyWeights::bytes).fold(WeightBytes::default(), |sum, bytes| WeightBytes {
+            shared: sum.shared + bytes.shared,
+            streamed: sum.streamed + bytes.streamed,
+        })
     }
 
     /// The version that is served.
@@ -114,16 +130,17 @@ impl WeightReceiver {
         let transfers = self.transfers(staging)?;
         let arriving = ArrivingHash::new(staging);
         let errands = errands(staging, &transfers, self.errands_per_source());
-        self.run(errands, version, &arriving)?;
+        let ended = self.run(errands, version, &arriving);
+        self.ranks.iter().for_each(NearbyWeights::rest);
+        ended?;
         Ok(arriving.finish(&*self.device, staging))
     }
 
     /// Every element once, from a rank that holds it; ranks that hold the same give equal amounts.
     fn transfers(&self, staging: &ParamStore) -> ServiceResult<Vec<Transfer>> {
-        let Sources { ranks, layout } = &self.sources;
         let units: Vec<Unit> =
             staging.units().iter().map(|unit| Unit { len: unit.buffer().len(), tensors: Vec::new() }).collect();
-        for (rank, source) in ranks.iter().enumerate() {
+        for (rank, source) in self.ranks.iter().enumerate() {
             let manifest = source.manifest()?;
             if !manifest.unit_lens.iter().copied().eq(units.iter().map(|unit| unit.len as u64)) {
                 let message = format!(
@@ -135,19 +152,19 @@ impl WeightReceiver {
             }
         }
         let receiver = Receiver { rank: 0, source_rank: None };
-        plan(&units, (*layout, Layout::Replicated { world: 1 }), receiver)
+        plan(&units, (self.layout, Layout::Replicated { world: 1 }), receiver)
             .map_err(|e| self.error(ErrorCode::InvalidArgument, OPERATION, e))
     }
 
     /// All ranks are asked at once; where there are fewer of them than threads, each by several.
     fn errands_per_source(&self) -> usize {
-        (self.device.info().num_threads / self.sources.ranks.len().max(1)).max(1)
+        (self.device.info().num_threads / self.ranks.len().max(1)).max(1)
     }
 
     /// Run every errand to its end, each in a thread; the first failure in their order counts.
     fn run(&self, errands: Vec<Errand<'_>>, version: PolicyVersion, arriving: &ArrivingHash) -> ServiceResult<()> {
         let run = |errand: Errand<'_>| {
-            let source = self.sources.ranks.get(errand.source);
+            let source = self.ranks.get(errand.source);
             let source = source.ok_or_else(|| self.error(ErrorCode::Internal, OPERATION, "a source that is none"))?;
             let ranges = errand.ranges();
             let mut writer = Writer { device: &*self.device, arriving, parts: errand.parts.into_iter(), now: None };

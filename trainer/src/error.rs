@@ -44,6 +44,9 @@ pub enum Error {
         /// What came out.
         value: f32,
     },
+    /// The masters cannot lie in shared memory.
+    #[error("cannot share the masters with processes of this host: {0}")]
+    SharedMemory(#[source] std::io::Error),
     /// A rank was lost, or ranks disagree.
     #[error(transparent)]
     Collective(#[from] temper_collective::Error),
@@ -119,6 +122,7 @@ impl Error {
             Error::Objective(_) => ErrorCode::InvalidArgument,
             Error::Collective(_) => ErrorCode::Unavailable,
             Error::OtherRanks { .. } => ErrorCode::Cancelled,
+            Error::SharedMemory(_) => ErrorCode::ResourceExhausted,
             Error::Actor(_) | Error::Io { .. } | Error::State { .. } | Error::WrongWeights { .. } => {
                 ErrorCode::DataLoss
             }

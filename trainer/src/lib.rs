@@ -30,6 +30,7 @@ mod scalar_service;
 mod scalar_state;
 mod service;
 mod shared_head;
+mod shared_masters;
 mod state_io;
 mod store;
 mod trainer;

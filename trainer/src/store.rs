@@ -153,6 +153,15 @@ impl Store {
         }
     }
 
+    /// Keep what is here of unit `index` in other memory, which has the values and the length.
+    pub(crate) fn replace(&mut self, index: usize, buffer: Buffer) {
+        assert_eq!(buffer.len(), self.held(index).len(), "the part of unit {index} in other memory");
+        match self {
+            Store::Whole(store) => *store.unit_mut(index).buffer_mut() = buffer,
+            Store::Shards(shards) => shards.parts[index].1 = buffer,
+        }
+    }
+
     pub(crate) fn clear(&mut self, dev: &dyn Device) {
         for index in 0..self.num_units() {
             let held = self.held(index);

@@ -454,7 +454,7 @@ impl Trainer {
         if got != version.hash {
             return Err(Error::WrongWeights { path: model_dir.to_path_buf(), expected: version.hash, got });
         }
-        self.weights.masters = masters;
+        self.weights.set_masters(&*self.device, masters);
         state_io::restore(self, state_dir)?;
         repack(&*self.device, self.ranks.as_ref(), &self.weights.masters, &self.policy)?;
         self.set_version(version).map(drop)

@@ -1,7 +1,9 @@
 //! The trainer's weights for engines in other processes.
 
 use crate::{Error, LocalTrainerService, Trainer};
-use temper_proto::{ServiceError, ServiceResult, WeightManifest, WeightRange, WeightService, WeightSink};
+use temper_proto::{
+    ServiceError, ServiceResult, SharedWeights, WeightManifest, WeightRange, WeightService, WeightSink,
+};
 use temper_types::{ErrorCode, PolicyVersion};
 
 /// Elements that are read at once: 8 KiB, which stay in the nearest cache until they are written and hashed.
@@ -15,6 +17,13 @@ impl WeightService for LocalTrainerService {
         let shapes = trainer.weights.masters.shapes();
         let unit_lens = (0..shapes.num_units()).map(|unit| shapes.unit_len(unit) as u64).collect();
         Ok(WeightManifest { version: trainer.version(), unit_lens })
+    }
+
+    fn shared(&self, version: PolicyVersion) -> ServiceResult<Option<SharedWeights>> {
+        let trainer = self.lock();
+        check_version(&trainer, version, "shared")?;
+        let weights = &trainer.weights;
+        Ok(weights.shared.as_ref().map(|shared| shared.to_message(&weights.masters)))
     }
 
     fn pull(&self, version: PolicyVersion, ranges: &[WeightRange], sink: WeightSink<'_>) -> ServiceResult<()> {
@@ -31,12 +40,17 @@ impl WeightService for LocalTrainerService {
     }
 }
 
-fn read(trainer: &Trainer, version: PolicyVersion, range: WeightRange, values: &mut Vec<f32>) -> ServiceResult<()> {
+fn check_version(trainer: &Trainer, version: PolicyVersion, operation: &'static str) -> ServiceResult<()> {
     let held = trainer.version();
-    if held != version {
-        let message = format!("asked for weights of version {version}, the trainer holds {held}");
-        return Err(ServiceError::new(ErrorCode::VersionMismatch, "trainer", "pull", message));
+    if held == version {
+        return Ok(());
     }
+    let message = format!("asked for weights of version {version}, the trainer holds {held}");
+    Err(ServiceError::new(ErrorCode::VersionMismatch, "trainer", operation, message))
+}
+
+fn read(trainer: &Trainer, version: PolicyVersion, range: WeightRange, values: &mut Vec<f32>) -> ServiceResult<()> {
+    check_version(trainer, version, "pull")?;
     let outside = || {
         let WeightRange { unit, start, len } = range;
         let problem = format!("{len} elements from {start} are not all inside of what is held");

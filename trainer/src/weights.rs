@@ -1,6 +1,7 @@
 //! Masters, gradients and moments of one model on this rank: what a backward adds to, and what a step does.
 
 use crate::optimizer::{self, Moments, StepSize};
+use crate::shared_masters::SharedMasters;
 use crate::store::{Store, UnitRef};
 use crate::trainer::SharedPolicy;
 use crate::{Error, Ranks};
@@ -18,6 +19,8 @@ use temper_types::ContentHash;
 pub(crate) struct Weights {
     pub(crate) masters: Store,
     pub(crate) moments: Option<Moments>,
+    /// Where the masters lie for other processes.
+    pub(crate) shared: Option<SharedMasters>,
     grads: Option<Store>,
 }
 
@@ -124,7 +127,7 @@ pub(crate) fn repack(
 
 impl Weights {
     pub(crate) fn new(masters: Store) -> Self {
-        Weights { masters, moments: None, grads: None }
+        Weights { masters, moments: None, shared: None, grads: None }
     }
 
     /// Gradients and moments are of no use after a stage.

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use temper_actor::init::InitConfig;
 use temper_controller::{CheckpointConfig, DatasetConfig, Stage, ValidationConfig};
 use temper_reward::RewardConfig;
-use temper_rollout::EngineConfig;
+use temper_rollout::{EngineConfig, WeightTransport};
 use temper_types::{DTypeChoice, did_you_mean};
 use toml::Value;
 
@@ -82,6 +82,9 @@ pub struct Placement {
     pub sharding: ShardingKind,
     /// Ranks of a group under `sharding = "hybrid"`: a divisor of `trainer_ranks`; 0 otherwise.
     pub shard_size: usize,
+    /// How new weights come to engines of other processes: "auto", through memory shared with the trainer where both
+    /// run on one host, or "grpc". Never changes a number.
+    pub weight_transport: WeightTransport,
     /// Longest wait of a trainer rank for the others, in seconds: the longest difference between them in one update.
     pub collective_timeout_seconds: u64,
     /// Certificates by which the processes prove themselves to each other; none: they speak plain text.
@@ -103,6 +106,7 @@ impl Default for Placement {
             trainer_ranks: 1,
             sharding: ShardingKind::Zero2,
             shard_size: 0,
+            weight_transport: WeightTransport::Auto,
             collective_timeout_seconds: 600,
             tls: None,
         }

@@ -21,7 +21,7 @@ use temper_proto::{
     Assignment, ScalarModelService, ServiceResult, TrainerService, WeightService, WorkerHello, WorkerRegistry,
     WorkerRole,
 };
-use temper_rollout::{LocalRolloutService, Sources, SyncedRolloutService, WeightReceiver};
+use temper_rollout::{LocalRolloutService, Sources, SyncedRolloutService, WeightReceiver, WeightTransport};
 use temper_tensor::Device;
 use temper_trainer::{LocalTrainerService, ProcessRole, ProcessShare, Ranks, Trainer, TrainerGroup};
 use temper_types::{DType, ErrorCode, PolicyVersion};
@@ -266,7 +266,9 @@ impl Joined<'_> {
         let engine = draft_model::attach(engine, (device, *dtype), Some(&text), &recipe.engine)?;
         let engine = engine.with_history(&history_dir(recipe, Path::new(&self.assignment.run_dir)));
         let ranks = self.sources(|endpoint| Arc::new(WeightClient::new(endpoint)) as Arc<dyn WeightService>)?;
-        let sources = Sources { ranks, layout: trainer_ranks::layout(&recipe.placement) };
+        let placement = &recipe.placement;
+        let (layout, transport) = (trainer_ranks::layout(placement), placement.weight_transport);
+        let sources = Sources { ranks, layout, transport };
         let receiver = WeightReceiver::new(Arc::clone(device), policy, params, sources, name.clone());
         Ok(SyncedRolloutService::new(engine, receiver))
     }
@@ -279,6 +281,11 @@ impl Joined<'_> {
         let ranks = if self.assignment.world > 1 { Some(self.meet(&recipe.placement)?) } else { None };
         let mut trainer = Trainer::load_rank(Arc::clone(device), (model_dir, *dtype), masked, ranks)?;
         trainer.save_non_finite_to(Path::new(&self.assignment.run_dir).join("non_finite"));
+        if recipe.placement.weight_transport == WeightTransport::Auto
+            && let Err(error) = trainer.share_masters()
+        {
+            tracing::warn!(%error, "engines get new weights by gRPC");
+        }
         Ok(trainer)
     }
 

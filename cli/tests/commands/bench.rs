@@ -74,7 +74,10 @@ fn weights_move_once_for_every_layout_over_every_path() {
     let report = bench(&["sync", "--model", text(&model), "--from", "replicated:2,fsdp:3,hybrid:4/2", "--runs", "3"]);
     let bytes = report["weight_bytes"].as_u64().unwrap();
     let rows = report["rows"].as_array().unwrap();
-    assert_eq!(rows.len(), 3 * 2 * 2, "layouts, engines, paths");
+    assert_eq!(rows.len(), 3 * 2 * 3, "layouts, engines, paths");
+    for path in ["memory", "grpc", "shared"] {
+        assert_eq!(rows.iter().filter(|row| row["path"] == path).count(), 3 * 2, "{path}");
+    }
     for row in rows {
         assert_eq!(row["moved_bytes"], row["lower_bound_bytes"], "{row}");
         assert_eq!(row["moved_bytes"].as_u64(), row["to"].as_u64().map(|engines| engines * bytes));

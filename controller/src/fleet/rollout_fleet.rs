@@ -319,6 +319,8 @@ fn sum(a: RolloutStats, b: RolloutStats) -> RolloutStats {
         num_refits: a.num_refits + b.num_refits,
         refit_micros: a.refit_micros + b.refit_micros,
         pause_micros: a.pause_micros + b.pause_micros,
+        shared_weight_bytes: a.shared_weight_bytes + b.shared_weight_bytes,
+        streamed_weight_bytes: a.streamed_weight_bytes + b.streamed_weight_bytes,
         speculation,
     }
 }

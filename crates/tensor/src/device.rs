@@ -3,8 +3,9 @@
 use crate::{
     AdamWStep, AttentionGrad, AttnShape, Buffer, DeviceInfo, DistillHead, DistillStats, HeadNorm, HeadNormGrad,
     KvCache, KvCacheSpec, LinearShape, LmHead, LmHeadGrad, LmHeadTrain, NormGrad, NormShape, PackedLinear, Reduction,
-    RopeTable, RowLoss, SampleRow, Sampled, SeqSpan, Store, TokenStats, View, ViewMut,
+    RopeTable, RowLoss, SampleRow, Sampled, SeqSpan, SharedBuffers, Store, TokenStats, View, ViewMut,
 };
+use std::io;
 use temper_types::DType;
 
 /// A device and its kernels. Rows are independent in every forward operation (see the crate's row contract); every
@@ -19,6 +20,14 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     fn zeros(&self, len: usize) -> Buffer;
     /// New memory with the host's values.
     fn upload(&self, data: &[f32]) -> Buffer;
+    /// New memory of so many elements each, all zero, which other processes of the host can read in place.
+    ///
+    /// # Errors
+    /// Where the device computes in memory of its own, or the system has no such memory, or too little of it.
+    fn shared_zeros(&self, lens: &[usize]) -> io::Result<SharedBuffers> {
+        let problem = format!("{} buffers of device {} would not be in host memory", lens.len(), self.info().name);
+        Err(io::Error::new(io::ErrorKind::Unsupported, problem))
+    }
     /// Copy host values into `dst`; equal lengths.
     fn write(&self, dst: ViewMut<'_>, src: &[f32]);
     /// Copy device values to the host; equal lengths.

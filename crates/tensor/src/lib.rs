@@ -21,6 +21,7 @@ pub mod cpu;
 mod device;
 mod kv;
 mod linear;
+mod shared;
 
 pub use args::{
     AdamWStep, AttentionGrad, AttnShape, DeviceInfo, DistillHead, DistillStats, Divergence, HeadNorm, HeadNormGrad,
@@ -31,4 +32,5 @@ pub use cpu::{CpuConfig, CpuDevice, Isa, ValueHasher};
 pub use device::Device;
 pub use kv::{KvCache, KvCacheSpec, RopeTable};
 pub use linear::{LinearShape, PackedLinear, Reduction, Store};
+pub use shared::{SharedBuffers, SharedPlace, SharedReader};
 pub use temper_types::DType;

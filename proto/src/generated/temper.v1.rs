@@ -1702,6 +1702,11 @@ pub struct RolloutStats {
     pub refit_micros: u64,
     #[prost(uint64, tag = "24")]
     pub pause_micros: u64,
+    /// Bytes of new weights that were read from memory shared with the trainer, and that came over the connection.
+    #[prost(uint64, tag = "25")]
+    pub shared_weight_bytes: u64,
+    #[prost(uint64, tag = "26")]
+    pub streamed_weight_bytes: u64,
 }
 /// Generated client implementations.
 pub mod rollout_service_client {
@@ -2557,6 +2562,47 @@ pub struct WeightManifest {
     /// Number of f32 in each unit.
     #[prost(uint64, repeated, tag = "2")]
     pub unit_lens: ::prost::alloc::vec::Vec<u64>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SharedWeightsRequest {
+    /// Refused where another version is held.
+    #[prost(message, optional, tag = "1")]
+    pub version: ::core::option::Option<PolicyVersion>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SharedWeightsResponse {
+    /// Absent where nothing is shared.
+    #[prost(message, optional, tag = "1")]
+    pub weights: ::core::option::Option<SharedWeights>,
+}
+/// An anonymous file of another process. Only a process of the same host can open it, and only the right one begins with
+/// the nonce.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SharedWeights {
+    /// Process that holds it, as that process knows itself.
+    #[prost(uint32, tag = "1")]
+    pub process_id: u32,
+    /// Its descriptor of the file.
+    #[prost(uint32, tag = "2")]
+    pub descriptor: u32,
+    /// The first 16 bytes of the file.
+    #[prost(bytes = "vec", tag = "3")]
+    pub nonce: ::prost::alloc::vec::Vec<u8>,
+    #[prost(message, repeated, tag = "4")]
+    pub units: ::prost::alloc::vec::Vec<SharedUnit>,
+}
+/// The part of a unit that is held: f32 in the byte order of the host.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SharedUnit {
+    /// First element.
+    #[prost(uint64, tag = "1")]
+    pub start: u64,
+    /// Number of elements.
+    #[prost(uint64, tag = "2")]
+    pub len: u64,
+    /// Where they begin, in bytes.
+    #[prost(uint64, tag = "3")]
+    pub offset_bytes: u64,
 }
 /// A range of a unit, in f32.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -4351,6 +4397,31 @@ pub mod weight_service_client {
                 .insert(GrpcMethod::new("temper.v1.WeightService", "Manifest"));
             self.inner.unary(req, path, codec).await
         }
+        /// Where the weights lie in memory that processes of the same host can read.
+        pub async fn shared(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SharedWeightsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SharedWeightsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/temper.v1.WeightService/Shared",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("temper.v1.WeightService", "Shared"));
+            self.inner.unary(req, path, codec).await
+        }
         /// The bytes of ranges, in the order asked for.
         pub async fn pull(
             &mut self,
@@ -4396,6 +4467,14 @@ pub mod weight_service_server {
             &self,
             request: tonic::Request<super::Empty>,
         ) -> std::result::Result<tonic::Response<super::WeightManifest>, tonic::Status>;
+        /// Where the weights lie in memory that processes of the same host can read.
+        async fn shared(
+            &self,
+            request: tonic::Request<super::SharedWeightsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SharedWeightsResponse>,
+            tonic::Status,
+        >;
         /// Server streaming response type for the Pull method.
         type PullStream: tonic::codegen::tokio_stream::Stream<
                 Item = std::result::Result<super::WeightChunk, tonic::Status>,
@@ -4513,6 +4592,51 @@ pub mod weight_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = ManifestSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/temper.v1.WeightService/Shared" => {
+                    #[allow(non_camel_case_types)]
+                    struct SharedSvc<T: WeightService>(pub Arc<T>);
+                    impl<
+                        T: WeightService,
+                    > tonic::server::UnaryService<super::SharedWeightsRequest>
+                    for SharedSvc<T> {
+                        type Response = super::SharedWeightsResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::SharedWeightsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as WeightService>::shared(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = SharedSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

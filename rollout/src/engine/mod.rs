@@ -275,6 +275,8 @@ impl<M: Model> Engine<M> {
             weight_version: self.refits.version.map_or(0, |version| version.number),
             num_refits: self.refits.num_refits,
             refit_micros: 0,
+            shared_weight_bytes: 0,
+            streamed_weight_bytes: 0,
             pause_micros: self.refits.pause_micros,
             speculation: self.speculation.as_ref().map(Speculation::stats).unwrap_or_default(),
         }

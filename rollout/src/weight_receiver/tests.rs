@@ -1,6 +1,9 @@
 //! Transfers that are whole, cut, damaged, or of another model.
 
+mod shared;
+
 use super::{Sources, WeightReceiver};
+use crate::WeightTransport;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock};
@@ -79,15 +82,16 @@ impl WeightService for Source {
 
 /// A receiver that serves the weights of seed 1.
 pub(crate) fn receiver(source: Source) -> (WeightReceiver, Arc<RwLock<PackedPolicy>>) {
+    receiver_from(Sources::one(Arc::new(source)))
+}
+
+fn receiver_from(sources: Sources) -> (WeightReceiver, Arc<RwLock<PackedPolicy>>) {
     let (dev, config) = (device(), model(16));
     let params = ParamStore::init(&*dev, &config, 1);
     let mut policy = PackedPolicy::new(&dev, &params, &config, DType::F32);
     policy.version = PolicyVersion { number: 1, hash: params.content_hash(&*dev) };
     let policy = Arc::new(RwLock::new(policy));
-    (
-        WeightReceiver::new(dev, Arc::clone(&policy), params, Sources::one(Arc::new(source)), "rollout-3".to_owned()),
-        policy,
-    )
+    (WeightReceiver::new(dev, Arc::clone(&policy), params, sources, "rollout-3".to_owned()), policy)
 }
 
 #[test]
@@ -199,7 +203,8 @@ fn every_element_comes_once_from_a_rank_that_holds_it() {
         let (dev, config) = (device(), model(16));
         let params = ParamStore::init(&*dev, &config, 1);
         let policy = Arc::new(RwLock::new(PackedPolicy::new(&dev, &params, &config, DType::F32)));
-        let receiver = WeightReceiver::new(dev, policy, params, Sources { ranks, layout }, "rollout-0".to_owned());
+        let sources = Sources { ranks, layout, transport: WeightTransport::Auto };
+        let receiver = WeightReceiver::new(dev, policy, params, sources, "rollout-0".to_owned());
         receiver.receive(version).unwrap();
         assert_eq!(receiver.version(), version);
         let sent: Vec<usize> = sent.iter().map(|sent| sent.load(Ordering::Relaxed)).collect();
@@ -254,7 +259,7 @@ fn receive_damaged(
     let (version, config) = (Source::new(16, 2).version, model(16));
     let params = ParamStore::init(&*device(), &config, 1);
     let policy = Arc::new(RwLock::new(PackedPolicy::new(&device(), &params, &config, DType::F32)));
-    let sources = Sources { ranks: (0..layout.world()).map(rank).collect(), layout };
+    let sources = Sources { ranks: (0..layout.world()).map(rank).collect(), layout, transport: WeightTransport::Auto };
     let receiver = WeightReceiver::new(threads(num_threads), policy, params, sources, "rollout-0".to_owned());
     receiver.receive(version).map_err(|error| (error.code, receiver.version()))
 }

@@ -4,21 +4,20 @@ use super::samples::{at_least_one, median, round, spread};
 use crate::commands::common::compute::ComputeArgs;
 use crate::commands::common::output::print;
 use crate::usage;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use std::fmt::Write;
 use std::net::TcpListener;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant};
 use temper_actor::{ModelConfig, PackedPolicy, ParamStore};
 use temper_collective::reshard::Layout;
+use temper_proto::WeightService;
 use temper_proto::grpc::{
     Endpoint, GrpcRuntime, ServedServices, ServerHandle, TransportConfig, WeightClient, WeightServer, serve,
 };
-use temper_proto::{ServiceResult, WeightManifest, WeightRange, WeightService, WeightSink};
-use temper_rollout::{Sources, WeightReceiver};
+use temper_rollout::{Sources, WeightBytes, WeightReceiver, WeightTransport};
 use temper_tensor::Device;
 use temper_trainer::{LocalTrainerService, Sharding, Trainer, load_local_ranks};
 use temper_types::{DType, PolicyVersion};
@@ -26,8 +25,9 @@ use temper_types::{DType, PolicyVersion};
 /// How long a rank waits for the others while the model is loaded.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// Seconds in which engines pull, hash and prove the weights of trainer ranks: within one process, and by gRPC over
-/// loopback. Beside each stands a plain copy of as many bytes by as many threads, timed in turn with it.
+/// Seconds in which engines pull, hash and prove the weights of trainer ranks: within one process, by gRPC over
+/// loopback, and through shared memory as between processes of one host. Beside each stands a plain copy of as many
+/// bytes by as many threads, timed in turn with it.
 #[derive(clap::Args)]
 pub struct WeightSync {
     /// Hugging Face model directory.
@@ -82,38 +82,58 @@ fn parse_layout(text: &str) -> Result<Held> {
     }
 }
 
-/// Counts the weights that a rank gives.
-struct Counted {
-    inner: Arc<dyn WeightService>,
-    num_elements: Arc<AtomicU64>,
-}
-
-impl WeightService for Counted {
-    fn manifest(&self) -> ServiceResult<WeightManifest> {
-        self.inner.manifest()
-    }
-
-    fn pull(&self, version: PolicyVersion, ranges: &[WeightRange], sink: WeightSink<'_>) -> ServiceResult<()> {
-        self.inner.pull(version, ranges, &mut |values| {
-            self.num_elements.fetch_add(values.len() as u64, Ordering::Relaxed);
-            sink(values)
-        })
-    }
-}
-
 /// The trainer's side of a pair.
 struct Ranks {
     layout: Layout,
     version: PolicyVersion,
-    ranks: Vec<Arc<dyn WeightService>>,
-    num_elements: Arc<AtomicU64>,
+    services: Vec<Arc<LocalTrainerService>>,
 }
 
 impl Ranks {
-    fn sources(&self, ranks: Vec<Arc<dyn WeightService>>) -> Sources {
-        let count =
-            |inner| Arc::new(Counted { inner, num_elements: Arc::clone(&self.num_elements) }) as Arc<dyn WeightService>;
-        Sources { ranks: ranks.into_iter().map(count).collect(), layout: self.layout }
+    fn here(&self) -> Vec<Arc<dyn WeightService>> {
+        self.services.iter().map(|rank| Arc::clone(rank) as Arc<dyn WeightService>).collect()
+    }
+
+    /// Put the masters of every rank where other processes can read them.
+    fn share(&self) -> Result<()> {
+        self.services.iter().try_for_each(|rank| rank.share_masters()).context("sharing the masters")
+    }
+}
+
+/// How weights come to an engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Route {
+    /// From an object of the same process.
+    Memory,
+    /// By gRPC over loopback.
+    Grpc,
+    /// By gRPC where they are, and from there as another process of the host reads them.
+    Shared,
+}
+
+impl Route {
+    fn name(self) -> &'static str {
+        match self {
+            Route::Memory => "memory",
+            Route::Grpc => "grpc",
+            Route::Shared => "shared",
+        }
+    }
+
+    fn sources(self, ranks: &Ranks, wire: &Wire) -> Sources {
+        let (ranks, layout) = (if self == Route::Memory { ranks.here() } else { wire.clients.clone() }, ranks.layout);
+        let transport = if self == Route::Shared { WeightTransport::Auto } else { WeightTransport::Grpc };
+        Sources { ranks, layout, transport }
+    }
+
+    /// What moved, all of it by this route.
+    fn moved(self, bytes: WeightBytes) -> Result<u64> {
+        let (moved, otherwise) = match self {
+            Route::Shared => (bytes.shared, bytes.streamed),
+            Route::Memory | Route::Grpc => (bytes.streamed, bytes.shared),
+        };
+        ensure!(otherwise == 0, "{otherwise} bytes came by another route than {}", self.name());
+        Ok(moved)
     }
 }
 
@@ -145,7 +165,7 @@ impl Wire {
 struct Row {
     from: String,
     to: usize,
-    path: &'static str,
+    route: Route,
     moved_bytes: u64,
     lower_bound_bytes: u64,
     seconds: Vec<f64>,
@@ -159,7 +179,7 @@ impl Row {
 
     fn to_json(&self) -> Value {
         json!({
-            "from": self.from, "to": self.to, "path": self.path, "moved_bytes": self.moved_bytes,
+            "from": self.from, "to": self.to, "path": self.route.name(), "moved_bytes": self.moved_bytes,
             "lower_bound_bytes": self.lower_bound_bytes, "sync_s": median(&self.seconds),
             "copy_s": median(&self.copy_seconds), "ratio": round(self.ratio()),
             "spread": round(spread(&self.seconds)), "samples_s": self.seconds, "copy_samples_s": self.copy_seconds,
@@ -213,21 +233,24 @@ impl WeightSync {
         let mut rows = Vec::new();
         for (name, from) in self.from.iter().zip(layouts) {
             let ranks = self.load((&device, dtype), from).with_context(|| format!("loading {name}"))?;
-            let wire = Wire::start(&ranks.ranks)?;
-            for to in &self.to {
-                for (path, sources) in [("memory", &ranks.ranks), ("grpc", &wire.clients)] {
+            let wire = Wire::start(&ranks.here())?;
+            for route in [Route::Memory, Route::Grpc, Route::Shared] {
+                if route == Route::Shared {
+                    ranks.share()?;
+                }
+                for to in &self.to {
                     let mut row = Row {
                         from: name.clone(),
                         to: *to,
-                        path,
+                        route,
                         moved_bytes: 0,
                         lower_bound_bytes: (to * len * size_of::<f32>()) as u64,
                         seconds: Vec::new(),
                         copy_seconds: Vec::new(),
                     };
-                    let engine = |_| receiver((&device, &config, dtype), ranks.sources(sources.clone()));
+                    let engine = |_| receiver((&device, &config, dtype), route.sources(&ranks, &wire));
                     let engines: Vec<WeightReceiver> = (0..*to).map(engine).collect();
-                    self.measure(&mut row, (&ranks, &engines), &mut copy)?;
+                    self.measure(&mut row, (ranks.version, &engines), &mut copy)?;
                     rows.push(row);
                 }
             }
@@ -242,32 +265,31 @@ impl WeightSync {
             world => load_local_ranks(world, from.sharding, LOAD_TIMEOUT, |rank| load(Some(rank)))?,
         };
         let version = trainers[0].version();
-        let service = |trainer| Arc::new(LocalTrainerService::new(trainer)) as Arc<dyn WeightService>;
-        let ranks = trainers.into_iter().map(service).collect();
-        Ok(Ranks { layout: from.layout, version, ranks, num_elements: Arc::default() })
+        let services = trainers.into_iter().map(|trainer| Arc::new(LocalTrainerService::new(trainer))).collect();
+        Ok(Ranks { layout: from.layout, version, services })
     }
 
     /// Syncs and plain copies in turn.
     fn measure(
         &self,
         row: &mut Row,
-        (ranks, engines): (&Ranks, &[WeightReceiver]),
+        (version, engines): (PolicyVersion, &[WeightReceiver]),
         copy: &mut PlainCopy,
     ) -> Result<()> {
         for run in 0..=self.runs {
-            ranks.num_elements.store(0, Ordering::Relaxed);
             let begin = Instant::now();
             for engine in engines {
-                engine.check(ranks.version, engine.fetch(ranks.version)?)?;
+                engine.check(version, engine.fetch(version)?)?;
             }
             let seconds = begin.elapsed().as_secs_f64();
-            row.moved_bytes = ranks.num_elements.load(Ordering::Relaxed) * size_of::<f32>() as u64;
             let copy_seconds = copy.seconds(row.to);
             if run > 0 {
                 row.seconds.push(seconds);
                 row.copy_seconds.push(copy_seconds);
             }
         }
+        let moved = engines.iter().map(|engine| row.route.moved(engine.bytes())).collect::<Result<Vec<_>>>()?;
+        row.moved_bytes = moved.iter().sum::<u64>() / (self.runs as u64 + 1);
         Ok(())
     }
 
@@ -292,7 +314,7 @@ impl WeightSync {
                 "{:>14} {:>7} {:>6} {:>9.1} {bound:>5.2}x {seconds:>8.4} {copied:>8.4} {:>5.2}x {:>7.2}",
                 row.from,
                 row.to,
-                row.path,
+                row.route.name(),
                 moved / 1e6,
                 row.ratio(),
                 moved / seconds / 1e9

@@ -1,8 +1,10 @@
 //! Memory aligned to cache lines, on huge pages where it is large.
 
+use crate::shared::Mapping;
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 const CACHE_LINE_BYTES: usize = 64;
 const HUGE_PAGE_BYTES: usize = 2 << 20;
@@ -13,10 +15,12 @@ impl Zeroable for f32 {}
 impl Zeroable for u16 {}
 impl Zeroable for u32 {}
 
-/// A fixed-length vector of numbers, aligned to 64 bytes (2 MiB where it is larger than that).
+/// A fixed-length vector of numbers, aligned to 64 bytes (2 MiB where it is larger than that and this process's alone).
 pub(crate) struct AlignedVec<T: Zeroable> {
     ptr: NonNull<T>,
     len: usize,
+    /// What holds the memory, where it is not allocated.
+    mapping: Option<Arc<Mapping>>,
 }
 
 // SAFETY: the vector owns its memory exclusively and `T` is a plain number.
@@ -28,7 +32,7 @@ impl<T: Zeroable> AlignedVec<T> {
     /// `len` zeros.
     pub(crate) fn zeroed(len: usize) -> Self {
         if len == 0 {
-            return AlignedVec { ptr: NonNull::dangling(), len };
+            return AlignedVec { ptr: NonNull::dangling(), len, mapping: None };
         }
         let layout = Self::layout(len);
         // SAFETY: the layout has a non-zero size.
@@ -38,7 +42,16 @@ impl<T: Zeroable> AlignedVec<T> {
         advise_huge_pages(raw, layout.size());
         // SAFETY: the memory is valid for the layout's size.
         unsafe { raw.write_bytes(0, layout.size()) }
-        AlignedVec { ptr, len }
+        AlignedVec { ptr, len, mapping: None }
+    }
+
+    /// `len` numbers that lie `offset` bytes into a mapping.
+    ///
+    /// # Safety
+    /// They are inside of the mapping, at a multiple of the cache line, initialised, and nobody else's in this process;
+    /// the mapping can be written.
+    pub(crate) unsafe fn in_mapping(mapping: &Arc<Mapping>, offset: usize, len: usize) -> Self {
+        AlignedVec { ptr: mapping.at(offset).cast(), len, mapping: Some(Arc::clone(mapping)) }
     }
 
     /// A copy of `data`.
@@ -74,7 +87,7 @@ impl<T: Zeroable> Default for AlignedVec<T> {
 
 impl<T: Zeroable> Drop for AlignedVec<T> {
     fn drop(&mut self) {
-        if self.len > 0 {
+        if self.len > 0 && self.mapping.is_none() {
             // SAFETY: allocated in `zeroed` with the same layout, and never handed out.
             unsafe { dealloc(self.ptr.as_ptr().cast(), Self::layout(self.len)) }
         }
@@ -85,7 +98,7 @@ impl<T: Zeroable> Deref for AlignedVec<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
-        // SAFETY: `ptr` holds `len` initialised numbers (zeroed at allocation).
+        // SAFETY: `ptr` holds `len` initialised numbers (zeroed at allocation, or by the caller's word).
         unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.len) }
     }
 }

@@ -8,7 +8,7 @@ use super::{aligned::AlignedVec, pool::Pool};
 use crate::{
     AdamWStep, AttentionGrad, AttnShape, Buffer, Device, DeviceInfo, DistillHead, DistillStats, HeadNorm, HeadNormGrad,
     KvCache, KvCacheSpec, LinearShape, LmHead, LmHeadGrad, LmHeadTrain, NormGrad, NormShape, PackedLinear, Reduction,
-    RopeTable, RowLoss, SampleRow, Sampled, SeqSpan, Store, TokenStats, View, ViewMut,
+    RopeTable, RowLoss, SampleRow, Sampled, SeqSpan, SharedBuffers, Store, TokenStats, View, ViewMut,
 };
 use temper_types::DType;
 
@@ -74,6 +74,10 @@ impl Device for CpuDevice {
 
     fn upload(&self, data: &[f32]) -> Buffer {
         Buffer { data: AlignedVec::from_slice(data) }
+    }
+
+    fn shared_zeros(&self, lens: &[usize]) -> std::io::Result<SharedBuffers> {
+        crate::shared::zeros(lens)
     }
 
     fn write(&self, dst: ViewMut<'_>, src: &[f32]) {

@@ -3,7 +3,7 @@
 use crate::grpc::convert::{version_from_wire, version_to_wire};
 use crate::grpc::v1::weight_service_client::WeightServiceClient;
 use crate::grpc::{Endpoint, v1};
-use crate::{ServiceError, ServiceResult, WeightManifest, WeightRange, WeightService, WeightSink};
+use crate::{ServiceError, ServiceResult, SharedWeights, WeightManifest, WeightRange, WeightService, WeightSink};
 use temper_types::{ErrorCode, PolicyVersion};
 use tonic::Status;
 use tonic::transport::Channel;
@@ -35,6 +35,16 @@ impl WeightService for WeightClient {
         let manifest = answer.into_inner();
         let version = version_from_wire(manifest.version).map_err(self.endpoint.unreadable(OPERATION))?;
         Ok(WeightManifest { version, unit_lens: manifest.unit_lens })
+    }
+
+    fn shared(&self, version: PolicyVersion) -> ServiceResult<Option<SharedWeights>> {
+        const OPERATION: &str = "shared";
+        let mut client = self.client.clone();
+        let message = v1::SharedWeightsRequest { version: Some(version_to_wire(version)) };
+        let call = (OPERATION, self.endpoint.config().call_timeout);
+        let answer = self.endpoint.call(call, message, |request| async move { client.shared(request).await })?;
+        let weights = answer.into_inner().weights.map(SharedWeights::try_from).transpose();
+        weights.map_err(self.endpoint.unreadable(OPERATION))
     }
 
     fn pull(&self, version: PolicyVersion, ranges: &[WeightRange], sink: WeightSink<'_>) -> ServiceResult<()> {

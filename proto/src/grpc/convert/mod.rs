@@ -41,6 +41,7 @@ mod reward;
 mod rollout;
 mod scalar;
 mod trainer;
+mod weights;
 mod worker;
 
 pub use common::{version_from_wire, version_to_wire};

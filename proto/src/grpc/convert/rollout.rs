@@ -121,7 +121,8 @@ fn drafts_from_wire(counts: Vec<v1::DraftCounts>) -> [DraftCounts; NUM_MATCH_BUC
 same_fields!(RolloutStats, v1::RolloutStats, s => {
     num_steps, num_prefill_tokens, num_generated_tokens, num_preemptions, peak_kv_blocks, kv_blocks_in_use, num_rows,
     kv_blocks, num_requests_running, num_requests_waiting, prompt_tokens, prefix_cache_queries, prefix_cache_hits,
-    step_micros, tail_micros, num_reused_tokens, weight_version, num_refits, refit_micros, pause_micros
+    step_micros, tail_micros, num_reused_tokens, weight_version, num_refits, refit_micros, pause_micros,
+    shared_weight_bytes, streamed_weight_bytes
 }
 to {
     num_drafts: s.speculation.num_drafts,

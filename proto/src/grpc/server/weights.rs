@@ -84,6 +84,16 @@ impl Wire for WeightServer {
         Ok(Response::new(v1::WeightManifest { version, unit_lens: manifest.unit_lens }))
     }
 
+    async fn shared(
+        &self,
+        request: Request<v1::SharedWeightsRequest>,
+    ) -> Result<Response<v1::SharedWeightsResponse>, Status> {
+        let version = version_from_wire(request.into_inner().version).map_err(refused)?;
+        let service = Arc::clone(&self.service);
+        let weights = blocking(move || service.shared(version)).await?;
+        Ok(Response::new(v1::SharedWeightsResponse { weights: weights.map(Into::into) }))
+    }
+
     async fn pull(&self, request: Request<v1::PullRequest>) -> Result<Response<Self::PullStream>, Status> {
         let request = request.into_inner();
         let version = version_from_wire(request.version).map_err(refused)?;

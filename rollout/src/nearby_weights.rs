@@ -1,0 +1,184 @@
+//! Weights of a trainer that may run on this host: read from memory that both share where that is proved, asked for
+//! piece by piece otherwise.
+//!
+//! Owns: the proof (the memory that the trainer names can be opened, and begins with the trainer's random bytes), the
+//! mapping, and what came which way. Both ways hand the same elements on in the same order, to be hashed as they
+//! arrive: a trainer that changes its weights meanwhile is found by the hash.
+
+use serde::{Deserialize, Serialize};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use temper_proto::{
+    ServiceError, ServiceResult, SharedWeights, WeightManifest, WeightRange, WeightService, WeightSink,
+};
+use temper_tensor::{SharedPlace, SharedReader};
+use temper_types::{ErrorCode, PolicyVersion};
+
+/// Elements that are copied at once: 8 KiB, which stay in the nearest cache until they are written and hashed.
+const PIECE: u64 = 1 << 11;
+
+/// How new weights come to an engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightTransport {
+    /// Through memory that trainer and engine share where they are on one host, by gRPC otherwise.
+    #[default]
+    Auto,
+    /// By gRPC, wherever they are.
+    Grpc,
+}
+
+/// Bytes of weights that arrived, by the way that they came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct WeightBytes {
+    /// From memory shared with the holder.
+    pub shared: u64,
+    /// From the holder, piece by piece.
+    pub streamed: u64,
+}
+
+/// A holder of weights, on this host or elsewhere.
+pub(crate) struct NearbyWeights {
+    holder: Arc<dyn WeightService>,
+    /// Which one, for the log.
+    rank: usize,
+    transport: WeightTransport,
+    /// What the memory that was named last turned out to be.
+    found: Mutex<Option<Found>>,
+    shared_bytes: AtomicU64,
+    streamed_bytes: AtomicU64,
+}
+
+struct Found {
+    /// Nothing where no memory was named.
+    place: Option<SharedPlace>,
+    /// False where it could not be read from here.
+    is_readable: bool,
+    /// Open while weights are on their way.
+    reader: Option<Arc<SharedReader>>,
+}
+
+impl NearbyWeights {
+    /// The weights of trainer rank `rank`.
+    pub(crate) fn new(holder: Arc<dyn WeightService>, rank: usize, transport: WeightTransport) -> Self {
+        let (shared_bytes, streamed_bytes) = Default::default();
+        NearbyWeights { holder, rank, transport, found: Mutex::default(), shared_bytes, streamed_bytes }
+    }
+
+    pub(crate) fn manifest(&self) -> ServiceResult<WeightManifest> {
+        self.holder.manifest()
+    }
+
+    /// What arrived whole so far.
+    pub(crate) fn bytes(&self) -> WeightBytes {
+        let count = |bytes: &AtomicU64| bytes.load(Ordering::Relaxed);
+        WeightBytes { shared: count(&self.shared_bytes), streamed: count(&self.streamed_bytes) }
+    }
+
+    /// As [`WeightService::pull`].
+    pub(crate) fn pull(
+        &self,
+        version: PolicyVersion,
+        ranges: &[WeightRange],
+        sink: WeightSink<'_>,
+    ) -> ServiceResult<()> {
+        let count = match self.shared(version)? {
+            Some((weights, reader)) => {
+                copy(&weights, &reader, ranges, sink)?;
+                &self.shared_bytes
+            }
+            None => {
+                self.holder.pull(version, ranges, sink)?;
+                &self.streamed_bytes
+            }
+        };
+        let num_elements: u64 = ranges.iter().map(|range| range.len).sum();
+        count.fetch_add(num_elements * size_of::<f32>() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The holder's memory, where it can be read from here.
+    fn shared(&self, version: PolicyVersion) -> ServiceResult<Option<(SharedWeights, Arc<SharedReader>)>> {
+        if self.transport == WeightTransport::Grpc {
+            return Ok(None);
+        }
+        let weights = self.holder.shared(version)?;
+        let place = |weights: &SharedWeights| SharedPlace {
+            process_id: weights.process_id,
+            descriptor: weights.descriptor,
+            nonce: weights.nonce,
+        };
+        let reader = self.reader(weights.as_ref().map(place));
+        Ok(weights.zip(reader))
+    }
+
+    /// The memory at `place`. One that could not be read is not tried again; what came of a new one is said once.
+    fn reader(&self, place: Option<SharedPlace>) -> Option<Arc<SharedReader>> {
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = found.as_ref().filter(|found| found.place == place);
+        if let Some(known) = known.filter(|known| known.reader.is_some() || !known.is_readable) {
+            return known.reader.clone();
+        }
+        let (rank, is_new) = (self.rank, known.is_none());
+        let reader = match place.map(|place| SharedReader::open(&place)) {
+            Some(Ok(reader)) => {
+                if is_new {
+                    tracing::info!(rank, "weights come through memory shared with the trainer");
+                }
+                Some(Arc::new(reader))
+            }
+            Some(Err(reason)) => {
+                tracing::info!(rank, %reason, "weights come by gRPC: the trainer's memory cannot be read from here");
+                None
+            }
+            None => {
+                tracing::info!(rank, "weights come by gRPC: the trainer shares no memory");
+                None
+            }
+        };
+        *found = Some(Found { place, is_readable: reader.is_some(), reader: reader.clone() });
+        reader
+    }
+
+    /// Let go of the trainer's memory until weights are on their way again.
+    pub(crate) fn rest(&self) {
+        if let Some(found) = &mut *self.found.lock().unwrap_or_else(PoisonError::into_inner) {
+            found.reader = None;
+        }
+    }
+}
+
+/// Hand on the elements of `ranges`. What is handed on is a private copy, so that what is hashed is what is kept.
+fn copy(
+    weights: &SharedWeights,
+    reader: &SharedReader,
+    ranges: &[WeightRange],
+    sink: WeightSink<'_>,
+) -> ServiceResult<()> {
+    let mut values = vec![0.0; PIECE as usize];
+    for range in ranges {
+        let begin = place_of(weights, range).ok_or_else(|| outside(range))?;
+        for start in (0..range.len).step_by(PIECE as usize) {
+            let values = &mut values[..PIECE.min(range.len - start) as usize];
+            let unreadable = |error| ServiceError::new(ErrorCode::DataLoss, "trainer", "shared", error);
+            reader.read(begin + start * size_of::<f32>() as u64, values).map_err(unreadable)?;
+            sink(values)?;
+        }
+    }
+    Ok(())
+}
+
+/// Where a range begins in the memory, in bytes.
+fn place_of(weights: &SharedWeights, range: &WeightRange) -> Option<u64> {
+    let unit = weights.units.get(usize::try_from(range.unit).ok()?)?;
+    let before = range.start.checked_sub(unit.start)?;
+    let end = before.checked_add(range.len)?;
+    (end <= unit.len).then_some(())?;
+    unit.offset_bytes.checked_add(before.checked_mul(size_of::<f32>() as u64)?)
+}
+
+fn outside(range: &WeightRange) -> ServiceError {
+    let WeightRange { unit, start, len } = range;
+    let message = format!("{len} elements from {start} of unit {unit} are not all inside of what the trainer shares");
+    ServiceError::new(ErrorCode::InvalidArgument, "trainer", "shared", message)
+}
