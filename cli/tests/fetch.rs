@@ -1,29 +1,15 @@
 //! Trajectories leave a run under way, and are those that it keeps.
 
 mod common;
+mod wait;
 
 use arrow_ipc::reader::FileReader;
 use common::{SMALL, recipe, stderr, temper};
 use std::path::Path;
 use std::process::{Output, Stdio};
-use std::time::{Duration, Instant};
 use temper_data::trajectories::{export_parquet, from_batch, read_dataset};
 use temper_types::Sample;
-
-/// Longest wait for anything that a test waits for.
-const PATIENCE: Duration = Duration::from_secs(120);
-
-/// Wait until `probe` gives something.
-fn until<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        if let Some(value) = probe() {
-            return value;
-        }
-        assert!(Instant::now() < deadline, "waited in vain: {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
+use wait::until;
 
 fn on_run(run_dir: &Path, args: &[&str]) -> Output {
     temper().args(args).arg("--run-dir").arg(run_dir).arg("--json").output().expect("the binary starts")

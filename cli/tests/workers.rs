@@ -2,19 +2,19 @@
 
 mod common;
 mod run;
+mod wait;
 
 use common::{SMALL, recipe, stderr, temper};
 use run::{Outcome, outcome, train};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use temper_data::trajectories::read_dataset;
 use temper_types::Philox;
+use wait::until;
 
 const PROCESSES: [&str; 2] = ["--set", "placement.mode=processes"];
-/// Longest wait for anything that a test waits for.
-const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The small recipe with more steps, so that there is something to disturb.
 fn longer() -> String {
@@ -46,18 +46,6 @@ fn control(run_dir: &Path, args: &[&str]) -> Output {
 fn control_json(run_dir: &Path, args: &[&str]) -> Option<serde_json::Value> {
     let output = control(run_dir, args);
     output.status.success().then(|| serde_json::from_slice(&output.stdout).expect("JSON"))
-}
-
-/// Wait until `probe` gives something.
-fn until<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        if let Some(value) = probe() {
-            return value;
-        }
-        assert!(Instant::now() < deadline, "waited in vain: {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
 }
 
 /// Process of the worker `name`, once it serves in a life other than `before`.

@@ -151,15 +151,10 @@ impl Collector {
     fn score(&mut self, mut groups: Vec<Group>) -> Result<Vec<Group>, Error> {
         self.rollouts.place.enter(Phase::Reward);
         let begin = self.rollouts.clock.elapsed();
-        let requests: Vec<ScoreRequest> = groups.iter().flat_map(Group::all).map(ScoreRequest::of).collect();
-        let outcomes = self.rollouts.place.attribute(self.rollouts.services.reward.score(&requests))?;
-        let seconds = (self.rollouts.clock.elapsed() - begin).as_secs_f64();
-        self.batch.numbers.reward_seconds += seconds;
-        let share = seconds / requests.len().max(1) as f64;
-        for (sample, outcome) in groups.iter_mut().flat_map(Group::all_mut).zip(outcomes) {
-            sample.outcome = Some(outcome);
-            sample.timings.reward_seconds = share;
-        }
+        let requests = groups.iter().map(|group| group.all().map(ScoreRequest::of).collect()).collect();
+        let scored = self.rollouts.place.attribute(self.rollouts.score_line().score_groups(requests))?;
+        self.batch.numbers.reward_seconds += (self.rollouts.clock.elapsed() - begin).as_secs_f64();
+        groups.iter_mut().zip(scored).for_each(|(group, scored)| group.take_outcomes(scored));
         groups.iter_mut().for_each(|group| self.weigh(group));
         Ok(groups)
     }

@@ -3,7 +3,7 @@
 use crate::accounts::{dropped, settled};
 use crate::collect::Collector;
 use crate::place::Place;
-use crate::scoring::{ScoreLine, Scoring};
+use crate::scoring::{ScoreLine, Scored, Scoring};
 use crate::{Clock, Controller, Error, Phase, PolicyStage, ReplaySpec, Services};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -40,6 +40,14 @@ impl Group {
     /// The same, to change.
     pub(crate) fn all_mut(&mut self) -> impl Iterator<Item = &mut Sample> {
         self.samples.iter_mut().chain(&mut self.baseline)
+    }
+
+    /// What the scorer said of everything that is scored.
+    pub(crate) fn take_outcomes(&mut self, scored: Scored) {
+        for (sample, outcome) in self.all_mut().zip(scored.outcomes) {
+            sample.outcome = Some(outcome);
+            sample.timings.reward_seconds = scored.seconds_each;
+        }
     }
 }
 
@@ -104,12 +112,7 @@ impl Collector {
             self.batch.numbers.reward_seconds += (self.rollouts.clock.elapsed() - generated).as_secs_f64();
             Ok::<_, Error>(scored)
         })?;
-        for (group, scored) in asked.groups.iter_mut().zip(scored) {
-            for (sample, outcome) in group.all_mut().zip(scored.outcomes) {
-                sample.outcome = Some(outcome);
-                sample.timings.reward_seconds = scored.seconds_each;
-            }
-        }
+        asked.groups.iter_mut().zip(scored).for_each(|(group, scored)| group.take_outcomes(scored));
         Ok(asked.groups)
     }
 }

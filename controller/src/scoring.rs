@@ -132,6 +132,24 @@ impl ScoreLine {
         if self.scoring == Scoring::AfterGeneration {
             self.score_all();
         }
+        self.outcomes()
+    }
+
+    /// Score groups that are all there, in one call of the thread that asks; outcomes in their order.
+    ///
+    /// # Errors
+    /// Where the call fails.
+    pub(crate) fn score_groups(&self, groups: Vec<Vec<ScoreRequest>>) -> ServiceResult<Vec<Scored>> {
+        let mut state = self.lock();
+        state.num_pushed += groups.len();
+        state.waiting.extend(groups.into_iter().enumerate().map(|(place, requests)| Waiting { place, requests }));
+        drop(state);
+        self.score_all();
+        self.outcomes()
+    }
+
+    /// Wait until every group that was pushed is scored, or a call has failed.
+    fn outcomes(&self) -> ServiceResult<Vec<Scored>> {
         let mut state = self.lock();
         while state.failure.is_none() && state.scored.len() < state.num_pushed {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);

@@ -1,8 +1,7 @@
 //! Calls that overlap, fail and panic, and the time that they take.
 
 use super::{ScoreLine, Scored, Scoring};
-use crate::Clock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::clock::ManualClock;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 use temper_proto::{RewardService, ScoreRequest, ServiceError, ServiceResult};
@@ -10,18 +9,6 @@ use temper_types::{ErrorCode, FinishReason, GroupId, PromptContent, PromptId, Re
 
 /// Nothing here takes so long; what does is a failure.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-#[derive(Default)]
-struct ManualClock(AtomicU64);
-
-impl Clock for ManualClock {
-    fn elapsed(&self) -> Duration {
-        Duration::from_millis(self.0.load(Ordering::SeqCst))
-    }
-    fn unix(&self) -> Duration {
-        self.elapsed()
-    }
-}
 
 fn request(group: u64, index: u32) -> ScoreRequest {
     ScoreRequest {
@@ -140,12 +127,23 @@ fn after_generation_there_is_one_call_in_the_order_of_the_places() {
     let reward = Arc::new(Reward::new(|_| true));
     let (line, clock) = line(&reward, Scoring::AfterGeneration);
     let scored = run(&line, &[2, 0, 3, 1], |_| {
-        clock.0.fetch_add(5, Ordering::SeqCst);
+        clock.advance(Duration::from_millis(5));
         assert!(reward.calls.lock().unwrap().is_empty() && line.busy().is_zero());
         Ok(())
     });
     assert_eq!(rewards(&scored.unwrap()), ALL);
     assert_eq!(*reward.calls.lock().unwrap(), [[0, 1, 2, 3]]);
+}
+
+#[test]
+fn groups_that_are_all_there_go_in_one_call_in_their_order() {
+    for scoring in [Scoring::AfterGeneration, Scoring::default()] {
+        let reward = Arc::new(Reward::new(|_| true));
+        let (line, _) = line(&reward, scoring);
+        let groups = (0..4).map(|group| vec![request(group, 0), request(group, 1)]).collect();
+        assert_eq!(rewards(&line.score_groups(groups).unwrap()), ALL);
+        assert_eq!(*reward.calls.lock().unwrap(), [[0, 1, 2, 3]]);
+    }
 }
 
 #[test]
@@ -170,7 +168,7 @@ fn groups_that_end_while_the_only_call_is_under_way_go_together() {
         match place {
             0 => reward.wait(|calls| calls.len() == 1),
             2 => {
-                clock.0.fetch_add(250, Ordering::SeqCst);
+                clock.advance(Duration::from_millis(250));
                 assert_eq!(line.busy(), Duration::from_millis(250), "a call is under way all the time");
                 held.lock().unwrap().take();
             }
@@ -215,6 +213,9 @@ fn a_scorer_that_panics_or_answers_too_little_is_an_error() {
             let reward = Arc::new(Reward { answer, ..Reward::new(|_| true) });
             let (line, _) = line(&reward, scoring);
             let error = run(&line, &[0], |_| Ok(())).unwrap_err();
+            assert!(error.to_string().contains(expected), "{error}");
+            let (line, _) = self::line(&reward, scoring);
+            let error = line.score_groups(vec![vec![request(0, 0), request(0, 1)]]).unwrap_err();
             assert!(error.to_string().contains(expected), "{error}");
         }
     }

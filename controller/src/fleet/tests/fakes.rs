@@ -1,9 +1,8 @@
 //! Workers without a model: what they answer is a function of the request and the version.
 
 use super::simulation::mix;
-use crate::Clock;
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 use temper_proto::{
@@ -17,26 +16,6 @@ use temper_types::{
 
 /// Nothing in a test takes so long; what does is a failure.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// Time that passes when a test says so.
-#[derive(Default)]
-pub struct ManualClock(AtomicU64);
-
-impl ManualClock {
-    pub fn advance(&self, by: Duration) {
-        self.0.fetch_add(by.as_millis() as u64, Ordering::SeqCst);
-    }
-}
-
-impl Clock for ManualClock {
-    fn elapsed(&self) -> Duration {
-        Duration::from_millis(self.0.load(Ordering::SeqCst))
-    }
-
-    fn unix(&self) -> Duration {
-        self.elapsed()
-    }
-}
 
 /// Where a thread waits until it is let through.
 #[derive(Default)]

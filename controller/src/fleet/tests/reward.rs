@@ -1,7 +1,8 @@
 //! The reward fleet over workers that die and stall: the outcomes are the same.
 
 use super::super::{FleetConfig, FleetReward, LossCause, WorkerPhase};
-use super::fakes::{FakeReward, Manner, ManualClock, score_request, until};
+use super::fakes::{FakeReward, Manner, score_request, until};
+use crate::clock::ManualClock;
 use std::sync::Arc;
 use std::time::Duration;
 use temper_proto::{RewardService, ScoreRequest};

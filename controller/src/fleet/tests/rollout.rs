@@ -3,7 +3,8 @@
 use super::super::{
     AtBump, DropReason, Fence, FleetConfig, FleetRollout, LossCause, Settlement, WorkerPhase, WorkerStatus,
 };
-use super::fakes::{Batch, FakeRollout, Manner, ManualClock, request, until, version};
+use super::fakes::{Batch, FakeRollout, Manner, request, until, version};
+use crate::clock::ManualClock;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
