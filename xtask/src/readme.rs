@@ -2,12 +2,14 @@
 //!
 //! A block is run where the line before its fence is `<!-- ci: run -->`. Each marked block is a script of its own, run
 //! by `bash -euo pipefail -c` from the root of a copy of the tracked files: what a newcomer has after cloning, without
-//! the runs and models that lie in a working copy. The copy shares the build directory.
+//! the runs and models that lie in a working copy. The copy shares the build directory but does not lie in it: cargo would
+//! take what it built from files in there for what it builds from the working copy, whatever is changed in that.
 
 use crate::tracked_files;
 use anyhow::{Context, Result, bail, ensure};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use tempfile::TempDir;
 
 /// The line before a block that is run.
 const RUN_MARK: &str = "<!-- ci: run -->";
@@ -34,23 +36,20 @@ pub fn run(root: &Path) -> Result<()> {
         parse(block).with_context(|| format!("README.md:{}: does not parse", block.line))?;
     }
     let num_run = blocks.iter().filter(|block| block.is_run).count();
-    let copy = if num_run > 0 { copy_tracked_files(root, &target)? } else { root.to_owned() };
+    let copy = copy_tracked_files(root)?;
     for block in blocks.iter().filter(|block| block.is_run) {
         println!("README.md:{}: running\n{}", block.line, block.script.trim_end());
-        execute(block, &copy, &target).with_context(|| format!("README.md:{}: failed", block.line))?;
+        execute(block, copy.path(), &target).with_context(|| format!("README.md:{}: failed", block.line))?;
     }
     println!("readme: ok ({} blocks parsed, {num_run} run)", blocks.len());
     Ok(())
 }
 
 /// A fresh copy of the tracked files, as they stand in the working copy.
-fn copy_tracked_files(root: &Path, target: &Path) -> Result<PathBuf> {
-    let copy = target.join("readme-check");
-    if copy.exists() {
-        std::fs::remove_dir_all(&copy).with_context(|| format!("cannot remove {}", copy.display()))?;
-    }
+fn copy_tracked_files(root: &Path) -> Result<TempDir> {
+    let copy = TempDir::with_prefix("temper-readme-").context("cannot create a temporary directory")?;
     for path in tracked_files(root)? {
-        let to = copy.join(&path);
+        let to = copy.path().join(&path);
         std::fs::create_dir_all(to.parent().context("a tracked path has no parent")?)?;
         std::fs::copy(root.join(&path), &to).with_context(|| format!("cannot copy {path}"))?;
     }
