@@ -5,6 +5,7 @@ use super::params::{ParamStore, Unit, new_unit};
 use super::params_io::read_unit;
 use crate::{CheckpointReader, ModelConfig, Result};
 use std::borrow::Borrow;
+use std::cell::RefCell;
 use std::convert::Infallible;
 use std::ops::Range;
 use std::sync::Arc;
@@ -117,13 +118,14 @@ impl PackedPolicy {
     /// A tensor is missing, of another shape, or cannot be read: the error names file and tensor.
     pub fn load(dev: &Arc<dyn Device>, config: &ModelConfig, reader: &CheckpointReader, dtype: DType) -> Result<Self> {
         let layout = Arc::new(Layout::new(config));
-        let unit_layout = Arc::clone(&layout);
-        let units = (0..layout.units.len()).map(move |index| {
-            let mut unit = new_unit(&**dev, &unit_layout, index);
+        let spare: RefCell<Option<Unit>> = RefCell::default();
+        let units = (0..layout.units.len()).map(|index| {
+            let last = spare.take().and_then(|unit| unit.in_place_of(index));
+            let mut unit = last.unwrap_or_else(|| new_unit(&**dev, &layout, index));
             read_unit(&**dev, reader, &mut unit)?;
-            Ok(unit)
+            Ok(Lent { unit: Some(unit), spare: &spare })
         });
-        Self::assemble(dev, config, dtype, (layout, units))
+        Self::assemble(dev, config, dtype, (Arc::clone(&layout), units))
     }
 
     pub(super) fn assemble<U: Borrow<Unit>, E>(
@@ -328,6 +330,25 @@ impl Packer<'_> {
             gate_up: self.projection(unit, &ranges.gate_up, Reduction::Chain),
             down: self.projection(unit, &ranges.down, Reduction::Groups8),
         }
+    }
+}
+
+/// A unit whose memory may serve the next one: fresh pages cost about as much as what is read into them.
+struct Lent<'a> {
+    /// There until it is dropped.
+    unit: Option<Unit>,
+    spare: &'a RefCell<Option<Unit>>,
+}
+
+impl Borrow<Unit> for Lent<'_> {
+    fn borrow(&self) -> &Unit {
+        self.unit.as_ref().expect("a unit is there until it is dropped")
+    }
+}
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        self.spare.replace(self.unit.take());
     }
 }
 

@@ -1,6 +1,6 @@
 //! The f32 masters of a model, and everything that has their shape: gradients, moments, reference copies.
 
-use super::layout::{Layout, TensorSlot};
+use super::layout::{Layout, TensorSlot, UnitLayout};
 use crate::ModelConfig;
 use std::ops::Range;
 use std::sync::Arc;
@@ -36,6 +36,13 @@ impl Unit {
 
     pub(super) fn view_mut(&mut self, range: &Range<usize>) -> ViewMut<'_> {
         self.buffer.view_mut(range.clone())
+    }
+
+    /// Unit `index` in this one's memory, with this one's values; `None` where its tensors lie elsewhere.
+    pub(super) fn in_place_of(self, index: usize) -> Option<Unit> {
+        let [own, other] = [self.index, index].map(|index| &self.layout.units[index]);
+        let ranges = |unit: &UnitLayout| unit.slots.iter().map(|slot| slot.range.clone()).collect::<Vec<_>>();
+        (own.len == other.len && ranges(own) == ranges(other)).then_some(Unit { index, ..self })
     }
 }
 

@@ -64,16 +64,25 @@ impl ParamStore {
     }
 }
 
+/// Elements that are decoded at once: on their way to the device they stay in the second cache level.
+const STAGED_ELEMENTS: usize = 32 << 10;
+
 /// Fill a unit from a checkpoint.
 pub(super) fn read_unit(dev: &dyn Device, reader: &CheckpointReader, unit: &mut Unit) -> Result<()> {
     let layout = unit.layout.clone();
+    let mut staged = vec![0.0; STAGED_ELEMENTS];
     for slot in &layout.units[unit.index].slots {
         let stored = reader.tensor(&slot.name)?;
         if stored.shape != slot.shape {
             let (expected, got) = (format!("shape {:?}", slot.shape), format!("shape {:?}", stored.shape));
             return Err(Error::tensor(reader.dir(), &slot.name, expected, got));
         }
-        dev.write(unit.view_mut(&slot.range), &reader.read_f32(&slot.name)?);
+        for start in slot.range.clone().step_by(STAGED_ELEMENTS) {
+            let part = start..(start + STAGED_ELEMENTS).min(slot.range.end);
+            let staged = &mut staged[..part.len()];
+            reader.read_f32_range(&slot.name, start - slot.range.start, staged)?;
+            dev.write(unit.view_mut(&part), staged);
+        }
     }
     Ok(())
 }
