@@ -103,7 +103,7 @@ fn parse_scaling(object: &Keys, top: &Keys) -> Result<RopeScaling> {
     match object.text(type_key)? {
         Some("default") => Ok(RopeScaling::Default),
         None if object.map.keys().all(|key| key == "rope_theta") => Ok(RopeScaling::Default),
-        Some("linear") => Ok(RopeScaling::Linear { factor: object.required_positive("factor")? }),
+        Some("linear") => Ok(RopeScaling::Linear { factor: parse_factor(object)? }),
         Some("llama3") => {
             let low = object.required_positive("low_freq_factor")?;
             let high = object.required_positive("high_freq_factor")?;
@@ -116,7 +116,7 @@ fn parse_scaling(object: &Keys, top: &Keys) -> Result<RopeScaling> {
                 None => top.required_positive(original)?,
             };
             Ok(RopeScaling::Llama3 {
-                factor: object.required_positive("factor")?,
+                factor: parse_factor(object)?,
                 low_freq_factor: low,
                 high_freq_factor: high,
                 original_max_position_embeddings: context,
@@ -124,4 +124,13 @@ fn parse_scaling(object: &Keys, top: &Keys) -> Result<RopeScaling> {
         }
         Some(_) | None => Err(object.error(type_key, "one of default, linear, llama3")),
     }
+}
+
+/// By what wavelengths are stretched: so little and so much that every frequency is a number.
+fn parse_factor(object: &Keys) -> Result<f64> {
+    let factor = object.required_positive("factor")?;
+    if !(1e-6..=1e6).contains(&factor) {
+        return Err(object.error("factor", "a number from 1e-6 to 1e6"));
+    }
+    Ok(factor)
 }

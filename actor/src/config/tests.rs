@@ -139,6 +139,7 @@ fn what_is_not_supported_is_refused_by_name() {
         ("mistral_swa", json!({"attention_bias": true}), "`attention_bias` is true"),
         ("qwen2", json!({"layer_types": ["full_attention"]}), "a list of 2"),
         ("qwen2", json!({"rope_theta": null}), "`rope_theta` is missing"),
+        ("llama", json!({"rope_scaling": {"type": "linear", "factor": 1e-212}}), "a number from 1e-6 to 1e6"),
         ("reward_llama", json!({"id2label": {"0": "a", "1": "b"}}), "one label"),
     ];
     for (name, edits, expected) in cases {
