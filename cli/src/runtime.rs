@@ -240,5 +240,6 @@ fn run_spec(
         staleness: recipe.placement.staleness,
         generation: staleness::generation(recipe),
         scoring: staleness::scoring(recipe),
+        sleep: recipe.placement.sleep,
     })
 }

@@ -5,17 +5,24 @@ use crate::recipe::{Placement, PlacementMode, Recipe, RecipeError, Source};
 use temper_controller::{Generation, MAX_STALENESS, PolicyStage, Scoring, Stage};
 use temper_reward::{RewardKind, RewardModelSource};
 
-/// Check `placement.staleness`.
+/// Check `placement.staleness`, and that engines which may sleep have nothing to do then.
 ///
 /// # Errors
-/// A number out of range, by key.
+/// A number out of range, or sleep beside batches that are ahead, by key.
 pub fn check(placement: &Placement, source: &Source) -> Result<(), RecipeError> {
     let staleness = placement.staleness;
-    if staleness <= MAX_STALENESS {
-        return Ok(());
+    if staleness > MAX_STALENESS {
+        let problem = format!("{staleness} is out of range: expected 0 (synchronous) to {MAX_STALENESS}");
+        return Err(source.error("placement.staleness", problem));
     }
-    let problem = format!("{staleness} is out of range: expected 0 (synchronous) to {MAX_STALENESS}");
-    Err(source.error("placement.staleness", problem))
+    if placement.sleep && staleness > 0 {
+        let problem = format!(
+            "true does not go with staleness = {staleness}: engines generate while the trainer trains, and need their \
+             K/V memory then; expected sleep = false or staleness = 0"
+        );
+        return Err(source.error("placement.sleep", problem));
+    }
+    Ok(())
 }
 
 /// True where a reward asks the trainer, whose ranks answer one call after the other.

@@ -60,6 +60,12 @@ const CASES: &[Case] = &[
         &["placement.rollout_workers", "2 workers", "mode = \"processes\""],
     ),
     case(
+        "asleep while it generates",
+        "[placement]",
+        "[placement]\nsleep = true\nstaleness = 1",
+        &["placement.sleep", "does not go with staleness = 1", "staleness = 0"],
+    ),
+    case(
         "too far ahead",
         "[placement]",
         "[placement]\nstaleness = 9",

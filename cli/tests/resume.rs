@@ -176,7 +176,7 @@ fn another_number_of_threads_and_another_engine_change_nothing() {
     let sets = ["placement.threads=1", "placement.reward_threads=3", "engine.max_num_seqs=3", "engine.block_size=16"];
     let mut args: Vec<&str> = sets.iter().flat_map(|set| ["--set", *set]).collect();
     args.extend(["--set", "engine.prefill_chunk=5", "--set", "checkpoint.every_steps=0"]);
-    args.extend(["--set", "placement.stream_rewards=false"]);
+    args.extend(["--set", "placement.stream_rewards=false", "--set", "placement.sleep=true"]);
     let output = train(&recipe, &run_dir, &args, None);
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(outcome(&run_dir), expected);

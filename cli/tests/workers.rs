@@ -89,7 +89,8 @@ fn any_number_of_workers_gives_the_bits_of_one_process() {
         let (rollout, reward) =
             (format!("placement.rollout_workers={workers}"), format!("placement.reward_workers={}", 4 - workers));
         let transport_key = format!("placement.weight_transport={transport}");
-        let output = finish(start(&recipe, &run_dir, &[&rollout, &reward, &transport_key]));
+        let sleep = format!("placement.sleep={}", workers == 2);
+        let output = finish(start(&recipe, &run_dir, &[&rollout, &reward, &transport_key, &sleep]));
         assert_eq!(outcome(&run_dir), expected, "{workers} rollout workers");
         let said = stderr(&output).matches("weights come through memory shared with the trainer").count();
         assert_eq!(said, if transport == "auto" { workers } else { 0 }, "{}", stderr(&output));

@@ -226,6 +226,10 @@ impl RolloutService for Accounts {
         self.engine.set_version(version)
     }
 
+    fn sleep(&self) -> ServiceResult<u64> {
+        self.engine.sleep()
+    }
+
     fn stats(&self) -> RolloutStats {
         self.engine.stats()
     }

@@ -424,6 +424,8 @@ pub struct RunSpec {
     pub generation: Generation,
     /// When responses are scored.
     pub scoring: Scoring,
+    /// Whether engines give their K/V memory back while the trainer trains. Only where `staleness` is 0.
+    pub sleep: bool,
     /// What a later pass over a prompt has of the pass before.
     pub replay: ReplaySpec,
 }

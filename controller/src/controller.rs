@@ -284,6 +284,7 @@ impl Controller {
 
     fn begin_stage(&mut self) -> Result<(), Error> {
         self.enter(Phase::BeginStage);
+        self.rest_engines()?;
         let stage = self.spec.stages[self.state.stage].clone();
         let spec = stage_spec(&stage);
         let begun = self.services.trainer.begin_stage(spec);

@@ -31,6 +31,7 @@ impl Controller {
         let before = self.validation_at_start(&rollout)?;
         self.publish(self.state.step)?;
         let mut lesson = self.lesson(stage, &mut numbers)?;
+        self.rest_engines()?;
         let begin = self.clock.elapsed();
         let learning_rate =
             stage.optimizer.learning_rate * stage.schedule.multiplier(self.state.stage_step, stage.steps);

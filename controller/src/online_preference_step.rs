@@ -30,6 +30,7 @@ impl Controller {
         self.publish(self.state.step)?;
         let mut batch = self.take_batch(policy, &mut numbers)?;
         let ahead = self.begin_batch(policy, &mut numbers)?;
+        self.rest_engines()?;
         let begin = self.clock.elapsed();
         let stage = OnlinePreferenceStage { policy: batch.stage_of(policy), ..stage.clone() };
         let learned = self.learn_pairs(&stage, &mut batch.samples);

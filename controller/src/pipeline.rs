@@ -72,6 +72,15 @@ impl Controller {
         Ok(Some(InFlight::Running(self.attribute(thread.map_err(refused))?)))
     }
 
+    /// Let the engines sleep until the next batch, where the run asks for it.
+    pub(crate) fn rest_engines(&self) -> Result<(), Error> {
+        if self.spec.sleep {
+            let num_bytes = self.attribute(self.services.rollout.sleep())?;
+            tracing::debug!(step = self.place.step, num_bytes, "the engines sleep");
+        }
+        Ok(())
+    }
+
     /// Wait for the batch under way, and put it behind those that wait. Where the step failed it is given up: `learned`
     /// is what the step gave.
     pub(crate) fn finish_batch<T>(

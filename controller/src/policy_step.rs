@@ -36,6 +36,7 @@ impl Controller {
         self.publish(self.state.step)?;
         let mut batch = self.take_batch(stage, &mut numbers)?;
         let ahead = self.begin_batch(stage, &mut numbers)?;
+        self.rest_engines()?;
         let begin = self.clock.elapsed();
         let stage = &batch.stage_of(stage);
         let learned = self.learn(stage, &plan, &mut batch);

@@ -278,6 +278,14 @@ pub trait RolloutService: Send + Sync {
     /// # Errors
     /// `VersionMismatch` where the engine holds other weights.
     fn set_version(&self, version: PolicyVersion) -> ServiceResult<()>;
+    /// Give the memory of K/V back until the next group comes, which wakes the engine. Changes no response. Gives the
+    /// number of bytes.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where a group is open.
+    fn sleep(&self) -> ServiceResult<u64> {
+        Ok(0)
+    }
     /// Counters.
     fn stats(&self) -> RolloutStats;
     /// Say what became of samples of groups that were handed on, each once: `step` trained on those that it trained on.

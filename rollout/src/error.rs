@@ -5,6 +5,12 @@ use temper_types::{ErrorCode, GroupId};
 /// An error of the rollout crate.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
+    /// An engine that has work cannot sleep.
+    #[error("{num_open} groups are open: expected an idle engine, which alone can sleep")]
+    NotIdle {
+        /// Groups that are queued or run.
+        num_open: usize,
+    },
     /// A request that is wrong in itself.
     #[error("group {group_id}: {cause}")]
     InvalidRequest {
@@ -61,7 +67,9 @@ impl Error {
     /// The code under which a service reports it.
     pub const fn code(&self) -> ErrorCode {
         match self {
-            Error::InvalidRequest { .. } | Error::InvalidConfig { .. } => ErrorCode::InvalidArgument,
+            Error::InvalidRequest { .. } | Error::InvalidConfig { .. } | Error::NotIdle { .. } => {
+                ErrorCode::InvalidArgument
+            }
             Error::NeverFits { .. } | Error::QueueFull { .. } => ErrorCode::ResourceExhausted,
             Error::Model(_) => ErrorCode::Internal,
         }

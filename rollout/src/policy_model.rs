@@ -53,11 +53,6 @@ impl PolicyModel {
     pub fn kv_cache_bytes(&self) -> usize {
         self.spec.num_blocks * self.spec.block_bytes()
     }
-
-    /// Give the pool's memory back; the next step takes it anew. Only while no sequence runs: what it held is lost.
-    pub fn release_kv(&mut self) {
-        self.cache = None;
-    }
 }
 
 impl Model for PolicyModel {
@@ -86,6 +81,10 @@ impl Model for PolicyModel {
             policy.sample(&mut self.workspace, batch.draw_rows, batch.draws)
         };
         Ok(StepOutput { version: policy.version, sampled })
+    }
+
+    fn release_kv(&mut self) -> usize {
+        self.cache.take().map_or(0, |_pool| self.kv_cache_bytes())
     }
 
     fn draw_again(&mut self, draw_rows: &[u32], draws: &[SampleRow<'_>]) -> Result<Vec<Sampled>, Error> {

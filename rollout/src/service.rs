@@ -93,20 +93,6 @@ impl LocalRolloutService {
         const OPERATION: &str = "beam_search";
         self.lock(OPERATION)?.beam_search(prompt, spec).map_err(self.convert(OPERATION))
     }
-
-    /// Give the K/V pool's memory back until the next step; refused (false) while a group is open.
-    ///
-    /// # Errors
-    /// `Internal` where an earlier step panicked.
-    pub fn release_kv(&self) -> ServiceResult<bool> {
-        let mut engine = self.lock("release_kv")?;
-        let is_idle = engine.is_idle();
-        if is_idle {
-            engine.clear_prefix_cache();
-            engine.model_mut().release_kv();
-        }
-        Ok(is_idle)
-    }
 }
 
 impl<M: Model> LocalRolloutService<M> {
@@ -208,6 +194,12 @@ impl<M: Model> RolloutService for LocalRolloutService<M> {
         }
         let message = format!("expected weights of version {version}, the engine holds {held}");
         Err(self.error(ErrorCode::VersionMismatch, OPERATION, message))
+    }
+
+    fn sleep(&self) -> ServiceResult<u64> {
+        const OPERATION: &str = "sleep";
+        let freed = self.lock(OPERATION)?.sleep().map_err(self.convert(OPERATION))?;
+        Ok(freed as u64)
     }
 
     fn stats(&self) -> RolloutStats {

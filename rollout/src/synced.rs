@@ -111,6 +111,10 @@ impl<S: Drain> RolloutService for SyncedRolloutService<S> {
         outcome.and_then(|()| self.engine.set_version(version))
     }
 
+    fn sleep(&self) -> ServiceResult<u64> {
+        self.engine.sleep()
+    }
+
     fn stats(&self) -> RolloutStats {
         let bytes = self.receiver.bytes();
         RolloutStats {

@@ -72,6 +72,9 @@ pub struct Placement {
     /// How many updates may lie between the weights that generate a batch and those that train on it: so many batches
     /// of policy stages are generated ahead. 0: none (synchronous). At most 8.
     pub staleness: u32,
+    /// Engines give their K/V memory back while the trainer trains, and take it again for the next batch; with
+    /// `staleness = 0` only. Never changes a number.
+    pub sleep: bool,
     /// Whether the workers are started with the run, or join it: `temper serve ROLE --join ADDR`.
     pub spawn_workers: bool,
     /// Where workers join and control commands reach the run; port 0 takes any.
@@ -101,6 +104,7 @@ impl Default for Placement {
             reward_workers: 1,
             stream_rewards: true,
             staleness: 0,
+            sleep: false,
             spawn_workers: true,
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             trainer_ranks: 1,

@@ -270,6 +270,19 @@ impl RolloutService for FleetRollout {
         })
     }
 
+    /// Every worker at once; one that does not answer sleeps when it is lost.
+    fn sleep(&self) -> ServiceResult<u64> {
+        let mut num_bytes = 0;
+        for (origin, service) in self.shared.services() {
+            match service.sleep() {
+                Ok(freed) => num_bytes += freed,
+                Err(error) if error.code == ErrorCode::InvalidArgument => return Err(error),
+                Err(error) => tracing::warn!(worker = origin.worker.0, %error, "a worker does not sleep"),
+            }
+        }
+        Ok(num_bytes)
+    }
+
     /// Sums over all workers; one that is lost counts as it was when it was last asked.
     fn stats(&self) -> RolloutStats {
         let fresh: Vec<(Origin, RolloutStats)> =

@@ -324,6 +324,7 @@ pub fn spec(stage: PolicyStage, replay: ReplaySpec) -> RunSpec {
         staleness: 0,
         generation: Generation::BeforeTraining,
         scoring: Scoring::default(),
+        sleep: false,
     }
 }
 

@@ -1449,6 +1449,12 @@ pub mod reward_service_server {
         const NAME: &'static str = SERVICE_NAME;
     }
 }
+/// What an engine that sleeps gave back.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SleepResponse {
+    #[prost(uint64, tag = "1")]
+    pub num_bytes: u64,
+}
 /// How tokens are drawn and when a response ends.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct SamplingParams {
@@ -1886,6 +1892,28 @@ pub mod rollout_service_client {
                 .insert(GrpcMethod::new("temper.v1.RolloutService", "SetVersion"));
             self.inner.unary(req, path, codec).await
         }
+        /// Give the memory of K/V back until the next group comes; refused while a group is open.
+        pub async fn sleep(
+            &mut self,
+            request: impl tonic::IntoRequest<super::Empty>,
+        ) -> std::result::Result<tonic::Response<super::SleepResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/temper.v1.RolloutService/Sleep",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("temper.v1.RolloutService", "Sleep"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Counters since the start.
         pub async fn stats(
             &mut self,
@@ -1952,6 +1980,11 @@ pub mod rollout_service_server {
             tonic::Response<super::SetVersionResponse>,
             tonic::Status,
         >;
+        /// Give the memory of K/V back until the next group comes; refused while a group is open.
+        async fn sleep(
+            &self,
+            request: tonic::Request<super::Empty>,
+        ) -> std::result::Result<tonic::Response<super::SleepResponse>, tonic::Status>;
         /// Counters since the start.
         async fn stats(
             &self,
@@ -2198,6 +2231,49 @@ pub mod rollout_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = SetVersionSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/temper.v1.RolloutService/Sleep" => {
+                    #[allow(non_camel_case_types)]
+                    struct SleepSvc<T: RolloutService>(pub Arc<T>);
+                    impl<T: RolloutService> tonic::server::UnaryService<super::Empty>
+                    for SleepSvc<T> {
+                        type Response = super::SleepResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::Empty>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as RolloutService>::sleep(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = SleepSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

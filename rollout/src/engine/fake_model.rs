@@ -17,6 +17,8 @@ pub(crate) struct FakeModel {
     memory: Vec<u32>,
     pub version: PolicyVersion,
     pub fails: bool,
+    /// Whether the pool has memory.
+    is_awake: bool,
     /// Rows of each step.
     pub rows: Vec<usize>,
 }
@@ -24,7 +26,14 @@ pub(crate) struct FakeModel {
 impl FakeModel {
     pub fn new(num_blocks: usize, block_size: usize) -> Self {
         let memory = vec![u32::MAX; num_blocks * block_size];
-        FakeModel { block_size, memory, version: PolicyVersion::default(), fails: false, rows: Vec::new() }
+        FakeModel {
+            block_size,
+            memory,
+            version: PolicyVersion::default(),
+            fails: false,
+            is_awake: false,
+            rows: Vec::new(),
+        }
     }
 }
 
@@ -86,6 +95,7 @@ impl Model for FakeModel {
         }
         assert_eq!(row, batch.token_ids.len());
         self.rows.push(row);
+        self.is_awake = true;
         let draw = |(&row, draw): (&u32, &SampleRow<'_>)| {
             let row = row as usize;
             let span = batch.spans.iter().rfind(|span| span.row_start <= row).expect("a span covers the row");
@@ -94,6 +104,13 @@ impl Model for FakeModel {
         };
         let sampled = batch.draw_rows.iter().zip(batch.draws).map(draw).collect();
         Ok(StepOutput { version: self.version, sampled })
+    }
+
+    /// What stood in the pool reads as nonsense from now on.
+    fn release_kv(&mut self) -> usize {
+        let had_memory = std::mem::replace(&mut self.is_awake, false);
+        self.memory.fill(u32::MAX);
+        if had_memory { size_of_val(&self.memory[..]) } else { 0 }
     }
 
     fn draw_again(&mut self, _: &[u32], _: &[SampleRow<'_>]) -> Result<Vec<Sampled>, Error> {

@@ -38,6 +38,7 @@ mod refits;
 mod reuse;
 mod rounds;
 mod sample;
+mod sleep;
 
 use crate::beam::{BeamHypothesis, BeamSpec, beam_search};
 use crate::clock::Clock;
@@ -537,6 +538,8 @@ mod life_tests;
 mod reuse_tests;
 #[cfg(test)]
 mod rounds_tests;
+#[cfg(test)]
+mod sleep_tests;
 #[cfg(test)]
 mod speculation_tests;
 #[cfg(test)]

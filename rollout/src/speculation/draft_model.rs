@@ -112,4 +112,8 @@ impl<M: Model> Drafter for ModelDrafter<M> {
     }
 
     fn close_group(&mut self, _: GroupId) {}
+
+    fn sleep(&mut self) -> Result<usize, Error> {
+        self.engine.sleep()
+    }
 }

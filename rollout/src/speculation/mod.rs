@@ -23,6 +23,7 @@ pub use history::PastResponse;
 pub use replay::ReplayDrafter;
 pub use suffix::SuffixDrafter;
 
+use crate::Error;
 use crate::scheduler::SeqKey;
 use calibration::Calibration;
 use history::History;
@@ -184,6 +185,14 @@ pub trait Drafter: Send {
 
     /// A group ended.
     fn close_group(&mut self, group_id: GroupId);
+
+    /// Give memory back that only drafting needs; gives the number of bytes.
+    ///
+    /// # Errors
+    /// Where a draft is under way.
+    fn sleep(&mut self) -> Result<usize, Error> {
+        Ok(0)
+    }
 }
 
 /// A draft for one sequence, and who made it.
@@ -242,6 +251,11 @@ impl Speculation {
             longest: 2,
             stats: SpeculationStats::default(),
         }
+    }
+
+    /// Let every drafter give back what memory it can; gives the number of bytes.
+    pub(crate) fn sleep(&mut self) -> Result<usize, Error> {
+        self.drafters.iter_mut().map(|drafter| drafter.sleep()).sum()
     }
 
     /// Begin a step of `num_rows` rows that draw, drafts not counted. False where no draft can pay, so that looking

@@ -76,6 +76,13 @@ impl RolloutService for RolloutClient {
         Err(ServiceError::new(ErrorCode::VersionMismatch, self.endpoint.name(), OPERATION, message))
     }
 
+    fn sleep(&self) -> ServiceResult<u64> {
+        let mut client = self.client.clone();
+        let call = ("sleep", self.call_timeout());
+        let answer = self.endpoint.call(call, v1::Empty {}, |request| async move { client.sleep(request).await })?;
+        Ok(answer.into_inner().num_bytes)
+    }
+
     /// The counters that were read last, where the engine does not answer.
     fn stats(&self) -> RolloutStats {
         let mut client = self.client.clone();

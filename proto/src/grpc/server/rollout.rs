@@ -58,6 +58,12 @@ impl Wire for RolloutServer {
         Ok(Response::new(v1::SetVersionResponse { version: Some(version_to_wire(version)) }))
     }
 
+    async fn sleep(&self, _: Request<v1::Empty>) -> Result<Response<v1::SleepResponse>, Status> {
+        let service = Arc::clone(&self.service);
+        let num_bytes = blocking(move || service.sleep()).await?;
+        Ok(Response::new(v1::SleepResponse { num_bytes }))
+    }
+
     async fn stats(&self, _: Request<v1::Empty>) -> Result<Response<v1::RolloutStats>, Status> {
         let service = Arc::clone(&self.service);
         let stats = blocking(move || Ok(service.stats())).await?;
