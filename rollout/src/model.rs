@@ -62,8 +62,8 @@ pub trait Model: Send {
     /// Where the weights cannot be read; nothing the engine relies on has changed then.
     fn step(&mut self, batch: StepBatch<'_>) -> Result<StepOutput, Error>;
 
-    /// Give the pool's memory back; the next step takes it anew. Only while no sequence runs: what it held is lost. Gives
-    /// the number of bytes.
+    /// Give the pool's memory back; the next step takes it anew. Only while no sequence runs: what it held is lost.
+    /// Gives the number of bytes.
     fn release_kv(&mut self) -> usize {
         0
     }

@@ -2,8 +2,8 @@
 //!
 //! A block is run where the line before its fence is `<!-- ci: run -->`. Each marked block is a script of its own, run
 //! by `bash -euo pipefail -c` from the root of a copy of the tracked files: what a newcomer has after cloning, without
-//! the runs and models that lie in a working copy. The copy shares the build directory but does not lie in it: cargo would
-//! take what it built from files in there for what it builds from the working copy, whatever is changed in that.
+//! the runs and models that lie in a working copy. The copy shares the build directory but does not lie in it: cargo
+//! would take what it built from files in there for what it builds from the working copy, whatever is changed in that.
 
 use crate::tracked_files;
 use anyhow::{Context, Result, bail, ensure};
