@@ -3,6 +3,7 @@
 use crate::division::spread;
 use crate::exchange::{Own, add_up, own_rows};
 use crate::micro_batch::train_batch;
+use crate::sequence::{arena, check_exchange};
 use crate::store::Store;
 use crate::trainer::{SharedPolicy, Stage, sequence_len, unpack};
 use crate::weights::Pass;
@@ -65,7 +66,7 @@ impl Trainer {
         let config: DistillConfig = serde_json::from_str(&spec.loss_json).map_err(wrong)?;
         config.validate()?;
         let teacher = self.load_teacher(&spec.teacher)?;
-        self.distiller = Some(Distiller { teacher, arena: TrainArena::new(), config });
+        self.distiller = Some(Distiller { teacher, arena: arena(self.ranks.as_ref()), config });
         Ok(())
     }
 
@@ -80,6 +81,9 @@ impl Trainer {
         if got != expected {
             let problem = format!("has a vocabulary of {got}: expected {expected}, the policy's");
             return Err(Error::invalid(what(), problem));
+        }
+        if let Some(ranks) = &self.ranks {
+            ranks.check_heads(&config, &what())?;
         }
         let reader = CheckpointReader::open(dir)?;
         reader.validate(&config)?;
@@ -161,6 +165,7 @@ impl Trainer {
         let policy = shared.read().unwrap_or_else(PoisonError::into_inner);
         let tape = policy.train_forward(&train, stage.recompute, &mut self.arena);
         let stats = policy.log_probs(&tape, batch.temperature);
+        check_exchange(self.ranks.as_ref())?;
         log_probs.extend(unpack(rows.iter().map(|row| &row.sequence), &stats.log_probs));
         let weights: Vec<f32> = masks(rows).map(|on| if on { (1.0 / count) as f32 } else { 0.0 }).collect();
         let temperature = distiller.config.temperature as f32;

@@ -2,39 +2,54 @@
 
 use crate::division::divide;
 use crate::micro_batch::split;
+use crate::sequence::{RowGroups, micro_batch_tokens};
 use crate::{Error, Ranks, Trainer};
 use std::borrow::Cow;
 use std::ops::Range;
 use temper_algos::LossMetrics;
 use temper_proto::{PreferencePair, TokenSequence, TrainRow};
 
-/// This rank's part of a list.
+/// Which part of how many.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    index: usize,
+    of: usize,
+}
+
+/// That of this rank's group.
+fn place(ranks: Option<&Ranks>) -> Option<Place> {
+    let RowGroups { num_groups, group, .. } = ranks?.row_groups();
+    Some(Place { index: group, of: num_groups })
+}
+
+/// This rank's part of a list, or its group's where ranks share rows.
 #[derive(Debug)]
 pub(crate) struct Own<'a, T: Clone> {
     pub(crate) items: Cow<'a, [T]>,
     /// Where they stand in the list.
     pub(crate) indices: Vec<usize>,
-    /// Micro-batches of the rank that has the most: every rank goes through as many backwards.
+    /// Micro-batches of those that have the most: every rank goes through as many backwards.
     pub(crate) num_rounds: usize,
     /// This rank's micro-batches.
     pub(crate) micro_batches: Vec<Range<usize>>,
 }
 
+/// The part at `place` of a division into so many parts, or all where there is none.
 fn own<'a, T: Clone>(
-    ranks: Option<&Ranks>,
+    place: Option<Place>,
     all: &'a [T],
     divide: impl Fn(usize) -> Vec<Vec<usize>>,
     split: impl Fn(&[T]) -> Vec<Range<usize>>,
 ) -> Own<'a, T> {
-    let Some(ranks) = ranks else {
+    let Some(Place { index, of }) = place else {
         let micro_batches = split(all);
         let (indices, num_rounds) = ((0..all.len()).collect(), micro_batches.len());
         return Own { items: Cow::Borrowed(all), indices, num_rounds, micro_batches };
     };
-    let mut divided = divide(ranks.world());
+    let mut divided = divide(of);
     let pick = |indices: &[usize]| -> Vec<T> { indices.iter().map(|index| all[*index].clone()).collect() };
     let num_rounds = divided.iter().map(|indices| split(&pick(indices)).len()).max().unwrap_or(0);
-    let indices = std::mem::take(&mut divided[ranks.rank()]);
+    let indices = std::mem::take(&mut divided[index]);
     let items = pick(&indices);
     Own { micro_batches: split(&items), items: Cow::Owned(items), indices, num_rounds }
 }
@@ -45,23 +60,36 @@ pub(crate) fn own_sequences<'a>(
     all: &'a [TokenSequence],
     max_tokens: usize,
 ) -> Own<'a, TokenSequence> {
-    own(ranks, all, |world| divide(all.iter(), world), |part| split(part.iter(), max_tokens))
+    let max_tokens = micro_batch_tokens(ranks, max_tokens);
+    own(place(ranks), all, |num| divide(all.iter(), num), |part| split(part.iter(), max_tokens))
+}
+
+/// The sequences that this rank runs alone, whether ranks share rows or not: for calls that come to ranks in any order,
+/// in which they cannot talk.
+pub(crate) fn lone_sequences<'a>(
+    ranks: Option<&Ranks>,
+    all: &'a [TokenSequence],
+    max_tokens: usize,
+) -> Own<'a, TokenSequence> {
+    let place = ranks.map(|ranks| Place { index: ranks.rank(), of: ranks.world() });
+    own(place, all, |num| divide(all.iter(), num), |part| split(part.iter(), max_tokens))
 }
 
 /// This rank's rows.
 pub(crate) fn own_rows<'a>(ranks: Option<&Ranks>, all: &'a [TrainRow], max_tokens: usize) -> Own<'a, TrainRow> {
-    let divide = |world| divide(all.iter().map(|row| &row.sequence), world);
-    own(ranks, all, divide, |part| split(part.iter().map(|row| &row.sequence), max_tokens))
+    let max_tokens = micro_batch_tokens(ranks, max_tokens);
+    let divide = |num| divide(all.iter().map(|row| &row.sequence), num);
+    own(place(ranks), all, divide, |part| split(part.iter().map(|row| &row.sequence), max_tokens))
 }
 
-/// This rank's pairs: every rank has every `world`-th one.
+/// This rank's pairs: every rank, or group that shares rows, has every `world`-th one.
 pub(crate) fn own_pairs<'a>(
     ranks: Option<&Ranks>,
     all: &'a [PreferencePair],
     split: impl Fn(&[PreferencePair]) -> Vec<Range<usize>>,
 ) -> Own<'a, PreferencePair> {
     let divide = |world: usize| (0..world).map(|rank| (rank..all.len()).step_by(world).collect()).collect();
-    own(ranks, all, divide, split)
+    own(place(ranks), all, divide, split)
 }
 
 impl Trainer {
@@ -102,7 +130,8 @@ impl Trainer {
         self.ranks.as_ref().map_or(0, Ranks::num_passes)
     }
 
-    /// Tell the others how this rank's rows went, and what they add up to; the numbers of all ranks, in rank order.
+    /// Tell the others how this rank's rows went, and what they add up to; the numbers of all ranks, in rank order. Of
+    /// ranks that share rows and have the same numbers, those of the first.
     ///
     /// # Errors
     /// This rank's failure, or that others failed.
@@ -117,7 +146,7 @@ impl Trainer {
         let failed: Vec<usize> = (0..lists.len()).filter(|rank| lists[*rank].first() != Some(&0.0)).collect();
         own?;
         match failed.is_empty() {
-            true => Ok(lists.into_iter().map(|list| list[1..].to_vec()).collect()),
+            true => Ok(lists.iter().step_by(ranks.sequence_parallel()).map(|list| list[1..].to_vec()).collect()),
             false => Err(Error::OtherRanks { ranks: failed }),
         }
     }

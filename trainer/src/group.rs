@@ -17,6 +17,8 @@ use temper_types::{ErrorCode, PolicyVersion};
 /// rows, and their answers are joined by row.
 pub struct TrainerGroup {
     ranks: Vec<Arc<dyn TrainerService>>,
+    /// Consecutive ranks that work on the same rows together.
+    sequence_parallel: usize,
 }
 
 /// Load `world` ranks as threads of this process, in rank order: `load` is called on all of them at once.
@@ -63,8 +65,20 @@ impl TrainerGroup {
     pub fn new(ranks: Vec<Arc<dyn TrainerService>>) -> Result<Self, Error> {
         match ranks.is_empty() {
             true => Err(Error::invalid("a trainer group", "has no rank: expected at least one")),
-            false => Ok(TrainerGroup { ranks }),
+            false => Ok(TrainerGroup { ranks, sequence_parallel: 1 }),
         }
+    }
+
+    /// The same ranks, of which groups of `size` consecutive ones share the rows of every micro-batch.
+    ///
+    /// # Errors
+    /// A size that does not divide the number of ranks.
+    pub fn with_sequence_parallel(self, size: usize) -> Result<Self, Error> {
+        if size == 0 || !self.ranks.len().is_multiple_of(size) {
+            let problem = format!("is {size}: expected a divisor of {} ranks", self.ranks.len());
+            return Err(Error::invalid("sequence_parallel", problem));
+        }
+        Ok(TrainerGroup { sequence_parallel: size, ..self })
     }
 
     /// Join ranks of this process.
@@ -73,7 +87,9 @@ impl TrainerGroup {
     /// As [`TrainerGroup::new`].
     pub fn of_trainers(trainers: Vec<Trainer>) -> Result<Self, Error> {
         let serve = |trainer| Arc::new(LocalTrainerService::new(trainer)) as Arc<dyn TrainerService>;
-        TrainerGroup::new(trainers.into_iter().map(serve).collect())
+        let first = trainers.first().and_then(|trainer| trainer.ranks.as_ref());
+        let sequence_parallel = first.map_or(1, Ranks::sequence_parallel);
+        TrainerGroup::new(trainers.into_iter().map(serve).collect())?.with_sequence_parallel(sequence_parallel)
     }
 
     /// Ask all ranks at once; their answers in rank order.
@@ -113,8 +129,10 @@ impl TrainerGroup {
         }
     }
 
+    /// The rows of every rank; those of a group have the same ones.
     fn divide<'a>(&self, sequences: impl Iterator<Item = &'a TokenSequence>) -> Vec<Vec<usize>> {
-        divide(sequences, self.ranks.len())
+        let groups = divide(sequences, self.ranks.len() / self.sequence_parallel);
+        (0..self.ranks.len()).map(|rank| groups[rank / self.sequence_parallel].clone()).collect()
     }
 }
 
@@ -270,7 +288,7 @@ impl ScalarModelService for TrainerGroup {
 
     fn scores(&self, sequences: &[TokenSequence]) -> ServiceResult<Vec<f32>> {
         let answers = self.ask("scores", |rank| rank.scores(sequences))?;
-        join_rows("scores", &answers, &self.divide(sequences.iter()), sequences.len())
+        join_rows("scores", &answers, &divide(sequences.iter(), self.ranks.len()), sequences.len())
     }
 
     fn save_reward_model(&self, dir: &Path) -> ServiceResult<bool> {

@@ -28,6 +28,7 @@ mod reference;
 mod scalar_model;
 mod scalar_service;
 mod scalar_state;
+mod sequence;
 mod service;
 mod shared_head;
 mod shared_masters;
@@ -39,7 +40,7 @@ mod weights;
 
 pub use error::Error;
 pub use group::{TrainerGroup, load_local_ranks};
-pub use memory::{Memory, update_bytes_sent};
+pub use memory::{Memory, Passes, exchange_bytes_sent, update_bytes_sent};
 pub use ranks::{ProcessRole, ProcessShare, Ranks, Sharding};
 pub use service::LocalTrainerService;
 pub use trainer::{SharedPolicy, Trainer};

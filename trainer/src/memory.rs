@@ -1,7 +1,8 @@
 //! What a rank holds and moves, foretold.
 
 use crate::Sharding;
-use temper_actor::UnitShapes;
+use std::ops::Range;
+use temper_actor::{ModelConfig, UnitShapes};
 use temper_collective::shard_ranges;
 
 /// Bytes of one model's f32 state on one rank.
@@ -85,4 +86,35 @@ pub fn update_bytes_sent(
         after += gather;
     }
     4 * (per_round as u64 * num_rounds + after as u64)
+}
+
+/// Passes of the model over one micro-batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Passes {
+    /// Forwards through all layers, those that recompute activations included.
+    pub forwards: u64,
+    /// Backwards through all layers.
+    pub backwards: u64,
+}
+
+/// Bytes that rank `rank` of the `size` that share rows sends to the others of its group while rows turn into heads and
+/// heads into rows, over `passes` of one micro-batch of `num_rows` rows.
+///
+/// A forward turns projections into heads and attention's outputs into rows; a backward the gradients of both. A rank
+/// sends `(size - 1) / size` of what it holds of each. Beside that it sends 24 bytes for each of its targets to each
+/// other rank (log-prob, entropy, sum of squares), or 8 (a value).
+pub fn exchange_bytes_sent(config: &ModelConfig, (rank, size): (usize, usize), num_rows: usize, passes: Passes) -> u64 {
+    let own = part(num_rows, rank, size).len();
+    let kv = (config.num_key_value_heads / size).max(1) * config.head_dim;
+    let heads = config.num_attention_heads / size * config.head_dim;
+    let to_heads = |width: usize| own * (size - 1) * width;
+    let to_rows = |width: usize| (num_rows - own) * width;
+    let forward = to_heads(heads + 2 * kv) + to_rows(heads);
+    let backward = to_heads(heads) + to_rows(heads + 2 * kv);
+    let per_layer = passes.forwards * forward as u64 + passes.backwards * backward as u64;
+    4 * config.num_hidden_layers as u64 * per_layer
+}
+
+fn part(num_rows: usize, rank: usize, size: usize) -> Range<usize> {
+    num_rows * rank / size..num_rows * (rank + 1) / size
 }

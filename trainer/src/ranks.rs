@@ -12,6 +12,7 @@
 //! are sharded, the same units' masters.
 
 use crate::Error;
+use crate::sequence::SequenceGroup;
 use crate::trainer::SharedPolicy;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -75,6 +76,8 @@ pub struct Ranks {
     shards: Collective,
     /// The ranks that hold the same shard.
     replicas: Collective,
+    /// The ranks that share the rows of every micro-batch with this one, where there are any.
+    pub(crate) sequence: Option<Arc<SequenceGroup>>,
     role: ProcessRole,
     share: ProcessShare,
     /// Backwards whose gradients were all given away.
@@ -100,7 +103,8 @@ impl Ranks {
         let first = rank / num_shards * num_shards;
         let shards = world.subgroup(&(first..first + num_shards).collect::<Vec<_>>(), 1)?;
         let replicas = world.subgroup(&(rank % num_shards..size).step_by(num_shards).collect::<Vec<_>>(), 2)?;
-        Ok(Ranks { sharding, world, shards, replicas, role, share, num_passes: AtomicU64::new(0) })
+        let num_passes = AtomicU64::new(0);
+        Ok(Ranks { sharding, world, shards, replicas, sequence: None, role, share, num_passes })
     }
 
     /// This rank's number.
@@ -111,6 +115,10 @@ impl Ranks {
     /// Number of ranks.
     pub fn world(&self) -> usize {
         self.world.world()
+    }
+
+    pub(crate) fn world_ranks(&self) -> &Collective {
+        &self.world
     }
 
     /// What is divided.

@@ -5,9 +5,10 @@
 //! score is read at the last token of a sequence. Heads are computed in f32.
 
 use crate::division::spread;
-use crate::exchange::{add_up, own_pairs, own_rows, own_sequences};
+use crate::exchange::{add_up, lone_sequences, own_pairs, own_rows, own_sequences};
 use crate::non_finite::keep_batch;
 use crate::optimizer::StepSize;
+use crate::sequence::{check_exchange, micro_batch_tokens};
 use crate::shared_head::{Columns, SharedHead};
 use crate::store::Store;
 use crate::trainer::{SharedPolicy, Trainer, global_counts, sequence_len, unpack};
@@ -85,6 +86,7 @@ impl ScalarModel {
         let packed = self.packed.read().unwrap_or_else(PoisonError::into_inner);
         let mut tape = packed.train_forward(batch, recompute, &mut trainer.arena);
         let values = packed.values(&mut tape);
+        check_exchange(trainer.ranks.as_ref())?;
         let d_values = loss(&values)?;
         let on = (&*trainer.device, trainer.ranks.as_ref());
         let mut pass = Pass::new(on, &self.weights.masters, grads);
@@ -258,6 +260,7 @@ impl Trainer {
         for range in &own.micro_batches {
             let part = &own.items[range.clone()];
             let values = self.values_of(&value_batch(part.iter()));
+            check_exchange(self.ranks.as_ref())?;
             out.extend(unpack(part.iter(), &values));
         }
         let out = spread(&own.indices, out, sequences.len());
@@ -374,7 +377,7 @@ impl Trainer {
         pairs: &[PreferencePair],
         grads: &mut Store,
     ) -> Result<ScalarReport, Error> {
-        let max_tokens = self.limits().0;
+        let max_tokens = micro_batch_tokens(self.ranks.as_ref(), self.limits().0);
         let own = own_pairs(self.ranks.as_ref(), pairs, |part| split_pairs(part, max_tokens));
         let num_pairs = pairs.len();
         let mut sums = [0.0; 3];
@@ -402,7 +405,8 @@ impl Trainer {
         Ok(report)
     }
 
-    /// The reward model's score of every sequence, finite or not; one of several ranks answers for its own.
+    /// The reward model's score of every sequence, finite or not; one of several ranks answers for its own, and runs
+    /// them alone: whoever scores may call at any time.
     ///
     /// # Errors
     /// A bad sequence, or no reward model.
@@ -415,10 +419,11 @@ impl Trainer {
         }
         let missing = || Error::invalid("scores", "no stage has trained a reward model");
         let model = self.reward_model.as_ref().ok_or_else(missing)?;
-        let own = own_sequences(self.ranks.as_ref(), sequences, self.limits().0);
+        let own = lone_sequences(self.ranks.as_ref(), sequences, self.limits().0);
+        let arena = self.lone_arena.as_mut().unwrap_or(&mut self.arena);
         let mut out = Vec::with_capacity(sequences.len());
         for range in &own.micro_batches {
-            out.extend(model.read(&score_batch(own.items[range.clone()].iter()), &mut self.arena));
+            out.extend(model.read(&score_batch(own.items[range.clone()].iter()), arena));
         }
         Ok(spread(&own.indices, out, sequences.len()))
     }

@@ -9,6 +9,7 @@ use crate::non_finite::{Place, keep_batch};
 use crate::optimizer::StepSize;
 use crate::reference::Reference;
 use crate::scalar_model::{ScalarModel, ScalarStage};
+use crate::sequence::{RowGroups, arena, check_exchange};
 use crate::shared_head::SharedHead;
 use crate::store::Store;
 use crate::weights::{Pass, Weights, content_hash, load_store, master_ranks, pack, repack};
@@ -56,6 +57,8 @@ pub struct Trainer {
     pub(crate) dtype: DType,
     pub(crate) policy: SharedPolicy,
     pub(crate) arena: TrainArena,
+    /// Memory of passes that this rank runs alone although it shares rows in others.
+    pub(crate) lone_arena: Option<TrainArena>,
     stage: Option<Stage>,
     max_micro_batch_tokens: usize,
     non_finite_dir: Option<PathBuf>,
@@ -105,6 +108,9 @@ impl Trainer {
         ranks: Option<Ranks>,
     ) -> Result<Self, Error> {
         let config = ModelConfig::load(model_dir)?;
+        if let Some(ranks) = &ranks {
+            ranks.check_heads(&config, &model_dir.display().to_string())?;
+        }
         let (masters, hash) = load_store(&*device, &config, model_dir, master_ranks(ranks.as_ref()))?;
         let policy = pack((&device, ranks.as_ref()), &masters, (&config, dtype), &masked_ids)?;
         policy.write().unwrap_or_else(PoisonError::into_inner).version = PolicyVersion { number: 0, hash };
@@ -112,12 +118,13 @@ impl Trainer {
             device,
             config,
             weights: Weights::new(masters),
+            arena: arena(ranks.as_ref()),
+            lone_arena: ranks.as_ref().filter(|ranks| ranks.sequence_parallel() > 1).map(|_| TrainArena::new()),
             ranks,
             side_files_from: model_dir.to_path_buf(),
             reference: None,
             dtype,
             policy,
-            arena: TrainArena::new(),
             stage: None,
             max_micro_batch_tokens: 4096,
             non_finite_dir: None,
@@ -195,6 +202,7 @@ impl Trainer {
         for range in &own.micro_batches {
             let part = &own.items[range.clone()];
             let stats = policy.score_only(&train_batch(part.iter()), temperature, &mut self.arena);
+            check_exchange(self.ranks.as_ref())?;
             out.log_probs.extend(unpack(part.iter(), &stats.log_probs));
             out.entropies.extend(unpack(part.iter(), &stats.entropies));
             out.sum_pi_squared.extend(unpack(part.iter(), &stats.sum_squares));
@@ -343,6 +351,7 @@ impl Trainer {
             return Ok(());
         }
         let stats = policy.log_probs(&tape, batch.temperature);
+        check_exchange(self.ranks.as_ref())?;
         sums.log_probs.extend(unpack(rows.iter().map(|row| &row.sequence), &stats.log_probs));
         let gradients = match whole {
             Some(out) => pick_gradients(out, &batch.rows, places),
@@ -475,6 +484,12 @@ impl Trainer {
         self.weights.memory()
     }
 
+    /// Bytes of activations, their gradients, and training's keys and values that passes of the policy and of scalar
+    /// models have allocated on this rank.
+    pub fn activation_bytes(&self) -> usize {
+        self.arena.num_bytes() + self.lone_arena.as_ref().map_or(0, TrainArena::num_bytes)
+    }
+
     /// What this rank has sent and received; none where it is alone.
     pub fn counts(&self) -> Option<Counts> {
         self.ranks.as_ref().map(Ranks::counts)
@@ -520,7 +535,9 @@ pub(crate) fn global_counts(batch: &MiniBatch) -> GlobalCounts {
 fn share_rows(ranks: &Ranks, sequences: &[TokenSequence], rows: &mut [Vec<f32>]) -> Result<(), Error> {
     let own: Vec<f64> = rows.iter().flatten().map(|x| f64::from(*x)).collect();
     let lists = ranks.world_lists(&own)?;
-    for (indices, list) in divide(sequences.iter(), ranks.world()).into_iter().zip(lists) {
+    let RowGroups { num_groups, size, .. } = ranks.row_groups();
+    let firsts = lists.into_iter().step_by(size);
+    for (indices, list) in divide(sequences.iter(), num_groups).into_iter().zip(firsts) {
         let mut rest = &list[..];
         for index in indices {
             let len = sequences[index].response_token_ids.len();

@@ -1,6 +1,7 @@
 //! Masters, gradients and moments of one model on this rank: what a backward adds to, and what a step does.
 
 use crate::optimizer::{self, Moments, StepSize};
+use crate::sequence::check_exchange;
 use crate::shared_masters::SharedMasters;
 use crate::store::{Store, UnitRef};
 use crate::trainer::SharedPolicy;
@@ -254,8 +255,9 @@ impl<'a> Pass<'a> {
         Pass { dev, ranks, shapes: masters.shapes(), masters, grads, gathered, scratch, error: None }
     }
 
-    /// Whether every unit was shared.
+    /// Whether every unit was shared, and all that was told on the way came.
     pub(crate) fn finish(self) -> Result<(), Error> {
+        check_exchange(self.ranks)?;
         self.error.map_or(Ok(()), Err)
     }
 

@@ -1,9 +1,11 @@
 //! Memory of a training pass, kept from one micro-batch to the next.
 
-use super::batch::BLOCK_SIZE;
+use super::batch::{BLOCK_SIZE, TrainBatch};
 use super::generate::Workspace;
 use super::packed::PackedPolicy;
 use super::scratch::GrowBuffer;
+use super::sequence::{Part, SequenceExchange, Turn, Turned};
+use std::sync::Arc;
 use temper_tensor::{KvCache, KvCacheSpec};
 
 /// What a training forward keeps for its backward.
@@ -34,6 +36,8 @@ pub struct TrainArena {
     pub(super) targets: TargetBuffers,
     /// Gradients on their way back.
     pub(super) grads: GradBuffers,
+    /// The ranks that share the rows of every batch, where there are any.
+    exchange: Option<Arc<dyn SequenceExchange>>,
 }
 
 /// Activations of one layer that its backward reads.
@@ -41,12 +45,15 @@ pub struct TrainArena {
 pub(super) struct SavedLayer {
     /// Reciprocal root mean squares of the layer's input, `[T]`.
     pub attn_rstd: GrowBuffer,
-    /// Fused projections: rotated, or before the head norm where there is one; `[T, (H + 2G) K]`.
+    /// Fused projections: rotated, or before the head norm where there is one; `[T, (H + 2G) K]`. Not kept of rows that
+    /// turn into heads, unless there is a head norm.
     pub qkv: GrowBuffer,
     /// Attention output, `[T, H K]`.
     pub attn: GrowBuffer,
-    /// Log-sum-exp of attention, `[T, H]`.
+    /// Log-sum-exp of attention, `[T, H]`; of all rows and own heads where rows turn into heads.
     pub lse: GrowBuffer,
+    /// What attention read and gave, where rows turn into heads.
+    pub turned: Turned,
     /// Residual stream between the halves, `[T, D]`.
     pub mid: GrowBuffer,
     /// Reciprocal root mean squares of `mid`, `[T]`.
@@ -89,6 +96,22 @@ pub(super) struct GradBuffers {
     pub act: GrowBuffer,
     /// Reciprocal root mean squares of query and key heads, `[T, H + G]`.
     pub head_rstd: GrowBuffer,
+    /// Of attention's outputs and of what it read, where rows turn into heads.
+    pub turned: Turned,
+}
+
+impl SavedLayer {
+    fn len(&self) -> usize {
+        let own = [&self.attn_rstd, &self.qkv, &self.attn, &self.lse, &self.mid, &self.mlp_rstd, &self.gate_up];
+        own.into_iter().map(GrowBuffer::capacity).sum::<usize>() + self.turned.len()
+    }
+}
+
+impl GradBuffers {
+    fn len(&self) -> usize {
+        let own = [&self.x, &self.normed, &self.attn, &self.qkv, &self.gate_up, &self.act, &self.head_rstd];
+        own.into_iter().map(GrowBuffer::capacity).sum::<usize>() + self.turned.len()
+    }
 }
 
 impl TrainArena {
@@ -97,15 +120,54 @@ impl TrainArena {
         TrainArena::default()
     }
 
+    /// An empty arena of a rank that shares the rows of every batch with the other ranks of a group.
+    pub fn of_group(exchange: Arc<dyn SequenceExchange>) -> Self {
+        TrainArena { exchange: Some(exchange), ..TrainArena::default() }
+    }
+
+    /// Bytes of activations, their gradients, and keys and values that are allocated.
+    pub fn num_bytes(&self) -> usize {
+        let t = &self.targets;
+        let targets = [&t.x, &t.rstd, &t.hidden, &t.scalars, &t.d_hidden, &t.d_x];
+        let elements = self.scratch.len()
+            + self.inputs.iter().chain(targets).map(GrowBuffer::capacity).sum::<usize>()
+            + self.saved.iter().map(SavedLayer::len).sum::<usize>()
+            + self.grads.len();
+        let kv = [&self.train_kv, &self.score_kv].into_iter().flatten().map(KvCache::spec);
+        let kv: usize = kv.map(|spec| spec.num_blocks * spec.block_bytes()).sum();
+        elements * size_of::<f32>() + kv
+    }
+
+    /// What this rank runs of a batch.
+    pub(super) fn part<'a>(&self, batch: &'a TrainBatch) -> Part<'a> {
+        Part::new(batch, self.exchange.as_ref())
+    }
+
+    /// Buffers of the layer that runs.
+    pub(super) fn reserve_scratch(&mut self, policy: &PackedPolicy, part: &Part<'_>) {
+        self.scratch.reserve(policy, part.num_rows());
+        if let Some((turn, shape)) = part.turn.as_ref().zip(policy.attn_shape()) {
+            self.scratch.turned.reserve(&*policy.dev, turn, shape);
+        }
+    }
+
     /// A cache for `num_blocks` blocks. Contents do not survive growth.
-    pub(super) fn reserve_kv(&mut self, policy: &PackedPolicy, kv_use: KvUse, num_blocks: usize) {
+    pub(super) fn reserve_kv(
+        &mut self,
+        policy: &PackedPolicy,
+        (kv_use, turn): (KvUse, Option<&Turn>),
+        num_blocks: usize,
+    ) {
         let num_layers = match kv_use {
             KvUse::AllLayers => policy.layers.len(),
             KvUse::OneLayer => 1,
         };
         let cache = self.cache(kv_use);
         let old_blocks = cache.as_ref().map_or(0, |kv| kv.spec().num_blocks);
-        let needed = KvCacheSpec { num_layers, ..policy.kv_spec(num_blocks.max(1), BLOCK_SIZE) };
+        let mut needed = KvCacheSpec { num_layers, ..policy.kv_spec(num_blocks.max(1), BLOCK_SIZE) };
+        if let Some((turn, shape)) = turn.zip(policy.attn_shape()) {
+            needed.num_kv_heads = turn.own_shape(shape).num_kv_heads;
+        }
         let fits = |spec: &KvCacheSpec| {
             old_blocks >= needed.num_blocks && KvCacheSpec { num_blocks: needed.num_blocks, ..*spec } == needed
         };
@@ -123,8 +185,9 @@ impl TrainArena {
     }
 
     /// Buffers of a forward that keeps what `recompute` says.
-    pub(super) fn reserve_saved(&mut self, policy: &PackedPolicy, rows: usize, recompute: Recompute) {
-        let (dev, dims, num_layers) = (&*policy.dev, policy.dims, policy.layers.len());
+    pub(super) fn reserve_saved(&mut self, policy: &PackedPolicy, part: &Part<'_>, recompute: Recompute) {
+        let (dev, dims, num_layers, rows) = (&*policy.dev, policy.dims, policy.layers.len(), part.num_rows());
+        let turn = part.turn.as_ref().zip(policy.attn_shape());
         self.inputs.resize_with(num_layers, GrowBuffer::default);
         self.inputs.iter_mut().for_each(|input| input.reserve(dev, rows * dims.model));
         let num_saved = match recompute {
@@ -134,9 +197,17 @@ impl TrainArena {
         self.saved.resize_with(num_saved, SavedLayer::default);
         for saved in &mut self.saved {
             saved.attn_rstd.reserve(dev, rows);
-            saved.qkv.reserve(dev, rows * dims.qkv);
+            if turn.is_none() || dims.qk_norm {
+                saved.qkv.reserve(dev, rows * dims.qkv);
+            }
             saved.attn.reserve(dev, rows * dims.attn);
-            saved.lse.reserve(dev, rows * dims.heads);
+            match turn {
+                None => saved.lse.reserve(dev, rows * dims.heads),
+                Some((turn, shape)) => {
+                    saved.lse.reserve(dev, turn.num_rows() * turn.own_shape(shape).num_heads);
+                    saved.turned.reserve(dev, turn, shape);
+                }
+            }
             saved.mid.reserve(dev, rows * dims.model);
             saved.mlp_rstd.reserve(dev, rows);
             saved.gate_up.reserve(dev, rows * 2 * dims.ffn);
@@ -153,8 +224,8 @@ impl TrainArena {
     }
 
     /// Buffers of a backward.
-    pub(super) fn reserve_grads(&mut self, policy: &PackedPolicy, rows: usize, num_targets: usize) {
-        let (dev, dims) = (&*policy.dev, policy.dims);
+    pub(super) fn reserve_grads(&mut self, policy: &PackedPolicy, part: &Part<'_>) {
+        let (dev, dims, rows, num_targets) = (&*policy.dev, policy.dims, part.num_rows(), part.num_targets());
         self.targets.d_hidden.reserve(dev, num_targets * dims.model);
         self.targets.d_x.reserve(dev, num_targets * dims.model);
         self.grads.x.reserve(dev, rows * dims.model);
@@ -165,6 +236,9 @@ impl TrainArena {
         self.grads.act.reserve(dev, rows * dims.ffn);
         let head_rows = if dims.qk_norm { rows * (dims.heads + dims.kv_heads) } else { 0 };
         self.grads.head_rstd.reserve(dev, head_rows);
+        if let Some((turn, shape)) = part.turn.as_ref().zip(policy.attn_shape()) {
+            self.grads.turned.reserve(dev, turn, shape);
+        }
     }
 
     /// Scratch and the cache of passes that keep nothing.

@@ -1,15 +1,15 @@
 //! The backward of a training pass: from gradients of log-probs or values to gradients of every weight.
 
 use super::arena::{Recompute, TrainArena};
-use super::batch::TrainBatch;
 use super::layer_grad::UnitGrad;
 use super::layout::HeadRanges;
 use super::packed::PackedPolicy;
 use super::params::{ParamStore, Unit};
+use super::sequence::Part;
 use super::train::Tape;
 use super::units::{BackwardUnits, WholeUnits};
 use std::ops::Range;
-use temper_tensor::{LmHeadGrad, LmHeadTrain, NormGrad, RowLoss, TokenStats};
+use temper_tensor::{LmHeadGrad, LmHeadTrain, NormGrad, RowGrads, RowLoss, TokenStats};
 
 /// d loss / d output, one number per target row of the batch.
 #[derive(Debug, Clone, Copy)]
@@ -81,13 +81,14 @@ impl PackedPolicy {
         if outputs.are_zero() && d_hidden.iter().all(|x| *x == 0.0) {
             return self.visit_units(units);
         }
-        self.backward_through(tape, units, |batch, arena, units| {
-            let len = batch.num_targets() * self.dims.model;
-            assert_eq!(d_hidden.len(), len, "one gradient per number of the target rows' hidden state");
-            self.head_backward((batch, arena), outputs, units);
+        self.backward_through(tape, units, |part, arena, units| {
+            let (d, len) = (self.dims.model, part.num_targets() * self.dims.model);
+            let expected = part.num_all_targets() * d;
+            assert_eq!(d_hidden.len(), expected, "one gradient per number of the target rows' hidden state");
+            self.head_backward((part, arena), outputs, units);
             let mut sum = vec![0.0; len];
             self.dev.read(arena.targets.d_hidden.view(len), &mut sum);
-            sum.iter_mut().zip(d_hidden).for_each(|(own, beside)| *own += beside);
+            sum.iter_mut().zip(&*part.pick(d_hidden, d)).for_each(|(own, beside)| *own += beside);
             self.dev.write(arena.targets.d_hidden.view_mut(len), &sum);
             Below::Gradients
         });
@@ -96,6 +97,7 @@ impl PackedPolicy {
     /// [`PackedPolicy::log_probs`], a loss, and [`PackedPolicy::backward_units`] with its gradients in one, which
     /// computes every logit once: for losses whose gradient at a target row depends on no other row's output. `loss` is
     /// given ranges of target rows, ascending, and what the policy says of them. Rows of zero gradients take no part.
+    /// (Ranks of a group tell each other of all rows before the loss, and compute the logits of their own ones twice.)
     ///
     /// # Panics
     /// As [`PackedPolicy::log_probs`] and [`PackedPolicy::backward`].
@@ -106,13 +108,20 @@ impl PackedPolicy {
         loss: &mut RowLoss<'_>,
         units: &mut dyn BackwardUnits,
     ) -> TokenStats {
+        if tape.part.turn.is_some() {
+            let stats = self.log_probs(&tape, temperature);
+            let RowGrads { d_log_probs, d_entropies } = loss(0..stats.log_probs.len(), &stats);
+            let (d_log_probs, d_entropies) = (&d_log_probs, &d_entropies);
+            self.backward_units(tape, OutputGrads::LogProbs { d_log_probs, d_entropies, temperature }, units);
+            return stats;
+        }
         let mut stats = TokenStats::default();
-        self.backward_through(tape, units, |batch, arena, units| {
+        self.backward_through(tape, units, |part, arena, units| {
             let mut below = Below::Nothing;
-            let len = batch.num_targets() * self.dims.model;
+            let len = part.num_targets() * self.dims.model;
             let mut d_hidden = std::mem::take(&mut arena.targets.d_hidden);
             let (unit, range) = self.lm_head_place();
-            let forward = self.target_head(batch, arena, temperature);
+            let forward = self.target_head(part, arena, temperature);
             let (masters, grads) = units.open(unit);
             let args = LmHeadTrain { forward, weight: masters.view(range) };
             let mut watched = |rows: Range<usize>, said: &TokenStats| {
@@ -135,18 +144,18 @@ impl PackedPolicy {
         &self,
         tape: Tape<'_>,
         units: &mut dyn BackwardUnits,
-        head: impl FnOnce(&TrainBatch, &mut TrainArena, &mut dyn BackwardUnits) -> Below,
+        head: impl FnOnce(&Part<'_>, &mut TrainArena, &mut dyn BackwardUnits) -> Below,
     ) {
-        let Tape { arena, batch, sequences, recompute } = tape;
-        let (dev, t, d) = (&*self.dev, batch.num_rows(), batch.num_rows() * self.dims.model);
-        arena.reserve_grads(self, t, batch.num_targets());
-        if head(batch, arena, units) == Below::Nothing {
+        let Tape { arena, batch, part, sequences, recompute } = tape;
+        let (dev, d) = (&*self.dev, part.num_rows() * self.dims.model);
+        arena.reserve_grads(self, &part);
+        if head(&part, arena, units) == Below::Nothing {
             return self.visit_below_head(units);
         }
-        self.final_norm_backward(batch, arena, units.grad(self.layout.final_unit()));
+        self.final_norm_backward(&part, arena, units.grad(self.layout.final_unit()));
         units.close(self.layout.final_unit());
         let lists = sequences.lists(batch);
-        let rows = lists.rows(batch);
+        let rows = lists.rows(&part);
         let mut parts = arena.train_parts();
         for index in (0..self.layers.len()).rev() {
             let saved = match recompute {
@@ -162,7 +171,7 @@ impl PackedPolicy {
             units.close(1 + index);
         }
         let table = units.grad(0).view_mut(&self.layout.embed);
-        dev.embed_grad(&batch.token_ids, parts.grads.x.view(d), table);
+        dev.embed_grad(part.token_ids, parts.grads.x.view(d), table);
         units.close(0);
     }
 
@@ -177,28 +186,30 @@ impl PackedPolicy {
     /// The head: its weight's gradient, and that of the target rows' hidden state.
     pub(super) fn head_backward(
         &self,
-        (batch, arena): (&TrainBatch, &mut TrainArena),
+        (part, arena): (&Part<'_>, &mut TrainArena),
         outputs: OutputGrads<'_>,
         units: &mut dyn BackwardUnits,
     ) {
-        let (dev, last, len) = (&*self.dev, self.layout.final_unit(), batch.num_targets() * self.dims.model);
+        let (dev, last, len) = (&*self.dev, self.layout.final_unit(), part.num_targets() * self.dims.model);
         let mut d_hidden = std::mem::take(&mut arena.targets.d_hidden);
         match outputs {
             OutputGrads::LogProbs { d_log_probs, d_entropies, temperature } => {
-                assert_eq!(d_log_probs.len(), batch.num_targets(), "one gradient per target row");
+                assert_eq!(d_log_probs.len(), part.num_all_targets(), "one gradient per target row");
                 let (unit, range) = self.lm_head_place();
-                let forward = self.target_head(batch, arena, temperature);
+                let forward = self.target_head(part, arena, temperature);
+                let (d_log_probs, d_entropies) = (&part.pick(d_log_probs, 1), &part.pick(d_entropies, 1));
                 let (masters, grads) = units.open(unit);
                 let args = LmHeadGrad { forward, weight: masters.view(range), d_log_probs, d_entropies };
                 dev.lm_head_grad(args, d_hidden.view_mut(len), grads.view_mut(range));
             }
             OutputGrads::Values { d_values } => {
-                assert_eq!(d_values.len(), batch.num_targets(), "one gradient per target row");
+                assert_eq!(d_values.len(), part.num_all_targets(), "one gradient per target row");
+                let d_values = part.pick(d_values, 1);
                 let HeadRanges::Scalar(range) = &self.layout.head else {
                     panic!("{}: a model with an LM head has no values", self.config.file().display());
                 };
                 let (packed, targets) = (self.scalar_head(), &mut arena.targets);
-                dev.write(targets.scalars.view_mut(d_values.len()), d_values);
+                dev.write(targets.scalars.view_mut(d_values.len()), &d_values);
                 let dy = targets.scalars.view(d_values.len());
                 let (masters, grads) = units.open(last);
                 let mut unit = UnitGrad { dev, masters, grads };
@@ -209,8 +220,8 @@ impl PackedPolicy {
     }
 
     /// The final norm over the target rows, whose gradients then start the residual stream's.
-    fn final_norm_backward(&self, batch: &TrainBatch, arena: &mut TrainArena, grads: &mut Unit) {
-        let (dev, d, r) = (&*self.dev, self.dims.model, batch.num_targets());
+    fn final_norm_backward(&self, part: &Part<'_>, arena: &mut TrainArena, grads: &mut Unit) {
+        let (dev, d, r) = (&*self.dev, self.dims.model, part.num_targets());
         let targets = &mut arena.targets;
         dev.fill(targets.d_x.view_mut(r * d), 0.0);
         let args = NormGrad {
@@ -222,8 +233,8 @@ impl PackedPolicy {
         };
         let d_weight = grads.view_mut(&self.layout.final_norm);
         dev.rms_norm_grad(args, targets.d_x.view_mut(r * d), d_weight);
-        let len = batch.num_rows() * d;
+        let len = part.num_rows() * d;
         dev.fill(arena.grads.x.view_mut(len), 0.0);
-        dev.scatter_add_rows(targets.d_x.view(r * d), &batch.target_rows, d, arena.grads.x.view_mut(len));
+        dev.scatter_add_rows(targets.d_x.view(r * d), &part.target_rows, d, arena.grads.x.view_mut(len));
     }
 }

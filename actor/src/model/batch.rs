@@ -6,6 +6,7 @@
 //! its own, into which the keys and values of the shared rows are written as well.
 
 use super::layer::Rows;
+use super::sequence::Part;
 use temper_tensor::SeqSpan;
 
 /// Slots in a block of the training cache; the smallest, so that little is written twice.
@@ -195,8 +196,14 @@ pub(super) struct SpanLists<'a> {
 }
 
 impl SpanLists<'_> {
-    /// The rows of `batch`, whose lists these are.
-    pub fn rows<'a>(&'a self, batch: &'a TrainBatch) -> Rows<'a> {
-        Rows { positions: &batch.positions, spans: &self.spans, appends: &self.appends, prefixes: &self.prefixes }
+    /// The rows of `part`, whose batch these lists are of.
+    pub fn rows<'a>(&'a self, part: &'a Part<'_>) -> Rows<'a> {
+        Rows {
+            positions: part.positions,
+            spans: &self.spans,
+            appends: &self.appends,
+            prefixes: &self.prefixes,
+            turn: part.turn.as_ref(),
+        }
     }
 }

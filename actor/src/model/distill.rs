@@ -4,6 +4,7 @@ use super::arena::TrainArena;
 use super::backward::Below;
 use super::batch::TrainBatch;
 use super::packed::PackedPolicy;
+use super::sequence::Part;
 use super::train::Tape;
 use super::units::BackwardUnits;
 use temper_tensor::{DistillHead, DistillStats, Divergence, PackedLinear, View};
@@ -34,8 +35,8 @@ impl PackedPolicy {
     /// # Panics
     /// If ids or positions are out of range, or the model has no LM head.
     pub fn teach<'a>(&'a self, batch: &TrainBatch, arena: &'a mut TrainArena) -> TeacherRows<'a> {
-        self.forward_only(batch, arena);
-        let hidden = arena.targets.hidden.view(batch.num_targets() * self.dims.model);
+        let part = self.forward_only(batch, arena);
+        let hidden = arena.targets.hidden.view(part.num_targets() * self.dims.model);
         TeacherRows { hidden, head: self.lm_head() }
     }
 
@@ -50,8 +51,8 @@ impl PackedPolicy {
         units: &mut dyn BackwardUnits,
     ) -> DistillStats {
         let mut stats = DistillStats::default();
-        self.backward_through(tape, units, |batch, arena, units| {
-            stats = self.divergence_backward((batch, arena), loss, units);
+        self.backward_through(tape, units, |part, arena, units| {
+            stats = self.divergence_backward((part, arena), loss, units);
             Below::Gradients
         });
         stats
@@ -59,12 +60,12 @@ impl PackedPolicy {
 
     fn divergence_backward(
         &self,
-        (batch, arena): (&TrainBatch, &mut TrainArena),
+        (part, arena): (&Part<'_>, &mut TrainArena),
         loss: Distillation<'_>,
         units: &mut dyn BackwardUnits,
     ) -> DistillStats {
-        assert_eq!(loss.weights.len(), batch.num_targets(), "one weight per target row");
-        let len = batch.num_targets() * self.dims.model;
+        assert_eq!(loss.weights.len(), part.num_all_targets(), "one weight per target row");
+        let len = part.num_targets() * self.dims.model;
         let mut d_hidden = std::mem::take(&mut arena.targets.d_hidden);
         let (unit, range) = self.lm_head_place();
         let (masters, grads) = units.open(unit);
@@ -77,10 +78,11 @@ impl PackedPolicy {
             masked_ids: self.masked_ids(),
             temperature: loss.temperature,
             divergence: loss.divergence,
-            weights: loss.weights,
+            weights: &part.pick(loss.weights, 1),
         };
         let stats = self.dev.lm_head_distill(args, d_hidden.view_mut(len), grads.view_mut(range));
         arena.targets.d_hidden = d_hidden;
-        stats
+        let DistillStats { divergences, reverse_kls } = stats;
+        DistillStats { divergences: part.join(divergences, 1), reverse_kls: part.join(reverse_kls, 1) }
     }
 }

@@ -3,6 +3,7 @@
 use super::layer::{AttendBuffers, ExpandBuffers, Rows};
 use super::packed::PackedPolicy;
 use super::scratch::GrowBuffer;
+use super::sequence::Turned;
 use temper_tensor::{KvCache, LmHead, SampleRow, Sampled, SeqSpan, TokenStats, View};
 
 /// Rows of one step, of any mix of sequences: decodes (one row), chunks of prompts, drafts to verify.
@@ -35,6 +36,8 @@ pub struct Workspace {
     pub(super) gate_up: GrowBuffer,
     /// `silu(gate) * up`, `[T, F]`.
     pub(super) act: GrowBuffer,
+    /// All rows for own heads, where rows are divided over a group.
+    pub(super) turned: Turned,
     /// Final-normed rows, `[T, D]`.
     hidden: GrowBuffer,
     /// Chosen rows of `hidden`.
@@ -45,6 +48,13 @@ impl Workspace {
     /// An empty workspace; it takes memory at its first pass.
     pub fn new() -> Self {
         Workspace::default()
+    }
+
+    /// Elements that are allocated.
+    pub(super) fn len(&self) -> usize {
+        let own = [&self.x, &self.normed, &self.qkv, &self.heads, &self.attn, &self.gate_up, &self.act];
+        let all = own.into_iter().chain([&self.hidden, &self.picked]);
+        all.map(GrowBuffer::capacity).sum::<usize>() + self.turned.len()
     }
 
     /// Reserve what every kind of pass over `rows` rows needs.
@@ -73,7 +83,8 @@ impl PackedPolicy {
         workspace.hidden.reserve(dev, t * d);
         workspace.rows = t;
         dev.embed(batch.token_ids, self.embed.all(), self.dtype, workspace.x.view_mut(t * d));
-        let rows = Rows { positions: batch.positions, spans: batch.spans, appends: batch.spans, prefixes: &[] };
+        let rows =
+            Rows { positions: batch.positions, spans: batch.spans, appends: batch.spans, prefixes: &[], turn: None };
         for index in 0..self.layers.len() {
             self.run_layer(index, rows, (cache, index), workspace);
         }
@@ -92,6 +103,7 @@ impl PackedPolicy {
             heads: ws.heads.view_mut(t * dims.normed_heads()),
             attn: ws.attn.view_mut(t * dims.attn),
             lse: None,
+            turned: rows.turn.map(|_| &mut ws.turned),
         };
         self.attend(layer, ws.x.view(t * dims.model), rows, kv, attend);
         self.add_attention(layer, ws.attn.view(t * dims.attn), ws.x.view_mut(t * dims.model));

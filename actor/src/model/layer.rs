@@ -1,6 +1,7 @@
 //! The forward of one layer, in two halves, over buffers that the caller chose.
 
 use super::packed::{PackedLayer, PackedPolicy, PackedProjection};
+use super::sequence::{Turn, Turned};
 use temper_tensor::{HeadNorm, KvCache, NormShape, SeqSpan, Store, View, ViewMut};
 
 /// The rows of one pass.
@@ -14,10 +15,13 @@ pub(super) struct Rows<'a> {
     pub appends: &'a [SeqSpan<'a>],
     /// Of each span, the rows at the slots before it; read by a backward alone.
     pub prefixes: &'a [&'a [u32]],
+    /// Where the rows are divided over a group: how they turn into heads. Positions are those of this rank's rows then,
+    /// and spans, appends and prefixes those of all rows.
+    pub turn: Option<&'a Turn>,
 }
 
 impl Rows<'_> {
-    /// T.
+    /// T, or this rank's part of it.
     pub fn len(&self) -> usize {
         self.positions.len()
     }
@@ -38,6 +42,8 @@ pub(super) struct AttendBuffers<'a> {
     pub attn: ViewMut<'a>,
     /// Log-sum-exp of the scores, `[T, H]`, where the backward needs it.
     pub lse: Option<ViewMut<'a>>,
+    /// Where the rows are divided over a group: all rows, own heads. The log-sum-exp is theirs then.
+    pub turned: Option<&'a mut Turned>,
 }
 
 /// Buffers of the feed-forward half up to the fused projection. Every one is overwritten.
@@ -79,9 +85,18 @@ impl PackedPolicy {
             None => buffers.qkv,
         };
         dev.rope(rotated.reborrow(), rows.positions, &self.rope, layer.shape);
-        dev.kv_append(rotated.as_view(), layer.shape, rows.appends, cache, kv_layer);
-        let out = (buffers.attn, buffers.lse);
-        dev.attention(rotated.as_view(), (cache, kv_layer), layer.shape, rows.spans, out);
+        let qkv = rotated.as_view();
+        match rows.turn.zip(buffers.turned) {
+            Some((turn, turned)) => {
+                let out = (buffers.attn, buffers.lse, turned);
+                turn.attend(dev, (qkv, layer.shape), rows, (cache, kv_layer), out);
+            }
+            None => {
+                dev.kv_append(qkv, layer.shape, rows.appends, cache, kv_layer);
+                let out = (buffers.attn, buffers.lse);
+                dev.attention(qkv, (cache, kv_layer), layer.shape, rows.spans, out);
+            }
+        }
     }
 
     /// `x += attn W_o^T`.

@@ -109,29 +109,23 @@ impl PackedPolicy {
         let (qkv_len, attn) = (t * dims.qkv, saved.attn.view(t * dims.attn));
         let dattn = grads.attn.view_mut(t * dims.attn);
         unit.project((&self.layout.layer.o, &layer.o), attn, grads.x.view(t * dims.model), dattn);
-        let raw = saved.qkv.view(qkv_len);
-        let head_norm = self.head_norm(layer, raw, t);
-        let qkv = match head_norm {
-            Some(args) => {
-                let rstd = grads.head_rstd.view_mut(t * (dims.heads + dims.kv_heads));
-                dev.head_norm(args, ws.heads.view_mut(qkv_len), Some(rstd));
-                dev.rope(ws.heads.view_mut(qkv_len), rows.positions, &self.rope, layer.shape);
-                ws.heads.view(qkv_len)
+        let head_norm = layer.qk_norm.as_ref().and_then(|_| self.head_norm(layer, saved.qkv.view(qkv_len), t));
+        if let Some(args) = head_norm {
+            let rstd = grads.head_rstd.view_mut(t * (dims.heads + dims.kv_heads));
+            dev.head_norm(args, ws.heads.view_mut(qkv_len), Some(rstd));
+        }
+        match rows.turn {
+            Some(turn) => turn.attend_backward((dev, layer.shape), rows, (cache, index), (saved, &mut *grads)),
+            None => {
+                let qkv = if head_norm.is_some() {
+                    dev.rope(ws.heads.view_mut(qkv_len), rows.positions, &self.rope, layer.shape);
+                    ws.heads.view(qkv_len)
+                } else {
+                    saved.qkv.view(qkv_len)
+                };
+                self.own_attention_backward(qkv, rows, (cache, index), (saved, &mut *grads));
             }
-            None => raw,
-        };
-        let args = AttentionGrad {
-            qkv,
-            out: attn,
-            lse: saved.lse.view(t * dims.heads),
-            dout: grads.attn.view(t * dims.attn),
-            cache,
-            layer: index,
-            spans: rows.spans,
-            prefixes: rows.prefixes,
-            shape: layer.shape,
-        };
-        dev.attention_grad(args, grads.qkv.view_mut(qkv_len));
+        }
         dev.rope_grad(grads.qkv.view_mut(qkv_len), rows.positions, &self.rope, layer.shape);
         if let (Some(args), Some((q_range, k_range))) = (head_norm, &self.layout.layer.qk_norm) {
             let ranges = [q_range.clone(), k_range.clone()];
@@ -139,5 +133,29 @@ impl PackedPolicy {
             let grad = HeadNormGrad { dqkv: grads.qkv.view_mut(qkv_len), dq_weight, dk_weight };
             dev.head_norm_grad(args, grads.head_rstd.view(t * (dims.heads + dims.kv_heads)), grad);
         }
+    }
+
+    /// Attention over rows that are all here: from the gradient of its outputs in `grads.attn` to that of the rotated
+    /// projections `qkv`, which is left in `grads.qkv`.
+    fn own_attention_backward(
+        &self,
+        qkv: View<'_>,
+        rows: Rows<'_>,
+        (cache, index): (&KvCache, usize),
+        (saved, grads): (&SavedLayer, &mut GradBuffers),
+    ) {
+        let (dims, t) = (self.dims, rows.len());
+        let args = AttentionGrad {
+            qkv,
+            out: saved.attn.view(t * dims.attn),
+            lse: saved.lse.view(t * dims.heads),
+            dout: grads.attn.view(t * dims.attn),
+            cache,
+            layer: index,
+            spans: rows.spans,
+            prefixes: rows.prefixes,
+            shape: self.layers[index].shape,
+        };
+        self.dev.attention_grad(args, grads.qkv.view_mut(t * dims.qkv));
     }
 }

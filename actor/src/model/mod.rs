@@ -32,6 +32,7 @@ mod packed;
 mod params;
 mod params_io;
 mod scratch;
+mod sequence;
 mod train;
 mod units;
 
@@ -45,5 +46,6 @@ pub use hash::WeightHasher;
 pub use layout::TensorSlot;
 pub use packed::PackedPolicy;
 pub use params::{ParamStore, Unit};
+pub use sequence::{SequenceExchange, sequence_parallel_problem};
 pub use train::Tape;
 pub use units::{BackwardUnits, UnitShapes, WholeUnits};

@@ -12,11 +12,16 @@ impl GrowBuffer {
     /// Make sure that `len` elements fit. Growth is by an eighth at least, so that a batch that grows by one row a step
     /// rarely allocates.
     pub fn reserve(&mut self, dev: &dyn Device, len: usize) {
-        let capacity = self.buffer.as_ref().map_or(0, Buffer::len);
+        let capacity = self.capacity();
         if self.buffer.is_none() || capacity < len {
             self.buffer = None;
             self.buffer = Some(dev.zeros(len.max(capacity + capacity / 8)));
         }
+    }
+
+    /// Elements that are allocated.
+    pub fn capacity(&self) -> usize {
+        self.buffer.as_ref().map_or(0, Buffer::len)
     }
 
     /// The first `len` elements, to read.

@@ -123,8 +123,8 @@ impl PackedPolicy {
         if outputs.are_zero() {
             return self.visit_units(units);
         }
-        self.backward_through(tape, units, |batch, arena, units| {
-            self.head_backward((batch, arena), outputs, units);
+        self.backward_through(tape, units, |part, arena, units| {
+            self.head_backward((part, arena), outputs, units);
             Below::Gradients
         });
     }

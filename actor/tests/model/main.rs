@@ -7,5 +7,6 @@ mod bitwise;
 mod distill;
 mod gradients;
 mod parity;
+mod sequence;
 mod shared;
 mod support;

@@ -128,6 +128,27 @@ impl Collective {
         })
     }
 
+    /// Give `parts[r]` to rank r; what every rank gave this one, in rank order, `lens[r]` elements of rank r.
+    ///
+    /// # Errors
+    /// A lost rank, ranks that disagree about a length, or not one part and one length per rank.
+    pub fn all_to_all<T: Element>(&self, mut parts: Vec<Vec<T>>, lens: &[usize]) -> Result<Vec<Vec<T>>> {
+        self.run(Operation::AllToAll, |turn| {
+            let (world, own) = (self.world(), self.rank);
+            if parts.len() != world || lens.len() != world || parts[own].len() != lens[own] {
+                let (given, asked) = (parts.len(), lens.len());
+                let problem = format!("{given} parts and {asked} lengths: expected {world} each, this rank's alike");
+                return Err(Error::invalid(Operation::AllToAll, problem));
+            }
+            turn.for_others(|turn, peer| turn.send(peer, std::mem::take(&mut parts[peer])))?;
+            turn.for_others(|turn, peer| {
+                parts[peer] = turn.receive(peer, Some(lens[peer]))?;
+                Ok(())
+            })?;
+            Ok(parts)
+        })
+    }
+
     /// Leave in `buffer[ranges[rank]]` the sum over all ranks, added in rank order; the rest of `buffer` stays.
     ///
     /// # Errors

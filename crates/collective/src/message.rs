@@ -17,17 +17,20 @@ pub enum Operation {
     Barrier,
     /// One rank to another.
     PointToPoint,
+    /// Everyone gives everyone a part of its own.
+    AllToAll,
 }
 
 impl Operation {
     /// All of them.
-    pub const ALL: [Operation; 6] = [
+    pub const ALL: [Operation; 7] = [
         Operation::AllGather,
         Operation::ReduceScatter,
         Operation::AllReduce,
         Operation::Broadcast,
         Operation::Barrier,
         Operation::PointToPoint,
+        Operation::AllToAll,
     ];
 
     /// Its name, as in metrics.
@@ -39,6 +42,7 @@ impl Operation {
             Operation::Broadcast => "broadcast",
             Operation::Barrier => "barrier",
             Operation::PointToPoint => "point_to_point",
+            Operation::AllToAll => "all_to_all",
         }
     }
 

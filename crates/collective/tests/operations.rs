@@ -97,6 +97,13 @@ fn check(kind: Kind, world: usize, len: usize, seed: usize) {
         let lists = ranks.all_gather_lists(&contribution(rank, rank * len % 13)).expect("gathered");
         (0..world).for_each(|peer| assert_eq!(bits(&lists[peer]), bits(&contribution(peer, peer * len % 13))));
 
+        // Rank r gives rank p a list of (r + 2p) * len % 11 numbers.
+        let list = |from: usize, to: usize| contribution(from + 10 * to, (from + 2 * to) * len % 11);
+        let parts = (0..world).map(|peer| list(rank, peer)).collect();
+        let lens: Vec<usize> = (0..world).map(|peer| list(peer, rank).len()).collect();
+        let given = ranks.all_to_all(parts, &lens).expect("exchanged");
+        (0..world).for_each(|peer| assert_eq!(bits(&given[peer]), bits(&list(peer, rank))));
+
         let mut wide: Vec<f64> = contribution(rank, len).iter().map(|x| f64::from(*x)).collect();
         ranks.all_reduce(&mut wide).expect("reduced");
         let all: Vec<Vec<f32>> = (0..world).map(|r| contribution(r, len)).collect();
@@ -162,6 +169,8 @@ fn the_bytes_counted_are_those_of_the_formula() {
                 ranks.all_reduce(&mut values).expect("reduced");
                 ranks.broadcast(&mut values, 0).expect("sent");
                 ranks.barrier().expect("all are here");
+                let parts = ranges.iter().map(|range| values[range.clone()].to_vec()).collect();
+                ranks.all_to_all(parts, &vec![own; world]).expect("exchanged");
                 let counts = ranks.counts().since(&before);
                 let moved = |operation| {
                     let counter = counts.of(operation);
@@ -175,6 +184,7 @@ fn the_bytes_counted_are_those_of_the_formula() {
                 assert_eq!(moved(Operation::AllReduce), (both, both));
                 assert_eq!(moved(Operation::Broadcast), if rank == 0 { (others * len, 0) } else { (0, len) });
                 assert_eq!(moved(Operation::Barrier), (0, 0));
+                assert_eq!(moved(Operation::AllToAll), (rest, others * own));
             });
         }
     }
@@ -271,6 +281,14 @@ fn ranks_that_disagree_are_told() {
         ranks.broadcast(&mut values, 0).and_then(|()| ranks.barrier()).expect_err("other lengths")
     });
     assert!(errors[1].to_string().contains("got") || errors[1].to_string().contains("sent"), "{}", errors[1]);
+    // Rank 0 gives rank 1 three numbers, of which that one expects four.
+    let errors = on_all(Kind::Threads, 2, TIMEOUT, |ranks| {
+        let lens = [3 + ranks.rank(); 2];
+        let parts = lens.map(|len| vec![1.0f32; len]).to_vec();
+        ranks.all_to_all(parts, &lens).and_then(|_| ranks.barrier()).expect_err("other lengths")
+    });
+    let text = errors[1].to_string();
+    assert!(text.contains("(all_to_all) of 3 x f32: expected operation 0 (all_to_all) of 4 x f32"), "{text}");
 }
 
 #[test]
@@ -279,6 +297,9 @@ fn arguments_that_cannot_be_right_are_refused() {
     let error = ranks.subgroup(&[0, 0], 0).expect_err("twice the same");
     assert!(error.to_string().contains("ascending ranks below 1"), "{error}");
     assert!(ranks.subgroup(&[], 0).expect_err("empty").to_string().contains("rank 0 to be in it"));
+    let alone = connect_threads(1, TIMEOUT).remove(0);
+    let error = alone.all_to_all(vec![vec![0.0f32]; 2], &[1]).expect_err("two parts");
+    assert!(error.to_string().contains("2 parts and 1 lengths: expected 1 each"), "{error}");
     let error = ranks.all_gather(&mut [0.0f32; 4], std::slice::from_ref(&(0..5))).expect_err("too long");
     assert!(error.to_string().contains("within 4 elements"), "{error}");
     assert!(ranks.barrier().is_err(), "it gave up");
