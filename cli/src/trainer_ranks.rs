@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use temper_collective::reshard::Layout;
 use temper_proto::TrainerService;
+use temper_rollout::WeightTransport;
 use temper_tensor::Device;
 use temper_trainer::{LocalTrainerService, Sharding, SharedPolicy, Trainer, TrainerGroup, load_local_ranks};
 use temper_types::{DType, PolicyVersion};
@@ -38,6 +39,16 @@ pub fn layout(placement: &Placement) -> Layout {
         ShardingKind::Zero1 | ShardingKind::Zero2 => Layout::Replicated { world },
         ShardingKind::Zero3 => Layout::Fsdp { world, shards: world },
         ShardingKind::Hybrid => Layout::Fsdp { world, shards: placement.shard_size },
+    }
+}
+
+/// Let engines of other processes on this host read the masters where they lie, unless `placement` wants gRPC; where
+/// `share` finds that there is no such memory, which is said, they come by gRPC too.
+pub fn share_masters(placement: &Placement, share: impl FnOnce() -> Result<(), temper_trainer::Error>) {
+    if placement.weight_transport == WeightTransport::Auto
+        && let Err(error) = share()
+    {
+        tracing::warn!(%error, "engines get new weights by gRPC");
     }
 }
 

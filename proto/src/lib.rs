@@ -38,5 +38,5 @@ pub use trainer::{
     GlobalCounts, LogProbs, MiniBatch, OptimizerConfig, PolicyRole, StageSpec, TokenSequence, TrainRow, TrainerService,
     UpdateReport,
 };
-pub use weights::{SharedUnit, SharedWeights, WeightManifest, WeightRange, WeightService, WeightSink};
+pub use weights::{SharedUnit, SharedWeights, WEIGHT_PIECE, WeightManifest, WeightRange, WeightService, WeightSink};
 pub use worker::{Assignment, WorkerHello, WorkerId, WorkerRegistry, WorkerRole};

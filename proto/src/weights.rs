@@ -3,6 +3,9 @@
 use crate::ServiceResult;
 use temper_types::PolicyVersion;
 
+/// Elements that are handed on at once: 8 KiB, which stay in the nearest cache until they are written and hashed.
+pub const WEIGHT_PIECE: usize = 1 << 11;
+
 /// What a holder of weights has: the canonical order of the parameters.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WeightManifest {

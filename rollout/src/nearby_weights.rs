@@ -9,13 +9,10 @@ use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use temper_proto::{
-    ServiceError, ServiceResult, SharedWeights, WeightManifest, WeightRange, WeightService, WeightSink,
+    ServiceError, ServiceResult, SharedWeights, WEIGHT_PIECE, WeightManifest, WeightRange, WeightService, WeightSink,
 };
 use temper_tensor::{SharedPlace, SharedReader};
 use temper_types::{ErrorCode, PolicyVersion};
-
-/// Elements that are copied at once: 8 KiB, which stay in the nearest cache until they are written and hashed.
-const PIECE: u64 = 1 << 11;
 
 /// How new weights come to an engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, schemars::JsonSchema)]
@@ -155,11 +152,11 @@ fn copy(
     ranges: &[WeightRange],
     sink: WeightSink<'_>,
 ) -> ServiceResult<()> {
-    let mut values = vec![0.0; PIECE as usize];
+    let mut values = vec![0.0; WEIGHT_PIECE];
     for range in ranges {
         let begin = place_of(weights, range).ok_or_else(|| outside(range))?;
-        for start in (0..range.len).step_by(PIECE as usize) {
-            let values = &mut values[..PIECE.min(range.len - start) as usize];
+        for start in (0..range.len).step_by(WEIGHT_PIECE) {
+            let values = &mut values[..(WEIGHT_PIECE as u64).min(range.len - start) as usize];
             let unreadable = |error| ServiceError::new(ErrorCode::DataLoss, "trainer", "shared", error);
             reader.read(begin + start * size_of::<f32>() as u64, values).map_err(unreadable)?;
             sink(values)?;

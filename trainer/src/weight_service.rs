@@ -2,12 +2,9 @@
 
 use crate::{Error, LocalTrainerService, Trainer};
 use temper_proto::{
-    ServiceError, ServiceResult, SharedWeights, WeightManifest, WeightRange, WeightService, WeightSink,
+    ServiceError, ServiceResult, SharedWeights, WEIGHT_PIECE, WeightManifest, WeightRange, WeightService, WeightSink,
 };
 use temper_types::{ErrorCode, PolicyVersion};
-
-/// Elements that are read at once: 8 KiB, which stay in the nearest cache until they are written and hashed.
-const PIECE: u64 = 1 << 11;
 
 /// Each piece is read under the trainer's lock, so that an update may come between two pieces: the receiver's hash
 /// finds that.
@@ -29,8 +26,8 @@ impl WeightService for LocalTrainerService {
     fn pull(&self, version: PolicyVersion, ranges: &[WeightRange], sink: WeightSink<'_>) -> ServiceResult<()> {
         let mut values = Vec::new();
         for range in ranges {
-            for start in (0..range.len).step_by(PIECE as usize) {
-                let len = PIECE.min(range.len - start);
+            for start in (0..range.len).step_by(WEIGHT_PIECE) {
+                let len = (WEIGHT_PIECE as u64).min(range.len - start);
                 let piece = WeightRange { unit: range.unit, start: range.start.saturating_add(start), len };
                 read(&self.lock(), version, piece, &mut values)?;
                 sink(&values)?;

@@ -21,7 +21,7 @@ use temper_proto::{
     Assignment, ScalarModelService, ServiceResult, TrainerService, WeightService, WorkerHello, WorkerRegistry,
     WorkerRole,
 };
-use temper_rollout::{LocalRolloutService, Sources, SyncedRolloutService, WeightReceiver, WeightTransport};
+use temper_rollout::{LocalRolloutService, Sources, SyncedRolloutService, WeightReceiver};
 use temper_tensor::Device;
 use temper_trainer::{LocalTrainerService, ProcessRole, ProcessShare, Ranks, Trainer, TrainerGroup};
 use temper_types::{DType, ErrorCode, PolicyVersion};
@@ -281,11 +281,7 @@ impl Joined<'_> {
         let ranks = if self.assignment.world > 1 { Some(self.meet(&recipe.placement)?) } else { None };
         let mut trainer = Trainer::load_rank(Arc::clone(device), (model_dir, *dtype), masked, ranks)?;
         trainer.save_non_finite_to(Path::new(&self.assignment.run_dir).join("non_finite"));
-        if recipe.placement.weight_transport == WeightTransport::Auto
-            && let Err(error) = trainer.share_masters()
-        {
-            tracing::warn!(%error, "engines get new weights by gRPC");
-        }
+        trainer_ranks::share_masters(&recipe.placement, || trainer.share_masters());
         Ok(trainer)
     }
 

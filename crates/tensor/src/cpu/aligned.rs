@@ -7,7 +7,8 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 const CACHE_LINE_BYTES: usize = 64;
-const HUGE_PAGE_BYTES: usize = 2 << 20;
+/// Bytes of a huge page.
+pub(crate) const HUGE_PAGE_BYTES: usize = 2 << 20;
 /// From here on memory is mapped, not allocated: it is zero without being touched, so that a page costs nothing until
 /// it is used. The system's allocator would map it anew each time as well.
 #[cfg(target_os = "linux")]

@@ -1,5 +1,6 @@
 //! Anonymous files in memory, seals and maps of Linux.
 
+use crate::cpu::HUGE_PAGE_BYTES;
 use std::ffi::{CStr, c_int};
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, ErrorKind};
@@ -14,7 +15,6 @@ const NAME: &CStr = c"temper-buffers";
 const LINK: &str = "/memfd:temper-buffers (deleted)";
 /// The length stays, nobody gets to write who does not already, and none of that changes again.
 const SEALS: c_int = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_FUTURE_WRITE | libc::F_SEAL_SEAL;
-const HUGE_PAGE_BYTES: usize = 2 << 20;
 /// Advice to put what is there on huge pages now, whatever the system does by itself (Linux 6.1).
 const MADV_COLLAPSE: c_int = 25;
 

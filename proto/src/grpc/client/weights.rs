@@ -3,13 +3,12 @@
 use crate::grpc::convert::{version_from_wire, version_to_wire};
 use crate::grpc::v1::weight_service_client::WeightServiceClient;
 use crate::grpc::{Endpoint, v1};
-use crate::{ServiceError, ServiceResult, SharedWeights, WeightManifest, WeightRange, WeightService, WeightSink};
+use crate::{
+    ServiceError, ServiceResult, SharedWeights, WEIGHT_PIECE, WeightManifest, WeightRange, WeightService, WeightSink,
+};
 use temper_types::{ErrorCode, PolicyVersion};
 use tonic::Status;
 use tonic::transport::Channel;
-
-/// Elements that are handed on at once: 8 KiB, which stay in the nearest cache until they are written and hashed.
-const PIECE: usize = 1 << 11;
 
 /// [`WeightService`] of another process.
 #[derive(Debug)]
@@ -59,14 +58,14 @@ impl WeightService for WeightClient {
         let mut refused = None;
         let received = self.endpoint.call(call, message, |request| async {
             let mut stream = client.pull(request).await?.into_inner();
-            let (mut values, mut received) = (vec![0.0; PIECE], 0u64);
+            let (mut values, mut received) = (vec![0.0; WEIGHT_PIECE], 0u64);
             'stream: while let Some(chunk) = stream.message().await? {
                 let (words, rest) = chunk.data.as_chunks::<4>();
                 if !rest.is_empty() || received + words.len() as u64 > expected {
                     return Err(Status::data_loss("a chunk of weights is cut or beyond what was asked for"));
                 }
                 received += words.len() as u64;
-                for words in words.chunks(PIECE) {
+                for words in words.chunks(WEIGHT_PIECE) {
                     let values = &mut values[..words.len()];
                     values.iter_mut().zip(words).for_each(|(value, word)| *value = f32::from_le_bytes(*word));
                     if let Err(error) = sink(values) {

@@ -2,6 +2,7 @@
 
 use super::{Bench, median_seconds};
 use crate::plan::Link;
+use crate::trainer_ranks;
 use anyhow::{Context, Result};
 use std::net::TcpListener;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -10,7 +11,7 @@ use temper_actor::{CheckpointReader, PackedPolicy, ParamStore, UnitShapes};
 use temper_collective::{Collective, SocketConfig, connect, connect_threads, shard_ranges};
 use temper_proto::TrainerService;
 use temper_proto::grpc::{Endpoint, GrpcRuntime, ServedServices, TransportConfig, WeightClient, WeightServer, serve};
-use temper_rollout::{Sources, WeightReceiver, WeightTransport};
+use temper_rollout::{Sources, WeightReceiver};
 use temper_trainer::LocalTrainerService;
 use temper_types::PolicyVersion;
 
@@ -92,13 +93,10 @@ pub(super) fn sync(bench: &Bench<'_>, trainer: &Arc<LocalTrainerService>) -> Res
     let model = &bench.planned.config;
     let params = ParamStore::load(&*bench.device, model, &CheckpointReader::open(bench.model_dir)?)?;
     let policy = Arc::new(RwLock::new(PackedPolicy::new(&bench.device, &params, model, bench.dtype)));
-    let transport = bench.planned.recipe.placement.weight_transport;
-    if transport == WeightTransport::Auto
-        && let Err(error) = trainer.share_masters()
-    {
-        tracing::warn!(%error, "engines get new weights by gRPC");
-    }
-    let sources = Sources { transport, ..Sources::one(Arc::new(WeightClient::new(endpoint))) };
+    let placement = &bench.planned.recipe.placement;
+    trainer_ranks::share_masters(placement, || trainer.share_masters());
+    let sources =
+        Sources { transport: placement.weight_transport, ..Sources::one(Arc::new(WeightClient::new(endpoint))) };
     let receiver =
         WeightReceiver::new(Arc::clone(&bench.device), Arc::clone(&policy), params, sources, "engine".to_owned());
     let mut number = 0;
