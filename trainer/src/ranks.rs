@@ -9,7 +9,7 @@
 //!
 //! The packed weights that engines and forwards read are whole, once per process. Beside its shards a rank holds, while
 //! a backward runs, the gradient of the unit at work (and that of the embedding table throughout) and, where masters
-//! are sharded, the same units' masters.
+//! are sharded, the same units' masters and what has arrived of the next unit's.
 
 use crate::Error;
 use crate::sequence::SequenceGroup;
@@ -18,7 +18,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use temper_actor::PackedPolicy;
-use temper_collective::{Collective, Counts, Operation, shard_ranges};
+use temper_collective::{Collective, Counts, Gathering, Operation, shard_ranges};
 
 /// What of a model is divided over ranks. All of them give the same bits in a world of one size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,6 +74,8 @@ pub struct Ranks {
     world: Collective,
     /// The ranks that hold one copy together.
     shards: Collective,
+    /// The same ranks, for gathers that are under way while they do something else.
+    ahead: Collective,
     /// The ranks that hold the same shard.
     replicas: Collective,
     /// The ranks that share the rows of every micro-batch with this one, where there are any.
@@ -101,10 +103,11 @@ impl Ranks {
             return Err(Error::invalid("shard_size", problem));
         }
         let first = rank / num_shards * num_shards;
-        let shards = world.subgroup(&(first..first + num_shards).collect::<Vec<_>>(), 1)?;
+        let copy: Vec<usize> = (first..first + num_shards).collect();
+        let (shards, ahead) = (world.subgroup(&copy, 1)?, world.subgroup(&copy, 3)?);
         let replicas = world.subgroup(&(rank % num_shards..size).step_by(num_shards).collect::<Vec<_>>(), 2)?;
         let num_passes = AtomicU64::new(0);
-        Ok(Ranks { sharding, world, shards, replicas, sequence: None, role, share, num_passes })
+        Ok(Ranks { sharding, world, shards, ahead, replicas, sequence: None, role, share, num_passes })
     }
 
     /// This rank's number.
@@ -157,6 +160,17 @@ impl Ranks {
     pub(crate) fn gather(&self, values: &mut [f32]) -> Result<(), Error> {
         let ranges = shard_ranges(values.len(), self.shards.world());
         Ok(self.shards.all_gather(values, &ranges)?)
+    }
+
+    /// Send `own`, this rank's part of values that [`Ranks::end_gather`] fills in, and go on.
+    pub(crate) fn begin_gather(&self, own: &[f32]) -> Result<Gathering, Error> {
+        Ok(self.ahead.begin_all_gather(own)?)
+    }
+
+    /// As [`Ranks::gather`], for what was begun; gathers end in the order in which they began.
+    pub(crate) fn end_gather(&self, begun: Gathering, values: &mut [f32]) -> Result<(), Error> {
+        let ranges = shard_ranges(values.len(), self.ahead.world());
+        Ok(self.ahead.end_all_gather(begun, values, &ranges)?)
     }
 
     /// Add up every rank's `values`, in rank order: all of them where gradients are whole, else this rank's part.

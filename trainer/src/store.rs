@@ -3,6 +3,7 @@
 use crate::{Error, Ranks};
 use std::ops::Range;
 use temper_actor::{ParamStore, Unit, UnitShapes};
+use temper_collective::Gathering;
 use temper_tensor::{Buffer, Device, View, ViewMut};
 
 /// Masters, gradients or moments.
@@ -37,6 +38,57 @@ impl std::ops::Deref for UnitRef<'_> {
             UnitRef::Gathered(unit) => unit,
         }
     }
+}
+
+/// A unit that is being gathered, or was there.
+#[derive(Debug)]
+pub(crate) struct BegunUnit {
+    index: usize,
+    gathering: Option<Gathering>,
+}
+
+impl BegunUnit {
+    /// Which one it is.
+    pub(crate) fn index(&self) -> usize {
+        self.index
+    }
+}
+
+/// See [`Store::units`].
+#[derive(Debug)]
+pub(crate) struct Units<'a> {
+    store: &'a Store,
+    on: (&'a dyn Device, Option<&'a Ranks>),
+    next: usize,
+    begun: Option<BegunUnit>,
+}
+
+impl<'a> Iterator for Units<'a> {
+    type Item = Result<UnitRef<'a>, Error>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let (index, num_units, (dev, ranks)) = (self.next, self.store.num_units(), self.on);
+        self.next += 1;
+        let begin = |index| self.store.begin_unit(dev, ranks, index);
+        let begun = match self.begun.take() {
+            None if index < num_units => begin(index),
+            begun => Ok(begun?),
+        };
+        let gathered = begun.and_then(|begun| {
+            if self.next < num_units {
+                self.begun = Some(begin(self.next)?);
+            }
+            self.store.end_unit(dev, ranks, begun)
+        });
+        if gathered.is_err() {
+            self.next = num_units;
+        }
+        Some(gathered)
+    }
+}
+
+fn unsharded() -> Error {
+    Error::invalid("a shard", "is held by a trainer without ranks")
 }
 
 impl Store {
@@ -177,21 +229,49 @@ impl Store {
         }
     }
 
-    /// Unit `index` in full. All ranks ask for the same units in the same order.
-    pub(crate) fn unit(&self, dev: &dyn Device, ranks: Option<&Ranks>, index: usize) -> Result<UnitRef<'_>, Error> {
-        match (self, ranks) {
-            (Store::Whole(store), _) => Ok(UnitRef::Held(store.unit(index))),
-            (Store::Shards(_), None) => Err(Error::invalid("a shard", "is held by a trainer without ranks")),
+    /// Begin to have unit `index` in full: where it is sharded, this rank's part goes to the others. All ranks begin the
+    /// same units in the same order, and end them in that order.
+    pub(crate) fn begin_unit(&self, dev: &dyn Device, ranks: Option<&Ranks>, index: usize) -> Result<BegunUnit, Error> {
+        let gathering = match (self, ranks) {
+            (Store::Whole(_), _) => None,
+            (Store::Shards(_), None) => return Err(unsharded()),
             (Store::Shards(shards), Some(ranks)) => {
+                let (_, buffer) = &shards.parts[index];
+                let mut own = vec![0.0; buffer.len()];
+                dev.read(buffer.all(), &mut own);
+                Some(ranks.begin_gather(&own)?)
+            }
+        };
+        Ok(BegunUnit { index, gathering })
+    }
+
+    /// A unit in full that was begun.
+    pub(crate) fn end_unit(
+        &self,
+        dev: &dyn Device,
+        ranks: Option<&Ranks>,
+        begun: BegunUnit,
+    ) -> Result<UnitRef<'_>, Error> {
+        let index = begun.index;
+        match (self, ranks, begun.gathering) {
+            (Store::Whole(store), ..) => Ok(UnitRef::Held(store.unit(index))),
+            (Store::Shards(shards), Some(ranks), Some(gathering)) => {
                 let mut values = vec![0.0; shards.shapes.unit_len(index)];
                 let (range, buffer) = &shards.parts[index];
                 dev.read(buffer.all(), &mut values[range.clone()]);
-                ranks.gather(&mut values)?;
+                ranks.end_gather(gathering, &mut values)?;
                 let mut unit = shards.shapes.zeros(dev, index);
                 dev.write(unit.buffer_mut().all_mut(), &values);
                 Ok(UnitRef::Gathered(unit))
             }
+            (Store::Shards(_), ..) => Err(unsharded()),
         }
+    }
+
+    /// All units in full, in order; while one is used the parts of the next are on their way. All ranks go through all
+    /// of them.
+    pub(crate) fn units<'a>(&'a self, dev: &'a dyn Device, ranks: Option<&'a Ranks>) -> Units<'a> {
+        Units { store: self, on: (dev, ranks), next: 0, begun: None }
     }
 
     /// Make the other ranks' parts of every unit those that they hold.
@@ -219,8 +299,8 @@ impl Store {
         }
         let shapes = self.shapes();
         let mut units = Vec::with_capacity(shapes.num_units());
-        for index in 0..shapes.num_units() {
-            if let UnitRef::Gathered(unit) = self.unit(dev, ranks, index)? {
+        for unit in self.units(dev, ranks) {
+            if let UnitRef::Gathered(unit) = unit? {
                 units.push(unit);
             }
         }
@@ -236,9 +316,7 @@ impl Store {
     ) -> Result<Option<R>, Error> {
         match ranks {
             Some(others) if others.rank() > 0 => {
-                for index in 0..self.num_units() {
-                    self.unit(dev, ranks, index)?;
-                }
+                self.units(dev, ranks).try_for_each(|unit| unit.map(drop))?;
                 Ok(None)
             }
             _ => self.with_whole(dev, ranks, then).map(Some),

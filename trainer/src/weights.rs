@@ -3,7 +3,7 @@
 use crate::optimizer::{self, Moments, StepSize};
 use crate::sequence::check_exchange;
 use crate::shared_masters::SharedMasters;
-use crate::store::{Store, UnitRef};
+use crate::store::{BegunUnit, Store, UnitRef};
 use crate::trainer::SharedPolicy;
 use crate::{Error, Ranks};
 use std::collections::BTreeMap;
@@ -59,8 +59,8 @@ pub(crate) fn load_store(
 pub(crate) fn content_hash(dev: &dyn Device, ranks: Option<&Ranks>, masters: &Store) -> Result<ContentHash, Error> {
     let mut hasher = WeightHasher::default();
     let is_first = ranks.is_none_or(|ranks| ranks.rank() == 0);
-    for index in 0..masters.num_units() {
-        let unit = masters.unit(dev, ranks, index)?;
+    for unit in masters.units(dev, ranks) {
+        let unit = unit?;
         if is_first {
             hasher.add(dev, &unit);
         }
@@ -83,11 +83,11 @@ pub(crate) fn pack(
     let packed = match masters {
         Store::Whole(store) => leads.then(|| PackedPolicy::new(dev, store, config, dtype)),
         Store::Shards(_) => {
-            let gathered = |index| match masters.unit(&**dev, ranks, index)? {
+            let gathered = |unit| match unit? {
                 UnitRef::Gathered(unit) => Ok(unit),
                 UnitRef::Held(_) => Err(Error::invalid("a shard", "is whole")),
             };
-            let mut units = (0..masters.num_units()).map(gathered);
+            let mut units = masters.units(&**dev, ranks).map(gathered);
             if leads {
                 Some(PackedPolicy::from_units(dev, config, dtype, units)?)
             } else {
@@ -116,8 +116,8 @@ pub(crate) fn repack(
 ) -> Result<(), Error> {
     let leads = ranks.is_none_or(Ranks::leads);
     let mut packed = leads.then(|| packed.write().unwrap_or_else(PoisonError::into_inner));
-    for index in 0..masters.num_units() {
-        let unit = masters.unit(dev, ranks, index)?;
+    for unit in masters.units(dev, ranks) {
+        let unit = unit?;
         if let Some(packed) = &mut packed {
             packed.repack_unit(&unit);
         }
@@ -234,6 +234,7 @@ fn sharded_norm(dev: &dyn Device, ranks: &Ranks, grads: &Store) -> Result<f64, E
 }
 
 /// What a backward reads and adds to: whole stores in place, or units that are gathered before use and reduced after.
+/// While a unit is used the parts of the one that comes next are on their way.
 pub(crate) struct Pass<'a> {
     dev: &'a dyn Device,
     ranks: Option<&'a Ranks>,
@@ -241,6 +242,7 @@ pub(crate) struct Pass<'a> {
     masters: &'a Store,
     grads: &'a mut Store,
     gathered: BTreeMap<usize, Unit>,
+    begun: Option<BegunUnit>,
     scratch: BTreeMap<usize, Unit>,
     error: Option<Error>,
 }
@@ -252,7 +254,7 @@ impl<'a> Pass<'a> {
         grads: &'a mut Store,
     ) -> Self {
         let (gathered, scratch) = Default::default();
-        Pass { dev, ranks, shapes: masters.shapes(), masters, grads, gathered, scratch, error: None }
+        Pass { dev, ranks, shapes: masters.shapes(), masters, grads, gathered, begun: None, scratch, error: None }
     }
 
     /// Whether every unit was shared, and all that was told on the way came.
@@ -273,7 +275,7 @@ impl<'a> Pass<'a> {
             return;
         }
         let unit = match self.error {
-            None => self.masters.unit(self.dev, self.ranks, index),
+            None => self.gather_ahead(index),
             Some(_) => Ok(UnitRef::Gathered(self.shapes.zeros(self.dev, index))),
         };
         let unit = match unit {
@@ -285,6 +287,22 @@ impl<'a> Pass<'a> {
             }
         };
         self.gathered.insert(index, unit);
+    }
+
+    /// Unit `index`, and the beginning of the next one: from the head's, layers follow from the last to the first.
+    fn gather_ahead(&mut self, index: usize) -> Result<UnitRef<'a>, Error> {
+        let (masters, dev, ranks) = (self.masters, self.dev, self.ranks);
+        let begun = match self.begun.take().filter(|begun| begun.index() == index) {
+            Some(begun) => begun,
+            None => masters.begin_unit(dev, ranks, index)?,
+        };
+        let last_layer = self.shapes.num_units() - 2;
+        let is_head = index == 0 || index > last_layer;
+        let next = if is_head { last_layer } else { index - 1 };
+        if next > 0 {
+            self.begun = Some(masters.begin_unit(dev, ranks, next)?);
+        }
+        masters.end_unit(dev, ranks, begun)
     }
 
     fn share(&mut self, ranks: &Ranks, index: usize) -> Result<(), Error> {

@@ -31,6 +31,13 @@ pub struct Collective {
     next: AtomicU64,
 }
 
+/// A gather of which this rank's part is on its way and the others' are not read yet.
+#[derive(Debug)]
+#[must_use = "the others' parts are read by `end_all_gather`"]
+pub struct Gathering {
+    sequence: u64,
+}
+
 /// What all groups of a rank share.
 #[derive(Debug)]
 struct Core {
@@ -113,6 +120,35 @@ impl Collective {
         self.run(Operation::AllGather, |turn| {
             turn.check_ranges(buffer.len(), ranges)?;
             turn.gather_ranges(buffer, ranges)
+        })
+    }
+
+    /// Begin an [`Collective::all_gather`] of which `own` is this rank's part, and do not wait for the others: what they
+    /// send arrives while something else is done. Operations of this group go on between this and
+    /// [`Collective::end_all_gather`] only if they are other gathers, which end in the order in which they began.
+    ///
+    /// # Errors
+    /// A lost rank.
+    pub fn begin_all_gather<T: Element>(&self, own: &[T]) -> Result<Gathering> {
+        let sequence = self.next_sequence();
+        self.run_at(sequence, Operation::AllGather, |turn| turn.send_to_others(|_| own.to_vec()))?;
+        Ok(Gathering { sequence })
+    }
+
+    /// Fill `buffer` with everyone's part: rank r gave `ranges[r]`, and this rank's is there already.
+    ///
+    /// # Errors
+    /// As [`Collective::all_gather`].
+    pub fn end_all_gather<T: Element>(
+        &self,
+        begun: Gathering,
+        buffer: &mut [T],
+        ranges: &[Range<usize>],
+    ) -> Result<()> {
+        self.run_at(begun.sequence, Operation::AllGather, |turn| {
+            turn.counter.num_calls = 0;
+            turn.check_ranges(buffer.len(), ranges)?;
+            turn.receive_ranges(buffer, ranges)
         })
     }
 
@@ -373,6 +409,10 @@ impl Turn<'_> {
     fn gather_ranges<T: Element>(&mut self, buffer: &mut [T], ranges: &[Range<usize>]) -> Result<()> {
         let own = &buffer[ranges[self.group.rank].clone()];
         self.send_to_others(|_| own.to_vec())?;
+        self.receive_ranges(buffer, ranges)
+    }
+
+    fn receive_ranges<T: Element>(&mut self, buffer: &mut [T], ranges: &[Range<usize>]) -> Result<()> {
         self.for_others(|turn, peer| {
             let part = &mut buffer[ranges[peer].clone()];
             part.copy_from_slice(&turn.receive(peer, Some(part.len()))?);

@@ -19,7 +19,7 @@ mod socket;
 mod threads;
 mod transport;
 
-pub use collective::Collective;
+pub use collective::{Collective, Gathering};
 pub use counters::{Counter, Counts};
 pub use error::{Error, Loss, Result};
 pub use message::{Element, Operation, Sum};

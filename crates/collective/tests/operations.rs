@@ -6,7 +6,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use temper_collective::{Collective, Error, Loss, Operation, SocketConfig, connect, connect_threads, shard_ranges};
+use temper_collective::{Collective, Counter, Error, Loss, Operation, SocketConfig, connect, connect_threads, shard_ranges};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -89,6 +89,18 @@ fn check(kind: Kind, world: usize, len: usize, seed: usize) {
 
         ranks.all_gather(&mut part, ranges).expect("gathered");
         assert_eq!(bits(&part), bits(expected));
+
+        let ahead = ranks.subgroup(&(0..world).collect::<Vec<_>>(), 9).expect("a group of all");
+        let begun = [0, 1].map(|_| ahead.begin_all_gather(&part[ranges[rank].clone()]).expect("sent"));
+        let mut meanwhile = contribution(rank, len);
+        ranks.all_reduce(&mut meanwhile).expect("reduced while gathers are under way");
+        assert_eq!(bits(&meanwhile), bits(expected));
+        for gathering in begun {
+            let mut gathered = vec![f32::NAN; len];
+            gathered[ranges[rank].clone()].copy_from_slice(&part[ranges[rank].clone()]);
+            ahead.end_all_gather(gathering, &mut gathered, ranges).expect("gathered");
+            assert_eq!(bits(&gathered), bits(expected));
+        }
 
         let mut one = contribution(rank, len);
         ranks.broadcast(&mut one, root).expect("sent");
@@ -185,6 +197,11 @@ fn the_bytes_counted_are_those_of_the_formula() {
                 assert_eq!(moved(Operation::Broadcast), if rank == 0 { (others * len, 0) } else { (0, len) });
                 assert_eq!(moved(Operation::Barrier), (0, 0));
                 assert_eq!(moved(Operation::AllToAll), (rest, others * own));
+                let before = ranks.counts();
+                let begun = ranks.begin_all_gather(&values[ranges[rank].clone()]).expect("sent");
+                ranks.end_all_gather(begun, &mut values, ranges).expect("gathered");
+                let in_two_halves = ranks.counts().since(&before).of(Operation::AllGather);
+                assert_eq!(in_two_halves, Counter { elapsed: in_two_halves.elapsed, ..counts.of(Operation::AllGather) });
             });
         }
     }
