@@ -6,7 +6,9 @@ use std::net::{SocketAddr, TcpListener};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use temper_collective::{Collective, Counter, Error, Loss, Operation, SocketConfig, connect, connect_threads, shard_ranges};
+use temper_collective::{
+    Collective, Counter, Error, Loss, Operation, SocketConfig, connect, connect_threads, shard_ranges,
+};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -201,7 +203,10 @@ fn the_bytes_counted_are_those_of_the_formula() {
                 let begun = ranks.begin_all_gather(&values[ranges[rank].clone()]).expect("sent");
                 ranks.end_all_gather(begun, &mut values, ranges).expect("gathered");
                 let in_two_halves = ranks.counts().since(&before).of(Operation::AllGather);
-                assert_eq!(in_two_halves, Counter { elapsed: in_two_halves.elapsed, ..counts.of(Operation::AllGather) });
+                assert_eq!(
+                    in_two_halves,
+                    Counter { elapsed: in_two_halves.elapsed, ..counts.of(Operation::AllGather) }
+                );
             });
         }
     }
