@@ -67,6 +67,18 @@ pub enum ProcessRole {
     Follower,
 }
 
+/// Channels of the groups of a world: groups that may be of the same ranks need different ones.
+pub(crate) mod channel {
+    /// [`super::Ranks`]: what is divided.
+    pub(crate) const SHARDS: u32 = 1;
+    /// Copies of it.
+    pub(crate) const REPLICAS: u32 = 2;
+    /// Ranks that share the rows of a micro-batch.
+    pub(crate) const SEQUENCE: u32 = 3;
+    /// Gathers that are under way while the ranks do something else.
+    pub(crate) const AHEAD: u32 = 4;
+}
+
 /// A rank's place in the world of trainers.
 #[derive(Debug)]
 pub struct Ranks {
@@ -104,8 +116,9 @@ impl Ranks {
         }
         let first = rank / num_shards * num_shards;
         let copy: Vec<usize> = (first..first + num_shards).collect();
-        let (shards, ahead) = (world.subgroup(&copy, 1)?, world.subgroup(&copy, 3)?);
-        let replicas = world.subgroup(&(rank % num_shards..size).step_by(num_shards).collect::<Vec<_>>(), 2)?;
+        let (shards, ahead) = (world.subgroup(&copy, channel::SHARDS)?, world.subgroup(&copy, channel::AHEAD)?);
+        let replicas =
+            world.subgroup(&(rank % num_shards..size).step_by(num_shards).collect::<Vec<_>>(), channel::REPLICAS)?;
         let num_passes = AtomicU64::new(0);
         Ok(Ranks { sharding, world, shards, ahead, replicas, sequence: None, role, share, num_passes })
     }

@@ -3,6 +3,7 @@
 //! Consecutive ranks form a group. All of them are given the same micro-batches, run their parts of the rows, and know
 //! what the model says of all targets, so that losses are computed on each and counted once, by the group's first rank.
 
+use crate::ranks::channel;
 use crate::{Error, Ranks};
 use std::sync::{Arc, Mutex, PoisonError};
 use temper_actor::{ModelConfig, SequenceExchange, TrainArena, sequence_parallel_problem};
@@ -25,7 +26,7 @@ impl SequenceGroup {
             return Err(Error::invalid("sequence_parallel", problem));
         }
         let first = world.rank() / size * size;
-        let ranks = world.subgroup(&(first..first + size).collect::<Vec<_>>(), 3)?;
+        let ranks = world.subgroup(&(first..first + size).collect::<Vec<_>>(), channel::SEQUENCE)?;
         Ok(SequenceGroup { ranks, failed: Mutex::default() })
     }
 

@@ -229,8 +229,8 @@ impl Store {
         }
     }
 
-    /// Begin to have unit `index` in full: where it is sharded, this rank's part goes to the others. All ranks begin the
-    /// same units in the same order, and end them in that order.
+    /// Begin to have unit `index` in full: where it is sharded, this rank's part goes to the others. All ranks begin
+    /// the same units in the same order, and end them in that order.
     pub(crate) fn begin_unit(&self, dev: &dyn Device, ranks: Option<&Ranks>, index: usize) -> Result<BegunUnit, Error> {
         let gathering = match (self, ranks) {
             (Store::Whole(_), _) => None,

@@ -123,8 +123,8 @@ impl Collective {
         })
     }
 
-    /// Begin an [`Collective::all_gather`] of which `own` is this rank's part, and do not wait for the others: what they
-    /// send arrives while something else is done. Operations of this group go on between this and
+    /// Begin an [`Collective::all_gather`] of which `own` is this rank's part, and do not wait for the others: what
+    /// they send arrives while something else is done. Operations of this group go on between this and
     /// [`Collective::end_all_gather`] only if they are other gathers, which end in the order in which they began.
     ///
     /// # Errors
