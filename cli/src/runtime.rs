@@ -192,6 +192,7 @@ pub fn processes(
             world: placement.trainer_ranks as u32,
         },
         listen: placement.listen,
+        sequence_parallel: placement.sequence_parallel,
         rollout_workers: placement.rollout_workers,
         reward_workers: placement.reward_workers,
         staleness: placement.staleness,

@@ -5,11 +5,12 @@ use anyhow::Result;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+use temper_actor::{ModelConfig, sequence_parallel_problem};
 use temper_collective::reshard::Layout;
 use temper_proto::TrainerService;
 use temper_rollout::WeightTransport;
 use temper_tensor::Device;
-use temper_trainer::{LocalTrainerService, Sharding, SharedPolicy, Trainer, TrainerGroup, load_local_ranks};
+use temper_trainer::{LocalTrainerService, Ranks, Sharding, SharedPolicy, Trainer, TrainerGroup, load_local_ranks};
 use temper_types::{DType, PolicyVersion};
 
 /// A trainer, and the packed weights that an engine of the same process reads.
@@ -74,7 +75,8 @@ pub fn load(
         return Ok(LocalTrainer { service: Arc::new(LocalTrainerService::new(trainer)), policy, version });
     }
     let timeout = Duration::from_secs(placement.collective_timeout_seconds);
-    let ranks = load_local_ranks(placement.trainer_ranks, sharding(placement), timeout, |rank| start(Some(rank)))?;
+    let start = |rank: Ranks| start(Some(rank.with_sequence_parallel(placement.sequence_parallel)?));
+    let ranks = load_local_ranks(placement.trainer_ranks, sharding(placement), timeout, start)?;
     let (policy, version) = (ranks[0].policy(), ranks[0].version());
     Ok(LocalTrainer { service: Arc::new(TrainerGroup::of_trainers(ranks)?), policy, version })
 }
@@ -82,7 +84,11 @@ pub fn load(
 /// What the identity of a run says of its ranks: sums over another number of them round differently. (How state is
 /// divided over them changes nothing.)
 pub fn identity(placement: &Placement) -> String {
-    if placement.trainer_ranks == 1 { String::new() } else { format!("-ranks{}", placement.trainer_ranks) }
+    match (placement.trainer_ranks, placement.sequence_parallel) {
+        (1, _) => String::new(),
+        (ranks, 1) => format!("-ranks{ranks}"),
+        (ranks, sequence) => format!("-ranks{ranks}/sequence{sequence}"),
+    }
 }
 
 /// Check the keys of `placement` that say how the trainer is divided.
@@ -98,6 +104,11 @@ pub fn check(placement: &Placement, source: &Source) -> Result<(), RecipeError> 
     if placement.collective_timeout_seconds == 0 {
         return Err(source.error("placement.collective_timeout_seconds", "0 is out of range: expected at least 1"));
     }
+    let sequence = placement.sequence_parallel;
+    if sequence == 0 || !ranks.is_multiple_of(sequence) {
+        let problem = format!("{sequence} does not fit: expected a divisor of trainer_ranks = {ranks}");
+        return Err(source.error("placement.sequence_parallel", problem));
+    }
     let size = placement.shard_size;
     match placement.sharding {
         ShardingKind::Hybrid if size == 0 || !ranks.is_multiple_of(size) => {
@@ -109,6 +120,24 @@ pub fn check(placement: &Placement, source: &Source) -> Result<(), RecipeError> 
             Err(source.error("placement.shard_size", "goes with sharding = \"hybrid\" only: expected no such key"))
         }
         _ => Ok(()),
+    }
+}
+
+/// Check that the heads of the model can be divided over the ranks that share rows.
+///
+/// # Errors
+/// That they cannot, by key; a model that cannot be read.
+pub fn check_heads(recipe: &Recipe, source: &Source) -> Result<(), RecipeError> {
+    let size = recipe.placement.sequence_parallel;
+    let config = match (&recipe.model.path, &recipe.model.init) {
+        _ if size == 1 => return Ok(()),
+        (Some(path), _) => ModelConfig::load(path).map_err(|e| source.error("model.path", e))?,
+        (None, Some(init)) => init.model_config().map_err(|e| source.error("model.init", e))?,
+        (None, None) => return Ok(()),
+    };
+    match sequence_parallel_problem(&config, size) {
+        Some(problem) => Err(source.error("placement.sequence_parallel", problem)),
+        None => Ok(()),
     }
 }
 
@@ -125,10 +154,10 @@ pub fn summary(placement: &Placement) -> Option<String> {
             format!("masters, gradients and moments divided over groups of {} ranks", placement.shard_size)
         }
     };
-    (placement.trainer_ranks > 1).then(|| {
-        format!(
-            "trainer: {} ranks, each with its share of every batch's rows; {what}; packed weights once per process",
-            placement.trainer_ranks
-        )
-    })
+    let rows = match placement.sequence_parallel {
+        1 => "each with its share of every batch's rows".to_owned(),
+        size => format!("groups of {size} sharing the tokens of every micro-batch"),
+    };
+    (placement.trainer_ranks > 1)
+        .then(|| format!("trainer: {} ranks, {rows}; {what}; packed weights once per process", placement.trainer_ranks))
 }

@@ -169,6 +169,18 @@ const CASES: &[Case] = &[
         "[placement]\ntrainer_ranks = 3\nsharding = \"hybrid\"\nshard_size = 2",
         &["recipe.toml:", "placement.shard_size", "divisor of trainer_ranks = 3"],
     ),
+    case(
+        "ranks that cannot share rows",
+        "[placement]",
+        "[placement]\ntrainer_ranks = 4\nsequence_parallel = 3",
+        &["recipe.toml:", "placement.sequence_parallel", "divisor of trainer_ranks = 4"],
+    ),
+    case(
+        "heads that ranks cannot divide",
+        "[placement]",
+        "[placement]\ntrainer_ranks = 4\nsequence_parallel = 4",
+        &["recipe.toml:", "placement.sequence_parallel", "4 ranks cannot divide 2 query heads and 1 key/value heads"],
+    ),
     case("nothing to resume from", "keep_last = 2", "keep_last = 0", &["checkpoint.keep_last", "at least 1"]),
     case("bad heads", "num_attention_heads = 2", "num_attention_heads = 3", &["model.init", "multiple"]),
     case(

@@ -139,6 +139,35 @@ fn trainer_ranks_in_processes_give_the_bits_of_ranks_in_one() {
     }
 }
 
+/// Two ranks that share the rows of every micro-batch, and two such pairs; killed and resumed, the same again.
+#[test]
+fn ranks_that_share_sequences_in_processes_give_the_bits_of_ranks_in_one() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let recipe = recipe(dir.path(), SMALL);
+    for ranks in [2, 4] {
+        let [reference, run_dir] = ["one", "many"].map(|name| dir.path().join(format!("{name}-{ranks}")));
+        let ranks = format!("placement.trainer_ranks={ranks}");
+        let keys = [ranks.as_str(), "placement.sequence_parallel=2", "placement.sharding=zero3"];
+        let args: Vec<&str> = keys.iter().flat_map(|key| ["--set", key]).collect();
+        assert!(train(&recipe, &reference, &args, None).status.success());
+        let expected = without_communication(outcome(&reference));
+        let gap = |line: &String| {
+            let row: serde_json::Value = serde_json::from_str(line).expect("a row");
+            row.get("rollout_train_log_prob_diff_max").and_then(serde_json::Value::as_f64)
+        };
+        let gaps: Vec<f64> = expected.metrics.iter().filter_map(gap).collect();
+        assert!(gaps.len() >= 6 && gaps.iter().all(|gap| *gap == 0.0), "{gaps:?}");
+        finish(start(&recipe, &run_dir, &keys));
+        assert_eq!(without_communication(outcome(&run_dir)), expected, "{ranks}");
+        if ranks.ends_with('2') {
+            let killed = dir.path().join("killed");
+            assert!(!train(&recipe, &killed, &args, Some("7:update")).status.success());
+            assert!(train(&recipe, &killed, &[&args[..], &["--resume"]].concat(), None).status.success());
+            assert_eq!(without_communication(outcome(&killed)), expected, "resumed");
+        }
+    }
+}
+
 #[test]
 fn a_lost_trainer_rank_takes_all_ranks_back_to_the_last_checkpoint() {
     let dir = tempfile::tempdir().expect("a temporary directory");

@@ -98,6 +98,7 @@ impl Layout {
         let differs = kind_of(self.sharding) != now.sharding && (self.ranks > 1 || was_hybrid);
         say(differs, format!("placement.sharding={kind}"));
         say(now.shard_size != shard_size, format!("placement.shard_size={shard_size}"));
+        say(now.sequence_parallel != 1, "placement.sequence_parallel=1".to_owned());
         say(self.staleness != work.staleness, format!("placement.staleness={}", self.staleness));
         let (limit, stage) = (self.max_micro_batch_tokens, &work.stage);
         let key = format!("stage.{stage}.memory");

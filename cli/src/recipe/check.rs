@@ -34,6 +34,7 @@ pub fn check(recipe: &Recipe, source: &Source) -> Result<CheckReport, RecipeErro
     }
     recipe.engine.validate().map_err(|e| source.error("engine", e))?;
     trainer_ranks::check(&recipe.placement, source)?;
+    trainer_ranks::check_heads(recipe, source)?;
     let data = load_data(recipe, source)?;
     for (index, stage) in recipe.stages.iter().enumerate() {
         check_stage(recipe, source, &data, (index, stage))?;

@@ -3,7 +3,7 @@
 use super::check::{check_lengths, check_model_dir};
 use super::{Recipe, RecipeError, Source};
 use crate::teachers::same_tokenizer;
-use temper_actor::ModelConfig;
+use temper_actor::{ModelConfig, sequence_parallel_problem};
 use temper_controller::DistillStage;
 use temper_types::PromptRow;
 
@@ -17,6 +17,11 @@ pub(super) fn check(
 ) -> Result<(), RecipeError> {
     let (teacher, teacher_key) = (&stage.teacher.path, format!("{key}.teacher.path"));
     check_model_dir(teacher).map_err(|problem| source.error(&teacher_key, problem))?;
+    let config = ModelConfig::load(teacher).map_err(|e| source.error(&teacher_key, e))?;
+    if let Some(problem) = sequence_parallel_problem(&config, recipe.placement.sequence_parallel) {
+        let problem = format!("{problem}, of the teacher in {}", teacher.display());
+        return Err(source.error("placement.sequence_parallel", problem));
+    }
     if let Some(policy) = &recipe.model.path {
         same_tokenizer(teacher, policy).map_err(|e| source.error(&teacher_key, format!("{e:#}")))?;
         let size = |dir| ModelConfig::load(dir).map(|config| config.vocab_size);

@@ -85,6 +85,9 @@ pub struct Placement {
     pub sharding: ShardingKind,
     /// Ranks of a group under `sharding = "hybrid"`: a divisor of `trainer_ranks`; 0 otherwise.
     pub shard_size: usize,
+    /// Consecutive ranks that share the rows of every micro-batch, which may then have as many times
+    /// `max_micro_batch_tokens`: a divisor of `trainer_ranks`. Another number rounds sums of gradients differently.
+    pub sequence_parallel: usize,
     /// How new weights come to engines of other processes: "auto", through memory shared with the trainer where both
     /// run on one host, or "grpc". Never changes a number.
     pub weight_transport: WeightTransport,
@@ -110,6 +113,7 @@ impl Default for Placement {
             trainer_ranks: 1,
             sharding: ShardingKind::Zero2,
             shard_size: 0,
+            sequence_parallel: 1,
             weight_transport: WeightTransport::Auto,
             collective_timeout_seconds: 600,
             tls: None,

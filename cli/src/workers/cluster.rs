@@ -29,6 +29,8 @@ pub struct ClusterSpec {
     pub work: Work,
     /// Where workers join; port 0 takes any.
     pub listen: SocketAddr,
+    /// Trainer ranks that share the rows of a micro-batch.
+    pub sequence_parallel: usize,
     /// Number of rollout engines.
     pub rollout_workers: usize,
     /// Number of reward workers.
@@ -74,6 +76,7 @@ pub struct Cluster {
     joiner: Option<JoinHandle<()>>,
     children: Option<Children>,
     wanted: [(WorkerRole, usize); 3],
+    sequence_parallel: usize,
     staleness: u32,
     tables: Arc<RunTables>,
     // Last: workers are told to end by its answers.
@@ -113,6 +116,7 @@ impl Cluster {
             joiner: None,
             children,
             wanted,
+            sequence_parallel: spec.sequence_parallel,
             staleness: spec.staleness,
             tables,
             _server: server,
@@ -157,7 +161,7 @@ impl Cluster {
         }
         let trainer = match services.len() {
             1 => services.remove(0),
-            _ => Arc::new(TrainerGroup::new(services)?),
+            _ => Arc::new(TrainerGroup::new(services)?.with_sequence_parallel(self.sequence_parallel)?),
         };
         let sources = ranks.into_iter().map(|m| (m.id.name, m.id.incarnation)).collect();
         *self.sources.lock().unwrap_or_else(PoisonError::into_inner) = sources;

@@ -311,7 +311,9 @@ impl Joined<'_> {
                 Err(error) => tracing::info!(%error, "asking again where the other ranks are"),
             }
         };
-        Ok(Ranks::new(world, trainer_ranks::sharding(placement), (ProcessRole::Leader, ProcessShare::default()))?)
+        let own = (ProcessRole::Leader, ProcessShare::default());
+        let ranks = Ranks::new(world, trainer_ranks::sharding(placement), own)?;
+        Ok(ranks.with_sequence_parallel(placement.sequence_parallel)?)
     }
 }
 
