@@ -5,7 +5,8 @@
 //! weights or devices.
 //!
 //! Invariant: a [`ModelConfig`] is a view of the JSON it was read from. It is changed only by changing that JSON
-//! ([`ModelConfig::with_head`]), so keys this crate has no use for survive from one checkpoint to the next.
+//! ([`ModelConfig::with_head`]), so keys this crate has no use for survive from one checkpoint to the next. (What a
+//! tensor-parallel rank computes with has other sizes, and is never written.)
 
 mod keys;
 mod parse;

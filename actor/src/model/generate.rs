@@ -2,6 +2,7 @@
 
 use super::layer::{AttendBuffers, ExpandBuffers, Rows};
 use super::packed::PackedPolicy;
+use super::part_forward::SumBuffers;
 use super::scratch::GrowBuffer;
 use super::sequence::Turned;
 use temper_tensor::{KvCache, LmHead, SampleRow, Sampled, SeqSpan, TokenStats, View};
@@ -38,6 +39,8 @@ pub struct Workspace {
     pub(super) act: GrowBuffer,
     /// All rows for own heads, where rows are divided over a group.
     pub(super) turned: Turned,
+    /// What tensor-parallel ranks sum.
+    pub(super) sums: SumBuffers,
     /// Final-normed rows, `[T, D]`.
     hidden: GrowBuffer,
     /// Chosen rows of `hidden`.
@@ -75,27 +78,50 @@ impl PackedPolicy {
     /// hidden rows, `[T, D]`, in the order of the batch. Allocates only where the batch is the largest so far.
     ///
     /// # Panics
-    /// If ids, positions and spans disagree in length, or leave the vocabulary, the positions or the cache.
+    /// If ids, positions and spans disagree in length, or leave the vocabulary, the positions or the cache, or this is
+    /// a tensor-parallel rank's part.
     pub fn forward<'w>(&self, batch: &Batch<'_>, cache: &mut KvCache, workspace: &'w mut Workspace) -> View<'w> {
+        self.begin_rows(batch, workspace);
+        let rows =
+            Rows { positions: batch.positions, spans: batch.spans, appends: batch.spans, prefixes: &[], turn: None };
+        for index in 0..self.layers.len() {
+            self.run_layer(index, rows, (cache, index), workspace);
+        }
+        self.finish_rows(rows.len(), workspace)
+    }
+
+    /// Make room for a batch, and begin the residual stream.
+    pub(super) fn begin_rows(&self, batch: &Batch<'_>, workspace: &mut Workspace) {
         let (dev, t, d) = (&*self.dev, batch.token_ids.len(), self.dims.model);
         assert_eq!(batch.positions.len(), t, "one position per row");
         workspace.reserve(self, t);
         workspace.hidden.reserve(dev, t * d);
         workspace.rows = t;
         dev.embed(batch.token_ids, self.embed.all(), self.dtype, workspace.x.view_mut(t * d));
-        let rows =
-            Rows { positions: batch.positions, spans: batch.spans, appends: batch.spans, prefixes: &[], turn: None };
-        for index in 0..self.layers.len() {
-            self.run_layer(index, rows, (cache, index), workspace);
-        }
-        let hidden = workspace.hidden.view_mut(t * d);
-        dev.rms_norm(workspace.x.view(t * d), self.final_norm.all(), self.norm_shape(t), hidden, None);
-        workspace.hidden.view(t * d)
+    }
+
+    /// The final-normed rows of a residual stream of `t` rows.
+    pub(super) fn finish_rows<'w>(&self, t: usize, workspace: &'w mut Workspace) -> View<'w> {
+        let len = t * self.dims.model;
+        let (x, hidden) = (workspace.x.view(len), workspace.hidden.view_mut(len));
+        self.dev.rms_norm(x, self.final_norm.all(), self.norm_shape(t), hidden, None);
+        workspace.hidden.view(len)
     }
 
     /// One layer over the residual stream of the workspace, keeping nothing.
     pub(super) fn run_layer(&self, index: usize, rows: Rows<'_>, kv: (&mut KvCache, usize), ws: &mut Workspace) {
+        assert!(self.part.is_none(), "a tensor-parallel rank's part runs with the other ranks");
         let (layer, dims, t) = (&self.layers[index], self.dims, rows.len());
+        self.attend_rows(index, rows, kv, ws);
+        self.add_attention(layer, ws.attn.view(t * dims.attn), ws.x.view_mut(t * dims.model));
+        self.expand_rows(index, t, ws);
+        let (gate_up, act) = (ws.gate_up.view(t * 2 * dims.ffn), ws.act.view_mut(t * dims.ffn));
+        self.add_mlp(layer, gate_up, act, ws.x.view_mut(t * dims.model));
+    }
+
+    /// [`PackedPolicy::attend`] over the workspace.
+    pub(super) fn attend_rows(&self, index: usize, rows: Rows<'_>, kv: (&mut KvCache, usize), ws: &mut Workspace) {
+        let (dims, t) = (self.dims, rows.len());
         let attend = AttendBuffers {
             normed: ws.normed.view_mut(t * dims.model),
             rstd: None,
@@ -105,16 +131,18 @@ impl PackedPolicy {
             lse: None,
             turned: rows.turn.map(|_| &mut ws.turned),
         };
-        self.attend(layer, ws.x.view(t * dims.model), rows, kv, attend);
-        self.add_attention(layer, ws.attn.view(t * dims.attn), ws.x.view_mut(t * dims.model));
+        self.attend(&self.layers[index], ws.x.view(t * dims.model), rows, kv, attend);
+    }
+
+    /// [`PackedPolicy::expand`] over the workspace.
+    pub(super) fn expand_rows(&self, index: usize, t: usize, ws: &mut Workspace) {
+        let dims = self.dims;
         let expand = ExpandBuffers {
             normed: ws.normed.view_mut(t * dims.model),
             rstd: None,
             gate_up: ws.gate_up.view_mut(t * 2 * dims.ffn),
         };
-        self.expand(layer, ws.x.view(t * dims.model), expand);
-        let (gate_up, act) = (ws.gate_up.view(t * 2 * dims.ffn), ws.act.view_mut(t * dims.ffn));
-        self.add_mlp(layer, gate_up, act, ws.x.view_mut(t * dims.model));
+        self.expand(&self.layers[index], ws.x.view(t * dims.model), expand);
     }
 
     /// Draw one token for each of `rows`, rows of the last [`PackedPolicy::forward`] over this workspace.

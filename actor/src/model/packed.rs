@@ -3,6 +3,7 @@
 use super::layout::{HeadRanges, Layout, Projection};
 use super::params::{ParamStore, Unit, new_unit};
 use super::params_io::read_unit;
+use super::tensor_part::TensorPart;
 use crate::{CheckpointReader, ModelConfig, Result};
 use std::borrow::Borrow;
 use std::cell::RefCell;
@@ -49,6 +50,8 @@ pub(super) enum PackedHead {
     Lm(PackedLinear),
     /// One number, always computed in f32.
     Scalar(PackedProjection),
+    /// Nothing: another tensor-parallel rank has it.
+    Elsewhere,
 }
 
 /// Sizes that the forward needs at every turn.
@@ -95,6 +98,8 @@ pub struct PackedPolicy {
     pub(super) final_norm: Buffer,
     pub(super) head: PackedHead,
     pub(super) rope: RopeTable,
+    /// Which part of the model this is, where it is not the whole.
+    pub(super) part: Option<Arc<TensorPart>>,
     pub(super) masked_ids: Vec<u32>,
 }
 
@@ -132,14 +137,26 @@ impl PackedPolicy {
         dev: &Arc<dyn Device>,
         config: &ModelConfig,
         dtype: DType,
+        units: (Arc<Layout>, impl Iterator<Item = Result<U, E>>),
+    ) -> Result<Self, E> {
+        Self::assemble_part(dev, (config, dtype), None, units)
+    }
+
+    /// `config` and `units` are those of the part, where there is one.
+    pub(super) fn assemble_part<U: Borrow<Unit>, E>(
+        dev: &Arc<dyn Device>,
+        (config, dtype): (&ModelConfig, DType),
+        part: Option<&Arc<TensorPart>>,
         (layout, mut units): (Arc<Layout>, impl Iterator<Item = Result<U, E>>),
     ) -> Result<Self, E> {
-        let packer = Packer { dev: &**dev, dtype };
+        let joined = part.map_or(Reduction::Groups8, |part| part.reduction());
+        let has_head = part.is_none_or(|part| part.has_head());
+        let packer = Packer { dev: &**dev, dtype, joined };
         let mut next = || units.next().expect("as many units as the layout has");
         let (embed, tied) = {
             let unit = next()?;
             let table = unit.borrow().view(&layout.embed);
-            let tied = matches!(layout.head, HeadRanges::Tied).then(|| packer.lm_head(table, config));
+            let tied = (has_head && layout.head == HeadRanges::Tied).then(|| packer.lm_head(table, config));
             (packer.copy(table), tied)
         };
         let mut layers = Vec::with_capacity(config.num_hidden_layers);
@@ -151,7 +168,8 @@ impl PackedPolicy {
         let head = match (&layout.head, tied) {
             (HeadRanges::Scalar(range), _) => PackedHead::Scalar(packer.scalar_head(last, range)),
             (HeadRanges::Untied(range), _) => PackedHead::Lm(packer.lm_head(last.view(range), config)),
-            (HeadRanges::Tied, head) => PackedHead::Lm(head.expect("a tied head is packed with the embedding")),
+            (HeadRanges::Tied, Some(head)) => PackedHead::Lm(head),
+            (HeadRanges::Tied, None) => PackedHead::Elsewhere,
         };
         let frequencies = config.inv_frequencies();
         Ok(PackedPolicy {
@@ -165,17 +183,20 @@ impl PackedPolicy {
             final_norm: packer.copy(last.view(&layout.final_norm)),
             head,
             rope: dev.rope_table(&frequencies, config.max_position_embeddings, 1.0),
+            part: part.cloned(),
             masked_ids: Vec::new(),
             layout,
         })
     }
 
-    /// Take new values in place, without allocating. The version is left to the caller.
+    /// Take new values in place, without allocating; a tensor-parallel rank's part takes what it holds of them, in a
+    /// unit that is made for each. The version is left to the caller.
     ///
     /// # Panics
     /// If `params` is a store of another model.
     pub fn repack(&mut self, params: &ParamStore) {
-        assert_eq!(params.layout.units, self.layout.units, "masters of another model");
+        let whole = self.part.as_ref().map_or(&*self.layout, |part| part.whole());
+        assert_eq!(params.layout.units, whole.units, "masters of another model");
         params.units.iter().for_each(|unit| self.repack_unit(unit));
     }
 
@@ -184,6 +205,17 @@ impl PackedPolicy {
     /// # Panics
     /// If it is a unit of another model.
     pub fn repack_unit(&mut self, unit: &Unit) {
+        match &self.part {
+            Some(part) => {
+                let values = part.values(&*self.dev, unit);
+                self.repack_part(unit.index, &values);
+            }
+            None => self.repack_own_unit(unit),
+        }
+    }
+
+    /// Take new values of a unit that lies as this policy's units do.
+    pub(super) fn repack_own_unit(&mut self, unit: &Unit) {
         assert_eq!(unit.layout.units[unit.index], self.layout.units[unit.index], "a unit of another model");
         let dev = &*self.dev;
         if unit.index == 0 {
@@ -245,10 +277,11 @@ impl PackedPolicy {
     /// The packed LM head.
     ///
     /// # Panics
-    /// If the model has a value or score head.
+    /// If the model has a value or score head, or another tensor-parallel rank has its head.
     pub fn lm_head(&self) -> &PackedLinear {
         match &self.head {
             PackedHead::Lm(head) => head,
+            PackedHead::Elsewhere => panic!("tensor-parallel rank 0 has the LM head"),
             PackedHead::Scalar(_) => {
                 panic!("{}: a model with a value head has no log-probs", self.config.file().display())
             }
@@ -262,7 +295,9 @@ impl PackedPolicy {
     pub(super) fn scalar_head(&self) -> &PackedProjection {
         match &self.head {
             PackedHead::Scalar(head) => head,
-            PackedHead::Lm(_) => panic!("{}: a model with an LM head has no values", self.config.file().display()),
+            PackedHead::Lm(_) | PackedHead::Elsewhere => {
+                panic!("{}: a model with an LM head has no values", self.config.file().display())
+            }
         }
     }
 }
@@ -294,6 +329,8 @@ fn attn_shape(config: &ModelConfig, layer: usize) -> AttnShape {
 struct Packer<'a> {
     dev: &'a dyn Device,
     dtype: DType,
+    /// Of output and down projections.
+    joined: Reduction,
 }
 
 impl Packer<'_> {
@@ -309,7 +346,7 @@ impl Packer<'_> {
     }
 
     fn scalar_head(&self, unit: &Unit, range: &Projection) -> PackedProjection {
-        Packer { dev: self.dev, dtype: DType::F32 }.projection(unit, range, Reduction::Chain)
+        Packer { dtype: DType::F32, ..*self }.projection(unit, range, Reduction::Chain)
     }
 
     fn lm_head(&self, weight: View<'_>, config: &ModelConfig) -> PackedLinear {
@@ -325,10 +362,10 @@ impl Packer<'_> {
             attn_norm: copy(&ranges.attn_norm),
             qkv: self.projection(unit, &ranges.qkv, Reduction::Chain),
             qk_norm: ranges.qk_norm.as_ref().map(|(q, k)| (copy(q), copy(k))),
-            o: self.projection(unit, &ranges.o, Reduction::Groups8),
+            o: self.projection(unit, &ranges.o, self.joined),
             mlp_norm: copy(&ranges.mlp_norm),
             gate_up: self.projection(unit, &ranges.gate_up, Reduction::Chain),
-            down: self.projection(unit, &ranges.down, Reduction::Groups8),
+            down: self.projection(unit, &ranges.down, self.joined),
         }
     }
 }

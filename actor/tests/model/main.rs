@@ -10,3 +10,4 @@ mod parity;
 mod sequence;
 mod shared;
 mod support;
+mod tensor_part;

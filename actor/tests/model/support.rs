@@ -3,7 +3,11 @@
 use serde_json::Value;
 use std::path::PathBuf;
 use std::sync::Arc;
-use temper_actor::{Batch, CheckpointReader, ModelConfig, PackedPolicy, ParamStore, TrainBatch, Workspace};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+use temper_actor::{
+    Batch, CheckpointReader, ModelConfig, PackedPolicy, ParamStore, PartialSums, TrainBatch, Workspace,
+};
 use temper_tensor::{CpuConfig, CpuDevice, DType, Device, SeqSpan, TokenStats};
 
 /// A device with `num_threads` threads.
@@ -124,12 +128,49 @@ pub fn assert_close(label: &str, got: &[f32], want: &[f64], tolerance: f64) {
     }
 }
 
+/// Ranks that are threads, each with a channel to every one.
+pub struct Sums {
+    to: Vec<Sender<Vec<f32>>>,
+    from: Vec<Receiver<Vec<f32>>>,
+    /// In which order the ranks' sums are handed on.
+    order: Vec<usize>,
+}
+
+impl Sums {
+    /// One for each of as many ranks as `order` names.
+    pub fn connect(order: &[usize]) -> Vec<Sums> {
+        let mut all: Vec<Sums> =
+            order.iter().map(|_| Sums { to: Vec::new(), from: Vec::new(), order: order.to_vec() }).collect();
+        for sender in 0..order.len() {
+            for receiver in 0..order.len() {
+                let (to, from) = channel();
+                all[sender].to.push(to);
+                all[receiver].from.push(from);
+            }
+        }
+        all
+    }
+}
+
+impl PartialSums for Sums {
+    type Error = String;
+
+    fn exchange(&mut self, own: &[f32]) -> Result<Vec<Vec<f32>>, String> {
+        self.to.iter().try_for_each(|to| to.send(own.to_vec())).map_err(|e| e.to_string())?;
+        let take = |from: &Receiver<Vec<f32>>| from.recv_timeout(Duration::from_secs(60)).map_err(|e| e.to_string());
+        let all = self.from.iter().map(take).collect::<Result<Vec<_>, _>>()?;
+        Ok(self.order.iter().map(|rank| all[*rank].clone()).collect())
+    }
+}
+
 /// Sequences in a paged cache whose blocks are dealt out in turn, so that block tables are neither ordered nor
 /// contiguous.
 pub struct Paged<'a> {
     pub policy: &'a PackedPolicy,
     pub cache: temper_tensor::KvCache,
     pub workspace: Workspace,
+    /// The other ranks, where the policy is a rank's part.
+    pub ranks: Option<Sums>,
     tables: Vec<Vec<u32>>,
     filled: Vec<usize>,
 }
@@ -144,6 +185,7 @@ impl<'a> Paged<'a> {
             policy,
             cache: policy.device().kv_cache(policy.kv_spec(num_blocks, block_size)),
             workspace: Workspace::new(),
+            ranks: None,
             tables: (0..num_sequences).map(table).collect(),
             filled: vec![0; num_sequences],
         }
@@ -161,7 +203,12 @@ impl<'a> Paged<'a> {
             self.filled[*sequence] += tokens.len();
         }
         let batch = Batch { token_ids: &token_ids, positions: &positions, spans: &spans };
-        self.policy.forward(&batch, &mut self.cache, &mut self.workspace);
+        match &mut self.ranks {
+            None => self.policy.forward(&batch, &mut self.cache, &mut self.workspace),
+            Some(ranks) => {
+                self.policy.forward_part(&batch, &mut self.cache, &mut self.workspace, ranks).expect("all ranks run")
+            }
+        };
     }
 
     /// Log-probs of every token but the first of every sequence, fed in chunks of `chunk(sequence, step)` tokens.
@@ -186,6 +233,9 @@ impl<'a> Paged<'a> {
                 return out;
             }
             self.step(&chunks);
+            if self.policy.part().is_some_and(|part| part.rank() > 0) {
+                continue;
+            }
             let stats = self.policy.log_probs_of(&mut self.workspace, (&rows, &targets), 1.0);
             for (i, owner) in owners.into_iter().enumerate() {
                 out[owner].log_probs.push(stats.log_probs[i]);

@@ -55,6 +55,10 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     fn repack(&self, weight: View<'_>, packed: &mut PackedLinear);
     /// `out[T, n] (=|+=) x[T, k] W^T + bias`. T is `x.len() / k`.
     fn linear(&self, x: View<'_>, w: &PackedLinear, bias: Option<View<'_>>, out: ViewMut<'_>, store: Store);
+    /// `out[T, n] += (sum of parts[T, n]) + bias`: the rest of a [`crate::Reduction::Groups8`] whose subtrees are in
+    /// `parts`, in the order of the ranks. They are joined by a binary tree, and the sum to `out` is rounded once. The
+    /// number of parts is a power of two.
+    fn add_joined(&self, parts: &[View<'_>], bias: Option<View<'_>>, out: ViewMut<'_>);
     /// `dx[T, k] (=|+=) dy[T, n] W`, from the f32 master `[n, k]`, operands rounded to `packed.dtype()`. `packed` is
     /// the packed form of the same weight, for shape and dtype.
     fn linear_input_grad(&self, dy: View<'_>, weight: View<'_>, packed: &PackedLinear, dx: ViewMut<'_>, store: Store);

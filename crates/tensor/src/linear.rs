@@ -32,6 +32,25 @@ pub enum Reduction {
     /// Eight chains over eight equal parts of k (each part a multiple of 2, the last may be shorter), joined by a
     /// binary tree, so that 1, 2, 4 or 8 tensor-parallel ranks give the same bits. For row-parallel matrices.
     Groups8,
+    /// The half of [`Reduction::Groups8`] that one of 2 tensor-parallel ranks sums: a subtree over four of its parts.
+    Groups4,
+    /// The quarter of [`Reduction::Groups8`] that one of 4 tensor-parallel ranks sums: a subtree over two of its parts.
+    Groups2,
+}
+
+impl Reduction {
+    /// What one of `num_ranks` ranks, which hold consecutive inputs in equal shares, sums of [`Reduction::Groups8`];
+    /// [`crate::Device::add_joined`] does the rest. The bits are those of the whole where the inputs are a multiple of
+    /// 16. `None` where the ranks do not divide the eight parts.
+    pub const fn of_rank(num_ranks: usize) -> Option<Reduction> {
+        match num_ranks {
+            1 => Some(Reduction::Groups8),
+            2 => Some(Reduction::Groups4),
+            4 => Some(Reduction::Groups2),
+            8 => Some(Reduction::Chain),
+            _ => None,
+        }
+    }
 }
 
 /// Whether a result replaces the destination or is added to it.

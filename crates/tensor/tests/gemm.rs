@@ -346,6 +346,47 @@ fn eight_groups_give_the_bits_of_2_4_and_8_tensor_parallel_ranks() {
     }
 }
 
+/// What each of `ranks` ranks sums of a product, and all of it joined onto `onto`, the parts in the order of `order`.
+fn joined(dev: &CpuDevice, case: &Case, dtype: DType, order: &[usize], onto: &[f32]) -> Vec<f32> {
+    let (ranks, LinearShape { n, k }) = (order.len(), case.shape);
+    let reduction = Reduction::of_rank(ranks).expect("ranks that divide eight parts");
+    let part = |rank: &usize| {
+        let range = rank * k / ranks..(rank + 1) * k / ranks;
+        let shape = LinearShape { n, k: range.len() };
+        let packed = pack(dev, &columns(&case.w, k, range.clone()), shape, (dtype, reduction));
+        dev.upload(&linear(dev, &columns(&case.x, k, range), &packed, None))
+    };
+    let parts: Vec<_> = order.iter().map(part).collect();
+    let views: Vec<_> = parts.iter().map(temper_tensor::Buffer::all).collect();
+    let (bias, mut out) = (dev.upload(&case.bias), dev.upload(onto));
+    dev.add_joined(&views, Some(bias.all()), out.all_mut());
+    host(dev, &out)
+}
+
+#[test]
+fn what_ranks_sum_is_joined_to_the_bits_of_the_whole_product() {
+    // One row and many, blocks of the join that are full and that are not, sums that run whole and in segments.
+    for (m, n, k) in [(1, 80, 16), (11, 300, 8 * 24), (70, 65, 16 * 33), (3, 20, 16 * 400)] {
+        let case = Case::new(m, n, k);
+        for dev in devices() {
+            for dtype in DTYPES {
+                let packed = pack(&dev, &case.w, case.shape, (dtype, Reduction::Groups8));
+                let (x, bias, mut whole) = (dev.upload(&case.x), dev.upload(&case.bias), dev.upload(&case.dy));
+                dev.linear(x.all(), &packed, Some(bias.all()), whole.all_mut(), Store::Add);
+                let whole = host(&dev, &whole);
+                for ranks in [1, 2, 4, 8] {
+                    let order: Vec<usize> = (0..ranks).collect();
+                    let got = joined(&dev, &case, dtype, &order, &case.dy);
+                    assert_bits(&got, &whole, &format!("{m}x{n}x{k} {dtype} {ranks} ranks {dev:?}"));
+                }
+                let wrong = joined(&dev, &case, dtype, &[0, 2, 1, 3], &case.dy);
+                assert!(m == 1 || bits(&wrong) != bits(&whole), "{dtype}: another order of ranks would go unseen");
+            }
+        }
+    }
+    assert_eq!([0, 3, 5, 6, 7, 16].map(Reduction::of_rank), [None; 6]);
+}
+
 #[test]
 fn planted_faults_change_bits() {
     let case = Case::new(8, 64, 200);

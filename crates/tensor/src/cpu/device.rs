@@ -2,7 +2,8 @@
 
 use super::simd::Isa;
 use super::{
-    activation, adamw, attention, attention_grad, distill, elementwise, embed, gemm, kv, lm_head, norm, rope, sample,
+    activation, adamw, attention, attention_grad, distill, elementwise, embed, gemm, join, kv, lm_head, norm, rope,
+    sample,
 };
 use super::{aligned::AlignedVec, pool::Pool};
 use crate::{
@@ -127,6 +128,11 @@ impl Device for CpuDevice {
 
     fn linear(&self, x: View<'_>, w: &PackedLinear, bias: Option<View<'_>>, out: ViewMut<'_>, store: Store) {
         gemm::linear(self, x.data, w, bias.map(|b| b.data), (out.data, store));
+    }
+
+    fn add_joined(&self, parts: &[View<'_>], bias: Option<View<'_>>, out: ViewMut<'_>) {
+        let parts: Vec<&[f32]> = parts.iter().map(|part| part.data).collect();
+        join::add_joined(self, &parts, bias.map(|bias| bias.data), out.data);
     }
 
     fn linear_input_grad(&self, dy: View<'_>, weight: View<'_>, packed: &PackedLinear, dx: ViewMut<'_>, store: Store) {

@@ -16,6 +16,7 @@ mod distill;
 mod elementwise;
 mod embed;
 mod gemm;
+mod join;
 mod kv;
 mod lm_head;
 mod math;

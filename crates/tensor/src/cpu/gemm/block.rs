@@ -171,10 +171,13 @@ impl Kernel for WidenedBlock {
 
 /// Numbers of each part of a reduction over `k` numbers, and how many parts there are.
 pub(super) fn parts(reduction: Reduction, k: usize) -> (usize, usize) {
-    match reduction {
-        Reduction::Chain => (k, 1),
-        Reduction::Groups8 => (k.div_ceil(8).next_multiple_of(2), 8),
-    }
+    let num_parts = match reduction {
+        Reduction::Chain => return (k, 1),
+        Reduction::Groups8 => 8,
+        Reduction::Groups4 => 4,
+        Reduction::Groups2 => 2,
+    };
+    (k.div_ceil(num_parts).next_multiple_of(2), num_parts)
 }
 
 impl Block {
