@@ -61,6 +61,9 @@ pub enum Error {
     /// The model cannot compute.
     #[error("the model failed: {0}")]
     Model(String),
+    /// A tensor-parallel rank is lost, or does not do what it was told; the engine is of no use any more.
+    #[error("tensor-parallel ranks: {0}")]
+    Ranks(String),
 }
 
 impl Error {
@@ -72,6 +75,7 @@ impl Error {
             }
             Error::NeverFits { .. } | Error::QueueFull { .. } => ErrorCode::ResourceExhausted,
             Error::Model(_) => ErrorCode::Internal,
+            Error::Ranks(_) => ErrorCode::Unavailable,
         }
     }
 }

@@ -8,6 +8,7 @@
 //!       BlockManager    which block belongs to whom, and which prefix a full one holds
 //!     Speculation       drafts, and how many of them a step verifies
 //!     Model             rows in, drawn tokens out: PolicyModel over a packed policy, or a fake in tests
+//!       RankGroup       the other tensor-parallel ranks of the model, where it is divided
 //! ```
 //! Owns: when a row is computed and where its K/V lie. Knows token ids, not text (stop strings are matched over bytes
 //! that the caller supplies); weights only through the policy it is given; no algorithm and no transport.
@@ -33,6 +34,7 @@ mod service;
 pub mod speculation;
 mod stop;
 mod synced;
+mod tensor_parallel;
 mod weight_receiver;
 
 pub use beam::{BeamHypothesis, BeamSpec};
@@ -49,4 +51,5 @@ pub use service::LocalRolloutService;
 pub use speculation::{ModelDrafter, Replay, Speculation, SpeculationConfig, Speculative};
 pub use stop::{StopMatcher, StopState, TokenByteTable, TokenBytes};
 pub use synced::{Drain, SyncedRolloutService};
+pub use tensor_parallel::{RankGroup, follow};
 pub use weight_receiver::{Sources, WeightReceiver};

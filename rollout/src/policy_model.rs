@@ -1,6 +1,7 @@
 //! The real model behind [`Model`]: a packed policy that others may hold too, and a K/V pool of the engine's own.
 
 use crate::model::{Model, ModelLimits, StepBatch, StepOutput};
+use crate::tensor_parallel::{RankGroup, StepCommand};
 use crate::{BlockCopy, EngineConfig, Error, SchedulerLimits};
 use std::sync::{Arc, RwLock, RwLockReadGuard};
 use temper_actor::{Batch, Head, PackedPolicy, Workspace};
@@ -16,6 +17,10 @@ pub struct PolicyModel {
     spec: KvCacheSpec,
     cache: Option<KvCache>,
     workspace: Workspace,
+    /// The other ranks, where `policy` is a tensor-parallel rank's part.
+    ranks: Option<Arc<RankGroup>>,
+    /// Copies that the other ranks were not told yet.
+    untold: Vec<BlockCopy>,
 }
 
 impl PolicyModel {
@@ -45,13 +50,20 @@ impl PolicyModel {
             let scheduler = config.resolve(limits, policy.kv_spec(1, config.block_size).block_bytes())?;
             (limits, policy.kv_spec(scheduler.num_blocks, scheduler.block_size), scheduler)
         };
-        let model = PolicyModel { device, policy, limits, spec, cache: None, workspace: Workspace::new() };
+        let (cache, workspace, ranks, untold) = (None, Workspace::new(), None, Vec::new());
+        let model = PolicyModel { device, policy, limits, spec, cache, workspace, ranks, untold };
         Ok((model, scheduler))
     }
 
-    /// Bytes of the pool when it is allocated.
+    /// Compute with the other ranks of the model, of which the policy is rank 0's part.
+    pub(crate) fn set_ranks(&mut self, ranks: Arc<RankGroup>) {
+        self.ranks = Some(ranks);
+    }
+
+    /// Bytes of the pool when it is allocated, on all ranks.
     pub fn kv_cache_bytes(&self) -> usize {
-        self.spec.num_blocks * self.spec.block_bytes()
+        let num_ranks = self.ranks.as_ref().map_or(1, |ranks| ranks.part().num_ranks());
+        self.spec.num_blocks * self.spec.block_bytes() * num_ranks
     }
 }
 
@@ -65,6 +77,9 @@ impl Model for PolicyModel {
     }
 
     fn copy_blocks(&mut self, copies: &[BlockCopy]) {
+        if self.ranks.is_some() {
+            self.untold.extend_from_slice(copies);
+        }
         if let Some(cache) = &mut self.cache {
             copies.iter().for_each(|copy| self.device.kv_copy_block(cache, copy.from, copy.to));
         }
@@ -74,7 +89,18 @@ impl Model for PolicyModel {
         let policy = lock(&self.policy)?;
         let cache = self.cache.get_or_insert_with(|| self.device.kv_cache(self.spec));
         let rows = Batch { token_ids: batch.token_ids, positions: batch.positions, spans: batch.spans };
-        policy.forward(&rows, cache, &mut self.workspace);
+        match &self.ranks {
+            None => {
+                policy.forward(&rows, cache, &mut self.workspace);
+            }
+            Some(ranks) => {
+                let (weights, copies) = (policy.version.hash, self.untold.as_slice());
+                let step = StepCommand { weights, pool: &self.spec, copies, batch };
+                let workspace = &mut self.workspace;
+                ranks.step(&step, |others| policy.forward_part(&rows, cache, workspace, others).map(|_| ()))?;
+                self.untold.clear();
+            }
+        }
         let sampled = if batch.draws.is_empty() {
             Vec::new()
         } else {
@@ -84,6 +110,10 @@ impl Model for PolicyModel {
     }
 
     fn release_kv(&mut self) -> usize {
+        self.untold.clear();
+        if let Some(ranks) = self.ranks.as_ref().filter(|_| self.cache.is_some()) {
+            ranks.release_kv();
+        }
         self.cache.take().map_or(0, |_pool| self.kv_cache_bytes())
     }
 

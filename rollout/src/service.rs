@@ -10,7 +10,7 @@ use crate::model::Model;
 use crate::policy_model::PolicyModel;
 use crate::stop::TokenBytes;
 use crate::synced::Drain;
-use crate::{BeamHypothesis, BeamSpec, EngineConfig, Error, ModelDrafter, Speculative};
+use crate::{BeamHypothesis, BeamSpec, EngineConfig, Error, ModelDrafter, RankGroup, Speculative};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
@@ -51,6 +51,14 @@ impl LocalRolloutService {
             prefix_cache: config.prefix_cache,
         };
         Ok(Self::with_engine(model, options))
+    }
+
+    /// Compute with the other tensor-parallel ranks of the model, of which the policy is rank 0's part.
+    #[must_use]
+    pub fn with_ranks(mut self, ranks: Arc<RankGroup>) -> Self {
+        let engine = self.engine.get_mut().unwrap_or_else(PoisonError::into_inner);
+        engine.model_mut().set_ranks(ranks);
+        self
     }
 
     /// Let `policy`, a smaller model of the same vocabulary, draft too. `config` is the engine's; the pool of the

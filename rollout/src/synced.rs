@@ -62,6 +62,9 @@ impl<S: Drain> SyncedRolloutService<S> {
             RefitAction::Pause | RefitAction::Resume => return None,
             RefitAction::Drain => return told(self.engine.drain().map(|()| RefitEvent::Drained)),
             RefitAction::Fetch(wanted) => match self.receiver.fetch(wanted) {
+                Ok(found) if found == wanted => {
+                    told(self.receiver.hand_out(wanted).map(|()| RefitEvent::Attested(found)))
+                }
                 Ok(found) => {
                     *outcome = self.receiver.check(wanted, found);
                     Some(RefitEvent::Attested(found))

@@ -4,6 +4,7 @@
 //! that was announced, leaves the old version serving. Each piece is hashed as it is written, while a near cache has
 //! it; all ranks are asked at once, by as many threads as the device computes with.
 
+use crate::RankGroup;
 use crate::nearby_weights::{NearbyWeights, WeightBytes, WeightTransport};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -25,6 +26,8 @@ pub struct WeightReceiver {
     layout: Layout,
     /// The weights as they arrive, f32 in canonical units.
     staging: Mutex<ParamStore>,
+    /// The other tensor-parallel ranks of the engine, where there are any.
+    group: Option<Arc<RankGroup>>,
     name: String,
 }
 
@@ -57,7 +60,14 @@ impl WeightReceiver {
         let Sources { ranks, layout, transport } = sources;
         let nearby = |(rank, holder)| NearbyWeights::new(holder, rank, transport);
         let ranks = ranks.into_iter().enumerate().map(nearby).collect();
-        WeightReceiver { device, policy, ranks, layout, staging: Mutex::new(params), name }
+        WeightReceiver { device, policy, ranks, layout, staging: Mutex::new(params), group: None, name }
+    }
+
+    /// Divide what is received over `group`, of which `policy` is rank 0's part.
+    #[must_use]
+    pub fn divided_over(mut self, group: Arc<RankGroup>) -> Self {
+        self.group = Some(group);
+        self
     }
 
     /// What arrived so far, and how.
@@ -84,6 +94,7 @@ impl WeightReceiver {
         }
         let found = self.fetch(version)?;
         self.check(version, found)?;
+        self.hand_out(version)?;
         self.serve(version);
         Ok(())
     }
@@ -113,6 +124,18 @@ impl WeightReceiver {
         let (expected, got) = (version.hash, found.hash);
         let message = format!("expected weights that hash to {expected}, what arrived hashes to {got}");
         Err(self.error(ErrorCode::VersionMismatch, OPERATION, message))
+    }
+
+    /// Give the other tensor-parallel ranks what they hold of the weights that were fetched last and proved to be
+    /// `version`, where they have others. They compute nothing with them before this engine serves them.
+    ///
+    /// # Errors
+    /// `Unavailable`: a rank that is lost, and with it the engine.
+    pub fn hand_out(&self, version: PolicyVersion) -> ServiceResult<()> {
+        let Some(group) = self.group.as_ref().filter(|_| self.version().hash != version.hash) else { return Ok(()) };
+        let staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        let handed_out = group.hand_out(&*self.device, &staging, version.hash);
+        handed_out.map_err(|e| self.error(e.code(), OPERATION, e))
     }
 
     /// Swap in the weights that were fetched last and proved to be `version`.

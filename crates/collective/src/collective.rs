@@ -239,6 +239,24 @@ impl Collective {
         })
     }
 
+    /// What rank `root` gives, of a length that it alone knows; what others give is not looked at.
+    ///
+    /// # Errors
+    /// A lost rank, ranks that disagree, or no such root.
+    pub fn broadcast_list<T: Element>(&self, own: &[T], root: usize) -> Result<Vec<T>> {
+        self.run(Operation::Broadcast, |turn| {
+            if root >= self.world() {
+                let problem = format!("root {root}: expected a rank below {}", self.world());
+                return Err(Error::invalid(Operation::Broadcast, problem));
+            }
+            if root == self.rank {
+                turn.send_to_others(|_| own.to_vec())?;
+                return Ok(own.to_vec());
+            }
+            turn.receive(root, None)
+        })
+    }
+
     /// Wait until every rank is here.
     ///
     /// # Errors

@@ -7,3 +7,4 @@ mod lenient;
 mod rounds;
 mod speculation;
 mod support;
+mod tensor_parallel;
