@@ -12,6 +12,7 @@ mod plan;
 mod planned;
 mod recipe;
 mod reward_models;
+mod rollout_ranks;
 mod runtime;
 mod staleness;
 mod tables;
@@ -52,6 +53,8 @@ enum Command {
     Inspect(commands::inspect::Inspect),
     Eval(commands::eval::Eval),
     Serve(commands::serve::Serve),
+    #[command(hide = true)]
+    EngineRank(commands::engine_rank::EngineRank),
     Certs(commands::certs::Certs),
     Status(commands::control::Status),
     Watch(commands::control::Watch),
@@ -144,6 +147,7 @@ impl Command {
             Command::Inspect(command) => command.run(),
             Command::Eval(command) => command.run(),
             Command::Serve(command) => command.run(),
+            Command::EngineRank(command) => command.run(),
             Command::Certs(command) => command.run(),
             Command::Status(command) => command.run(),
             Command::Watch(command) => command.run(),

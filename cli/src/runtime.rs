@@ -4,6 +4,7 @@ use crate::control::{LocalControl, write_address};
 use crate::draft_model;
 use crate::recipe::{CheckReport, PlacementMode, Recipe, Source, render};
 use crate::reward_models::RewardModels;
+use crate::rollout_ranks::EngineSetting;
 use crate::tls::TlsPlacement;
 use crate::workers::{Cluster, ClusterSpec, Work};
 use crate::{staleness, teachers, trainer_ranks};
@@ -12,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use temper_actor::{SpecialTokens, Tokenizer};
 use temper_controller::{ReplaySpec, RunSpec, Services};
-use temper_proto::{ServiceError, ServiceResult, TextService};
+use temper_proto::{RolloutService, ServiceError, ServiceResult, TextService};
 use temper_rollout::{LocalRolloutService, Replay, TokenByteTable};
 use temper_tensor::{CpuConfig, CpuDevice, Device};
 use temper_types::{DType, ErrorCode, PromptContent};
@@ -133,15 +134,19 @@ pub fn embedded(recipe: &Recipe, report: &CheckReport, (model_dir, run_dir): (&P
     let trainer = trainer_ranks::load(recipe, (&device, dtype), (model_dir, run_dir), &masked)?;
     let initial = trainer.version.hash;
     let bytes = text.token_byte_table(vocab_size);
-    let rollout =
-        LocalRolloutService::new(Arc::clone(&device), trainer.policy, recipe.engine.clone(), Arc::new(bytes))?;
-    let rollout = draft_model::attach(rollout, (&device, dtype), Some(&text), &recipe.engine)?;
-    let rollout = rollout.with_history(&history_dir(recipe, run_dir));
+    let rollout: Arc<dyn RolloutService> = if recipe.placement.rollout_tensor_parallel > 1 {
+        let engine = EngineSetting { recipe, device: &device, dtype, model_dir, run_dir, name: "rollout-0" };
+        Arc::new(engine.start_with_threads((trainer.version, trainer.holders))?)
+    } else {
+        let rollout =
+            LocalRolloutService::new(Arc::clone(&device), trainer.policy, recipe.engine.clone(), Arc::new(bytes))?;
+        let rollout = draft_model::attach(rollout, (&device, dtype), Some(&text), &recipe.engine)?;
+        Arc::new(rollout.with_history(&history_dir(recipe, run_dir)))
+    };
     let trainer = trainer.service;
     let scorer = Arc::clone(&trainer);
     let models = RewardModels { trainer: scorer, device: &device, policy_dir: model_dir, dtype };
-    let services =
-        Services { rollout: Arc::new(rollout), reward: Arc::new(models.reward_service(recipe)?), trainer, text };
+    let services = Services { rollout, reward: Arc::new(models.reward_service(recipe)?), trainer, text };
     let spec = run_spec(recipe, report, (dtype, &format!("{initial}")), model_dir)?;
     Ok(Runtime { services, spec, dtype, device, cluster: None })
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use temper_actor::{ModelConfig, sequence_parallel_problem};
 use temper_collective::reshard::Layout;
-use temper_proto::TrainerService;
+use temper_proto::{TrainerService, WeightService};
 use temper_rollout::WeightTransport;
 use temper_tensor::Device;
 use temper_trainer::{LocalTrainerService, Ranks, Sharding, SharedPolicy, Trainer, TrainerGroup, load_local_ranks};
@@ -21,6 +21,8 @@ pub struct LocalTrainer {
     pub policy: SharedPolicy,
     /// The version that it was loaded with.
     pub version: PolicyVersion,
+    /// The ranks, for engines that hold weights of their own.
+    pub holders: Vec<Arc<dyn WeightService>>,
 }
 
 /// What of a model the ranks of `placement` divide.
@@ -72,13 +74,17 @@ pub fn load(
     if placement.trainer_ranks == 1 {
         let trainer = start(None)?;
         let (policy, version) = (trainer.policy(), trainer.version());
-        return Ok(LocalTrainer { service: Arc::new(LocalTrainerService::new(trainer)), policy, version });
+        let service = Arc::new(LocalTrainerService::new(trainer));
+        return Ok(LocalTrainer { holders: vec![service.clone()], service, policy, version });
     }
     let timeout = Duration::from_secs(placement.collective_timeout_seconds);
     let start = |rank: Ranks| start(Some(rank.with_sequence_parallel(placement.sequence_parallel)?));
     let ranks = load_local_ranks(placement.trainer_ranks, sharding(placement), timeout, start)?;
     let (policy, version) = (ranks[0].policy(), ranks[0].version());
-    Ok(LocalTrainer { service: Arc::new(TrainerGroup::of_trainers(ranks)?), policy, version })
+    let services: Vec<_> = ranks.into_iter().map(|rank| Arc::new(LocalTrainerService::new(rank))).collect();
+    let holders = services.iter().map(|rank| Arc::clone(rank) as Arc<dyn WeightService>).collect();
+    let ranks = services.into_iter().map(|rank| rank as Arc<dyn TrainerService>).collect();
+    Ok(LocalTrainer { service: Arc::new(TrainerGroup::new(ranks)?), policy, version, holders })
 }
 
 /// What the identity of a run says of its ranks: sums over another number of them round differently. (How state is

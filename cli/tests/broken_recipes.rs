@@ -54,6 +54,23 @@ const CASES: &[Case] = &[
         &["stage.0.data", "did you mean `demonstrations`?"],
     ),
     case(
+        "ranks that divide no heads",
+        "[placement]",
+        "[placement]\nrollout_tensor_parallel = 2",
+        &[
+            "placement.rollout_tensor_parallel",
+            "2 does not fit the model",
+            "`num_key_value_heads` is 1",
+            "multiple of 2",
+        ],
+    ),
+    case(
+        "ranks that divide no sums",
+        "[placement]",
+        "[placement]\nrollout_tensor_parallel = 3",
+        &["placement.rollout_tensor_parallel", "3 is out of range", "1, 2, 4 or 8"],
+    ),
+    case(
         "workers in one process",
         "[placement]",
         "[placement]\nrollout_workers = 2",

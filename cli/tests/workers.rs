@@ -168,6 +168,63 @@ fn ranks_that_share_sequences_in_processes_give_the_bits_of_ranks_in_one() {
     }
 }
 
+/// A recipe with heads that two ranks can divide.
+fn divisible(text: &str) -> String {
+    text.replace("num_key_value_heads = 1", "num_key_value_heads = 2")
+}
+
+#[test]
+fn engines_over_tensor_parallel_ranks_give_the_bits_of_whole_ones() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let recipe = recipe(dir.path(), &divisible(SMALL));
+    let [reference, threads, processes] = ["reference", "threads", "processes"].map(|name| dir.path().join(name));
+    const DIVIDED: &str = "placement.rollout_tensor_parallel=2";
+    assert!(train(&recipe, &reference, &[], None).status.success());
+    let expected = outcome(&reference);
+    let output = train(&recipe, &threads, &["--set", DIVIDED], None);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(outcome(&threads), expected, "ranks that are threads");
+    finish(start(&recipe, &processes, &[DIVIDED, "placement.rollout_workers=2", "placement.sleep=true"]));
+    assert_eq!(outcome(&processes), expected, "ranks that are processes");
+}
+
+/// Processes that `pid` started and that are still there.
+fn children(pid: u64) -> Vec<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    text.split_whitespace().map(|pid| pid.parse().expect("a process")).collect()
+}
+
+/// A process that ended and was not waited for is not there either.
+fn is_there(pid: u64) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
+}
+
+#[test]
+fn an_engine_whose_rank_is_killed_begins_anew_and_leaves_none_behind() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let recipe = recipe(dir.path(), &divisible(&longer()));
+    let [reference, run_dir] = ["reference", "killed"].map(|name| dir.path().join(name));
+    assert!(train(&recipe, &reference, &[], None).status.success());
+    let child = start(&recipe, &run_dir, &["placement.rollout_tensor_parallel=2", "placement.rollout_workers=2"]);
+    let (worker_pid, life) = until("the engine", || worker(&run_dir, "rollout-0", 0));
+    let rank = until("its rank", || children(worker_pid).first().copied());
+    until("steps", || (control_json(&run_dir, &["status"])?["step"].as_u64()? > 5).then_some(()));
+    signal(rank, "KILL");
+    assert_eq!(control_json(&run_dir, &["pause"]).expect("it pauses")["state"], "paused");
+    let (second, life) = until("its next life", || worker(&run_dir, "rollout-0", life));
+    let rank = until("its next rank", || children(second).first().copied());
+    // The worker itself, with nobody left to end its rank in order.
+    signal(second, "KILL");
+    until("the end of its rank", || (!is_there(rank)).then_some(()));
+    until("its last life", || worker(&run_dir, "rollout-0", life));
+    assert_eq!(control_json(&run_dir, &["resume"]).expect("it goes on")["state"], "running");
+    let output = finish(child);
+    let said = stderr(&output);
+    assert!(said.contains("tensor-parallel rank 1 is lost: it was killed by signal 9"), "{said}");
+    assert_eq!(run::whole_outcome(&run_dir), run::whole_outcome(&reference));
+}
+
 #[test]
 fn a_lost_trainer_rank_takes_all_ranks_back_to_the_last_checkpoint() {
     let dir = tempfile::tempdir().expect("a temporary directory");

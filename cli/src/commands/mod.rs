@@ -6,6 +6,7 @@ pub mod certs;
 pub mod check;
 pub mod common;
 pub mod control;
+pub mod engine_rank;
 pub mod eval;
 pub mod export;
 pub mod fetch;

@@ -5,7 +5,7 @@ use super::render::to_table;
 use super::{ModelSource, PlacementMode, Recipe, RecipeError, Source};
 use super::{check_distill, check_partial, check_replay, preference_stage};
 use crate::reward_models::launcher;
-use crate::{staleness, tls, trainer_ranks};
+use crate::{rollout_ranks, staleness, tls, trainer_ranks};
 use std::collections::BTreeMap;
 use std::path::Path;
 use temper_actor::{ModelConfig, Tokenizer};
@@ -35,6 +35,7 @@ pub fn check(recipe: &Recipe, source: &Source) -> Result<CheckReport, RecipeErro
     recipe.engine.validate().map_err(|e| source.error("engine", e))?;
     trainer_ranks::check(&recipe.placement, source)?;
     trainer_ranks::check_heads(recipe, source)?;
+    rollout_ranks::check(recipe, source)?;
     let data = load_data(recipe, source)?;
     for (index, stage) in recipe.stages.iter().enumerate() {
         check_stage(recipe, source, &data, (index, stage))?;
@@ -291,6 +292,7 @@ pub fn summary(recipe: &Recipe, num_rows: &BTreeMap<String, usize>) -> String {
     lines.extend(check_partial::summary(recipe));
     lines.extend(placement_summary(recipe));
     lines.extend(trainer_ranks::summary(&recipe.placement));
+    lines.extend(rollout_ranks::summary(&recipe.placement));
     lines.extend(staleness::summary(recipe));
     lines.join("\n")
 }

@@ -64,6 +64,9 @@ pub struct Placement {
     pub reward_threads: usize,
     /// Rollout engines, each in a process of its own. Never changes a number.
     pub rollout_workers: usize,
+    /// Tensor-parallel ranks that the model of each engine is divided over: 1, 2, 4 or 8. Threads where mode is
+    /// "embedded", processes otherwise. Never changes a number.
+    pub rollout_tensor_parallel: usize,
     /// Reward workers, each in a process of its own. Never changes a number.
     pub reward_workers: usize,
     /// Score a group as soon as its last sample ends, while others are generated; false: all of a batch together, after
@@ -91,7 +94,8 @@ pub struct Placement {
     /// How new weights come to engines of other processes: "auto", through memory shared with the trainer where both
     /// run on one host, or "grpc". Never changes a number.
     pub weight_transport: WeightTransport,
-    /// Longest wait of a trainer rank for the others, in seconds: the longest difference between them in one update.
+    /// Longest wait of a rank for the others, in seconds: the longest difference between trainer ranks in one update,
+    /// or between the tensor-parallel ranks of an engine in one step.
     pub collective_timeout_seconds: u64,
     /// Certificates by which the processes prove themselves to each other; none: they speak plain text.
     pub tls: Option<TlsPlacement>,
@@ -104,6 +108,7 @@ impl Default for Placement {
             threads: 0,
             reward_threads: 1,
             rollout_workers: 1,
+            rollout_tensor_parallel: 1,
             reward_workers: 1,
             stream_rewards: true,
             staleness: 0,

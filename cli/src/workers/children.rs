@@ -207,7 +207,8 @@ impl Table {
     }
 }
 
-fn describe(status: ExitStatus) -> String {
+/// How a process ended, in words.
+pub(super) fn describe(status: ExitStatus) -> String {
     match (status.code(), status.signal()) {
         (Some(code), _) => format!("it exited with code {code}"),
         (None, Some(signal)) => format!("it was killed by signal {signal}"),

@@ -1,14 +1,17 @@
 //! Worker processes: how they are started, found, supervised, and what runs in them.
 //!
 //! [`hub`] is what workers register with, [`children`] starts processes and starts them again, [`cluster`] joins both
-//! into the services of a run, and [`process`] is the other side: a worker from its registration to its end.
+//! into the services of a run, and [`process`] is the other side: a worker from its registration to its end;
+//! [`engine_ranks`] starts the tensor-parallel ranks of a rollout worker.
 
 mod children;
 mod cluster;
+mod engine_ranks;
 mod hub;
 mod process;
 
 pub use cluster::{Cluster, ClusterSpec};
+pub use engine_ranks::serve_rank;
 pub use hub::{Hub, Member, Work};
 pub use process::{ServeOptions, WhenLost, end_with_stdin, serve_worker};
 

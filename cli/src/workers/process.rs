@@ -1,17 +1,19 @@
 //! A worker process: register, load, serve, and live as long as the controller does.
 
+use super::engine_ranks::{EngineRanks, Failure, RankWork};
 use crate::recipe::{Placement, Recipe, Source};
 use crate::reward_models::RewardModels;
-use crate::runtime::{LocalText, device, history_dir};
+use crate::rollout_ranks::{self, EngineSetting};
+use crate::runtime::{LocalText, device};
 use crate::tls::transport;
-use crate::{draft_model, trainer_ranks};
+use crate::trainer_ranks;
 use anyhow::{Context, bail};
 use std::io::Read;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, RwLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
-use temper_actor::{CheckpointReader, ModelConfig, PackedPolicy, ParamStore};
+use temper_actor::ModelConfig;
 use temper_collective::{SocketConfig, connect as connect_ranks};
 use temper_proto::grpc::{
     Endpoint, GrpcRuntime, RewardServer, RolloutServer, ServedServices, TlsFiles, TrainerClient, TrainerServer,
@@ -21,10 +23,10 @@ use temper_proto::{
     Assignment, ScalarModelService, ServiceResult, TrainerService, WeightService, WorkerHello, WorkerRegistry,
     WorkerRole,
 };
-use temper_rollout::{LocalRolloutService, Sources, SyncedRolloutService, WeightReceiver};
+use temper_rollout::{LocalRolloutService, RankGroup, SyncedRolloutService};
 use temper_tensor::Device;
 use temper_trainer::{LocalTrainerService, ProcessRole, ProcessShare, Ranks, Trainer, TrainerGroup};
-use temper_types::{DType, ErrorCode, PolicyVersion};
+use temper_types::{DType, ErrorCode};
 
 /// How long a worker asks to be let in.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(300);
@@ -104,15 +106,19 @@ fn live(options: &ServeOptions, listener: &TcpListener) -> Result<(), Ended> {
         collective_address: ranks.address()?,
     };
     let assignment = retrying(|| registry.register(hello.clone()))?;
-    let beats = Heartbeats::start(Arc::clone(&registry), &assignment)?;
+    let failure = Failure::default();
+    let beats = Heartbeats::start(Arc::clone(&registry), &assignment, &failure)?;
     let joined = Joined { runtime: &runtime, registry: &registry, assignment: &assignment, ranks: &ranks };
-    let services = joined.build(options.role)?;
+    let (services, engine_ranks) = joined.build(options.role, &failure)?;
     let config = TransportConfig::default();
     let services = services.of_life(assignment.id.incarnation);
     let server = serve(&runtime, listener.try_clone()?, services, config).context("serving")?;
     tracing::info!(worker = assignment.id.name, address = %server.address(), "serving");
     registry.ready(&assignment.id)?;
-    beats.wait().map_err(Ended::Lost)
+    let ended = beats.wait();
+    // Ahead of the engine, which tells them that it is over: from here on it is no loss when they end.
+    drop(engine_ranks);
+    ended.map_err(Ended::Lost)
 }
 
 fn connect(runtime: &GrpcRuntime, options: &ServeOptions) -> anyhow::Result<Arc<WorkerRegistryClient>> {
@@ -141,11 +147,15 @@ struct Heartbeats {
 }
 
 impl Heartbeats {
-    fn start(registry: Arc<WorkerRegistryClient>, assignment: &Assignment) -> anyhow::Result<Self> {
-        let (id, lease) = (assignment.id.clone(), assignment.lease);
+    /// A failure ends them.
+    fn start(registry: Arc<WorkerRegistryClient>, assignment: &Assignment, failure: &Failure) -> anyhow::Result<Self> {
+        let (id, lease, failure) = (assignment.id.clone(), assignment.lease, Arc::clone(failure));
         let beat = move || {
             let mut last = Instant::now();
             loop {
+                if let Some(cause) = failure.get() {
+                    bail!("{}: {cause}", id.name);
+                }
                 match registry.heartbeat(&id) {
                     Ok(true) => return Ok(()),
                     Ok(false) => last = Instant::now(),
@@ -212,13 +222,14 @@ struct Joined<'a> {
 }
 
 impl Joined<'_> {
-    fn build(&self, role: WorkerRole) -> anyhow::Result<ServedServices> {
+    /// The services, and the other ranks of a divided engine.
+    fn build(&self, role: WorkerRole, failure: &Failure) -> anyhow::Result<(ServedServices, Option<EngineRanks>)> {
         let setting = Setting::of(self.assignment)?;
         let config = TransportConfig::default();
         match role {
             WorkerRole::Rollout => {
-                let engine = self.rollout(&setting)?;
-                Ok(ServedServices::new().with(RolloutServer::service(Arc::new(engine), &config)))
+                let (engine, ranks) = self.rollout(&setting, failure)?;
+                Ok((ServedServices::new().with(RolloutServer::service(Arc::new(engine), &config)), ranks))
             }
             WorkerRole::Reward => {
                 // Every rank holds the reward model that a stage trains; scores are a call to all of them.
@@ -228,13 +239,14 @@ impl Joined<'_> {
                 let Setting { recipe, model_dir, device, dtype } = &setting;
                 let models = RewardModels { trainer, device, policy_dir: model_dir, dtype: *dtype };
                 let service = Arc::new(models.reward_service(recipe)?);
-                Ok(ServedServices::new().with(RewardServer::service(service, &config)))
+                Ok((ServedServices::new().with(RewardServer::service(service, &config)), None))
             }
             WorkerRole::Trainer => {
                 let service = Arc::new(LocalTrainerService::new(self.trainer(&setting)?));
-                Ok(ServedServices::new()
+                let services = ServedServices::new()
                     .with(TrainerServer::service(service.clone(), &config))
-                    .with(WeightServer::service(service, &config)))
+                    .with(WeightServer::service(service, &config));
+                Ok((services, None))
             }
         }
     }
@@ -248,29 +260,33 @@ impl Joined<'_> {
         self.assignment.weight_sources.iter().enumerate().map(connect).collect()
     }
 
-    fn rollout(&self, setting: &Setting) -> anyhow::Result<SyncedRolloutService<LocalRolloutService>> {
+    fn rollout(
+        &self,
+        setting: &Setting,
+        failure: &Failure,
+    ) -> anyhow::Result<(SyncedRolloutService<LocalRolloutService>, Option<EngineRanks>)> {
         let Setting { recipe, model_dir, device, dtype } = setting;
+        let (placement, dtype) = (&recipe.placement, *dtype);
+        let num_ranks = placement.rollout_tensor_parallel;
+        let (group, engine_ranks) = match num_ranks {
+            1 => (None, None),
+            _ => {
+                let threads = match placement.threads {
+                    0 => (device.info().num_threads / num_ranks).max(1),
+                    threads => threads,
+                };
+                let work = RankWork { model_dir, dtype, threads, timeout: rollout_ranks::timeout(placement) };
+                let (ranks, mut processes) = EngineRanks::start(num_ranks, &work)?;
+                let group = Arc::new(RankGroup::lead(&ModelConfig::load(model_dir)?, ranks)?);
+                processes.watch(&group, failure)?;
+                (Some(group), Some(processes))
+            }
+        };
         let name = &self.assignment.id.name;
-        let config = ModelConfig::load(model_dir)?;
-        let reader = CheckpointReader::open(model_dir)?;
-        reader.validate(&config)?;
-        let params = ParamStore::load(&**device, &config, &reader)?;
-        let text = LocalText::load(model_dir)?;
-        let mut policy = PackedPolicy::new(device, &params, &config, *dtype);
-        policy.set_masked_ids(text.tokenizer().missing_ids(config.vocab_size));
-        policy.version = PolicyVersion { number: 0, hash: params.content_hash(&**device) };
-        let policy = Arc::new(RwLock::new(policy));
-        let bytes = Arc::new(text.token_byte_table(config.vocab_size));
-        let engine = LocalRolloutService::new(Arc::clone(device), Arc::clone(&policy), recipe.engine.clone(), bytes)?
-            .named(name);
-        let engine = draft_model::attach(engine, (device, *dtype), Some(&text), &recipe.engine)?;
-        let engine = engine.with_history(&history_dir(recipe, Path::new(&self.assignment.run_dir)));
-        let ranks = self.sources(|endpoint| Arc::new(WeightClient::new(endpoint)) as Arc<dyn WeightService>)?;
-        let placement = &recipe.placement;
-        let (layout, transport) = (trainer_ranks::layout(placement), placement.weight_transport);
-        let sources = Sources { ranks, layout, transport };
-        let receiver = WeightReceiver::new(Arc::clone(device), policy, params, sources, name.clone());
-        Ok(SyncedRolloutService::new(engine, receiver))
+        let run_dir = Path::new(&self.assignment.run_dir);
+        let engine = EngineSetting { recipe, device, dtype, model_dir, run_dir, name };
+        let holders = self.sources(|endpoint| Arc::new(WeightClient::new(endpoint)) as Arc<dyn WeightService>)?;
+        Ok((engine.start(0, (holders, placement.weight_transport), group)?, engine_ranks))
     }
 
     fn trainer(&self, setting: &Setting) -> anyhow::Result<Trainer> {
