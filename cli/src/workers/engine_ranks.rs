@@ -221,5 +221,10 @@ pub fn serve_rank() -> Result<()> {
     let ranks = connect(&config, &listener)?;
     let model = ModelConfig::load(&told.model_dir)?;
     let device = crate::runtime::device(told.threads);
-    follow(&device, &model, told.dtype, ranks).with_context(|| format!("tensor-parallel rank {rank}"))
+    let followed = follow(&device, &model, told.dtype, ranks);
+    if followed.is_err() {
+        // Where the worker is gone standard input ends as well, and this process with it: there is nothing to report.
+        std::thread::sleep(END_TIMEOUT / 5);
+    }
+    followed.with_context(|| format!("tensor-parallel rank {rank}"))
 }
