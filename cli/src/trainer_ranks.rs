@@ -84,7 +84,8 @@ pub fn load(
     let services: Vec<_> = ranks.into_iter().map(|rank| Arc::new(LocalTrainerService::new(rank))).collect();
     let holders = services.iter().map(|rank| Arc::clone(rank) as Arc<dyn WeightService>).collect();
     let ranks = services.into_iter().map(|rank| rank as Arc<dyn TrainerService>).collect();
-    Ok(LocalTrainer { service: Arc::new(TrainerGroup::new(ranks)?), policy, version, holders })
+    let group = TrainerGroup::new(ranks)?.with_sequence_parallel(placement.sequence_parallel)?;
+    Ok(LocalTrainer { service: Arc::new(group), policy, version, holders })
 }
 
 /// What the identity of a run says of its ranks: sums over another number of them round differently. (How state is
