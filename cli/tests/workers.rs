@@ -9,7 +9,7 @@ use run::{Outcome, outcome, train};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use temper_data::trajectories::read_dataset;
 use temper_types::Philox;
 use wait::until;
@@ -240,6 +240,27 @@ fn a_lost_trainer_rank_takes_all_ranks_back_to_the_last_checkpoint() {
     assert_eq!(without_communication(killed), without_communication(whole));
 }
 
+/// Kill these workers one after another, each some time after it serves in a new life.
+fn kill(run_dir: &Path, names: &[&'static str]) {
+    let noise = Philox::new(3);
+    let mut lives = BTreeMap::new();
+    let mut kills = 0;
+    for (index, name) in names.iter().enumerate() {
+        let before = lives.get(name).copied().unwrap_or(0);
+        let found = until(name, || match worker(run_dir, name, before) {
+            Some(found) => Some(Some(found)),
+            // The run may be over before every worker had its turn.
+            None => is_complete(run_dir).then_some(None),
+        });
+        let Some((pid, life)) = found else { break };
+        std::thread::sleep(Duration::from_millis(noise.below(300, index as u64, 0)));
+        signal(pid, "KILL");
+        lives.insert(*name, life);
+        kills += 1;
+    }
+    assert!(kills >= 4, "only {kills} kills before the run was over");
+}
+
 #[test]
 fn workers_of_every_role_are_killed_and_stopped_and_the_result_stays() {
     let dir = tempfile::tempdir().expect("a temporary directory");
@@ -248,27 +269,26 @@ fn workers_of_every_role_are_killed_and_stopped_and_the_result_stays() {
     assert!(train(&recipe, &reference, &[], None).status.success());
     let run_dir = dir.path().join("killed");
     let child = start(&recipe, &run_dir, &["placement.rollout_workers=2", "placement.reward_workers=2"]);
-    let names = ["rollout-0", "trainer-0", "reward-1", "rollout-1", "trainer-0", "reward-0"];
-    let noise = Philox::new(3);
-    let mut lives = BTreeMap::new();
-    let mut kills = 0;
-    for (index, name) in names.into_iter().enumerate() {
-        let before = lives.get(name).copied().unwrap_or(0);
-        let found = until(name, || match worker(&run_dir, name, before) {
-            Some(found) => Some(Some(found)),
-            // The run may be over before every worker had its turn.
-            None => is_complete(&run_dir).then_some(None),
-        });
-        let Some((pid, life)) = found else { break };
-        std::thread::sleep(Duration::from_millis(noise.below(300, index as u64, 0)));
-        signal(pid, "KILL");
-        lives.insert(name, life);
-        kills += 1;
-    }
-    assert!(kills >= 4, "only {kills} kills before the run was over");
+    kill(&run_dir, &["rollout-0", "trainer-0", "reward-1", "rollout-1", "trainer-0", "reward-0"]);
     finish(child);
     assert_eq!(run::whole_outcome(&run_dir), run::whole_outcome(&reference));
     check_accounts(&run_dir);
+}
+
+/// An engine that comes back while the trainer updates cannot have the weights that it is to generate with. With no
+/// other engine the run goes back to its last checkpoint, and does not wait first for somebody who could.
+#[test]
+fn the_only_engine_of_a_run_one_step_ahead_is_killed_and_nothing_waits_for_it() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let recipe = recipe(dir.path(), &longer());
+    let reference = dir.path().join("reference");
+    assert!(train(&recipe, &reference, &["--set", "placement.staleness=1"], None).status.success());
+    let (run_dir, begin) = (dir.path().join("killed"), Instant::now());
+    let child = start(&recipe, &run_dir, &["placement.staleness=1"]);
+    kill(&run_dir, &["rollout-0"; 6]);
+    finish(child);
+    assert!(begin.elapsed() < Duration::from_secs(110), "a wait for a worker alone takes 120 s");
+    assert_eq!(run::whole_outcome(&run_dir), run::whole_outcome(&reference));
 }
 
 /// By the rows of the run: no sample is lost, and none is trained on twice.

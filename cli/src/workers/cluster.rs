@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use temper_controller::fleet::{FleetConfig, FleetReward, FleetRollout, WorkerPhase, WorkerStatus};
+use temper_controller::fleet::{FleetConfig, FleetReward, FleetRollout, LossCause, WorkerPhase, WorkerStatus};
 use temper_proto::grpc::{
     ControlServer, Endpoint, FlightServer, GrpcRuntime, RewardClient, RolloutClient, ServedServices, ServerHandle,
     TlsFiles, TrainerClient, TransportConfig, WorkerRegistryServer, serve,
@@ -48,6 +48,10 @@ const SENT_AWAY: &str = "the run goes back to its last checkpoint";
 
 /// With no worker left, a new one is waited for so long.
 const WORKER_WAIT: Duration = Duration::from_secs(120);
+
+/// How long an engine that could not take new weights is left alone, at first and at most.
+const FIRST_WAIT: Duration = Duration::from_millis(500);
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
 
 /// Engines as one, and reward workers as one.
 #[derive(Clone)]
@@ -291,9 +295,14 @@ struct Joiner {
     is_ending: Arc<AtomicBool>,
 }
 
+/// When engines that could not take new weights are asked again, by name.
+type Patience = BTreeMap<String, (Instant, Duration)>;
+
 impl Joiner {
     fn run(self) {
+        let mut patience = Patience::new();
         while !self.is_ending.load(Ordering::SeqCst) {
+            self.ask_again(&mut patience);
             for change in self.hub.wait(Duration::from_millis(500)) {
                 match change {
                     Change::Ready(member) => {
@@ -304,6 +313,31 @@ impl Joiner {
                     }
                     Change::Lost(member) => self.leave(&member),
                 }
+            }
+        }
+    }
+
+    /// Engines that live and could not take new weights are taken in again, after a while that grows: the trainer may
+    /// have been at work on its next ones.
+    fn ask_again(&self, patience: &mut Patience) {
+        let fleets = self.fleets.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        for worker in fleets.rollout.workers() {
+            if worker.phase != WorkerPhase::Lost(LossCause::SyncFailed) {
+                if worker.version.is_some() {
+                    patience.remove(&worker.name);
+                }
+                continue;
+            }
+            let (due, wait) = patience.entry(worker.name.clone()).or_insert((Instant::now() + FIRST_WAIT, FIRST_WAIT));
+            if Instant::now() < *due {
+                continue;
+            }
+            *wait = (*wait * 2).min(LONGEST_WAIT);
+            *due = Instant::now() + *wait;
+            let is_it = |m: &Member| m.id.name == worker.name && m.standing == Standing::Ready;
+            let Some(member) = self.hub.members().into_iter().find(is_it) else { continue };
+            if let Err(error) = self.join(&member) {
+                tracing::warn!(worker = worker.name, error = format!("{error:#}"), "cannot join again");
             }
         }
     }

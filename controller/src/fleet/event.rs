@@ -227,6 +227,8 @@ pub enum LossCause {
     SyncTimedOut,
     /// A call to it failed.
     CallFailed,
+    /// It could not take the weights that it was to hold, or found others. It had nothing in hand, and may come again.
+    SyncFailed,
     /// It was registered again while it was thought to live.
     Superseded,
     /// It answered with weights that it was not asked for.
@@ -245,6 +247,7 @@ impl LossCause {
             LossCause::Stalled => "it answered nothing in time",
             LossCause::SyncTimedOut => "it did not attest its weights in time",
             LossCause::CallFailed => "a call failed",
+            LossCause::SyncFailed => "it could not take new weights",
             LossCause::Superseded => "it registered anew",
             LossCause::WrongWeights => "it answered with other weights than it attested",
             LossCause::Left => "it left",

@@ -127,7 +127,7 @@ impl ControlPlane {
             Event::Register { origin, role, capacity } => self.register(origin, role, capacity, &mut out),
             Event::Renew { origin } => self.renew(origin, &mut out),
             Event::Leave { origin } => self.end_life(origin, LossCause::Left, &mut out),
-            Event::Failed { origin } => self.end_life(origin, LossCause::CallFailed, &mut out),
+            Event::Failed { origin } => self.fail(origin, &mut out),
             Event::Submit { groups } => self.submit(groups, &mut out),
             Event::SubmitScore { job, cost } => self.submit_score(job, cost),
             Event::Answer { origin, ticket, versions, num_tokens } => {
@@ -258,6 +258,12 @@ impl ControlPlane {
         let lease_until = self.now.saturating_add(self.config.lease);
         self.pool.update(origin.worker, |worker| worker.lease_until = lease_until);
         Ok(())
+    }
+
+    fn fail(&mut self, origin: Origin, out: &mut Outbox) -> Result<(), Fence> {
+        let worker = self.live(origin)?;
+        let is_syncing = matches!(worker.phase, WorkerPhase::Syncing(_)) && worker.in_flight.is_empty();
+        self.end_life(origin, if is_syncing { LossCause::SyncFailed } else { LossCause::CallFailed }, out)
     }
 
     fn end_life(&mut self, origin: Origin, cause: LossCause, out: &mut Outbox) -> Result<(), Fence> {

@@ -237,6 +237,7 @@ impl RolloutService for FleetRollout {
     fn set_version(&self, version: PolicyVersion) -> ServiceResult<()> {
         const OPERATION: &str = "set_version";
         let mut state = self.shared.lock();
+        state.num_failed_syncs = 0;
         self.shared.tell(&mut state, Event::Publish { version });
         if let Some(current) = state.plane.version().filter(|current| *current != version) {
             let message = format!("version {version} does not follow {current}, which the workers serve");
@@ -384,11 +385,6 @@ impl Server {
         }
     }
 
-    fn tell(&self, event: Event) {
-        let mut state = self.shared.lock();
-        self.shared.tell(&mut state, event);
-    }
-
     fn submit(&mut self, ticket: Ticket, group: GroupId) -> ServiceResult<()> {
         let Some(request) = self.shared.lock().desk.requests.get(&group).cloned() else { return Ok(()) };
         match self.service.submit(vec![GroupRequest::clone(&request)]) {
@@ -416,7 +412,9 @@ impl Server {
 
     fn sync(&mut self, version: PolicyVersion) -> ServiceResult<()> {
         self.service.set_version(version)?;
-        self.tell(Event::Attest { origin: self.origin, version });
+        let mut state = self.shared.lock();
+        state.num_failed_syncs = 0;
+        self.shared.tell(&mut state, Event::Attest { origin: self.origin, version });
         Ok(())
     }
 

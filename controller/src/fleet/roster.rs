@@ -14,6 +14,9 @@ use std::time::Duration;
 use temper_proto::{ServiceError, ServiceResult};
 use temper_types::{ErrorCode, PolicyVersion};
 
+/// With no worker left, so many that could not take the weights that are to be served are enough to say that nobody
+/// can: the trainer's may have moved on.
+const MAX_FAILED_SYNCS: u32 = 3;
 /// Longest sleep between two looks at the clock.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -129,6 +132,8 @@ pub(super) struct State<S: ?Sized, D> {
     members: BTreeMap<WorkerId, Member<S>>,
     ids: BTreeMap<String, WorkerId>,
     alone_since: Option<Duration>,
+    /// Workers that could not take the version to be served, one after another.
+    pub(super) num_failed_syncs: u32,
     is_closed: bool,
 }
 
@@ -150,7 +155,8 @@ impl<S: ?Sized + Send + Sync + 'static, D: Desk> Shared<S, D> {
         // A fleet keeps no journal: a run resumes from its checkpoint, and workers join anew.
         let (plane, _) = ControlPlane::new(config.plane());
         let (members, ids) = (BTreeMap::new(), BTreeMap::new());
-        let state = State { plane, desk, members, ids, alone_since: None, is_closed: false };
+        let (alone_since, num_failed_syncs, is_closed) = Default::default();
+        let state = State { plane, desk, members, ids, alone_since, num_failed_syncs, is_closed };
         Shared { role, config, clock, state: Mutex::new(state), changed: Condvar::new() }
     }
 
@@ -216,9 +222,10 @@ impl<S: ?Sized + Send + Sync + 'static, D: Desk> Shared<S, D> {
     }
 
     fn note_loss(&self, state: &mut State<S, D>, origin: Origin, cause: LossCause) {
+        state.num_failed_syncs += u32::from(cause == LossCause::SyncFailed);
         let Some(member) = state.members.get_mut(&origin.worker) else { return };
         member.orders.clear();
-        if cause != LossCause::CallFailed && cause != LossCause::Left {
+        if !matches!(cause, LossCause::CallFailed | LossCause::SyncFailed | LossCause::Left) {
             member.last_error = Some(cause.describe().to_owned());
         }
         let error = member.last_error.as_deref().unwrap_or(cause.describe());
@@ -340,7 +347,7 @@ impl<S: ?Sized + Send + Sync + 'static, D: Desk> Shared<S, D> {
         self.tell(&mut state, Event::Failed { origin });
     }
 
-    /// Let time pass, and fail where no worker is left and none came in time.
+    /// Let time pass, and fail where no worker is left and none came in time, or all that came could not serve.
     pub(super) fn check_workers(&self, state: &mut State<S, D>, operation: &'static str) -> ServiceResult<()> {
         self.tell(state, Event::Tick);
         let now = self.now();
@@ -349,10 +356,13 @@ impl<S: ?Sized + Send + Sync + 'static, D: Desk> Shared<S, D> {
             return Ok(());
         }
         let since = *state.alone_since.get_or_insert(now);
-        if now.saturating_sub(since) < self.config.worker_wait {
+        let is_hopeless = state.num_failed_syncs >= MAX_FAILED_SYNCS;
+        if !is_hopeless && now.saturating_sub(since) < self.config.worker_wait {
             return Ok(());
         }
-        let message = format!("no worker is left: {}", describe(state));
+        let which =
+            if is_hopeless { "no worker can take the weights that are to be served" } else { "no worker is left" };
+        let message = format!("{which}: {}", describe(state));
         Err(self.error(ErrorCode::Unavailable, operation, message))
     }
 

@@ -297,3 +297,33 @@ fn a_lost_source_ends_the_wait_for_a_version() {
     assert_eq!(error.code, ErrorCode::Unavailable);
     assert!(error.message.contains("version 5") && error.message.contains("trainer-0 is lost"), "{error}");
 }
+
+/// Weights that nobody can have any more are not waited for, however patient the fleet is; one that fails and comes
+/// again in time is as good as new.
+#[test]
+fn weights_that_no_worker_can_take_end_the_wait_at_once() {
+    let patient = FleetConfig { worker_wait: Duration::from_secs(300), ..config() };
+    let run = start(patient, &[Manner::DiesAfter(2)]);
+    run.fleet.set_version(version(4)).expect("it proves it");
+    run.fleet.submit((0..NUM_GROUPS).map(request).collect()).expect("new groups");
+    let is_lost = |cause| run.status(NAMES[0]).phase == WorkerPhase::Lost(cause);
+    until("the end of the first life", || is_lost(LossCause::CallFailed));
+    let come_again = |manner: Manner| run.fleet.join(NAMES[0], FakeRollout::new(NAMES[0], manner)).expect("a thread");
+    for life in 2..=3 {
+        assert_eq!(come_again(Manner::HoldsOtherWeights), life);
+        until("a failed sync", || is_lost(LossCause::SyncFailed));
+        let waiting = run.fleet.next_group(Duration::ZERO);
+        assert!(!matches!(&waiting, Err(e) if e.code == ErrorCode::Unavailable), "{waiting:?}");
+    }
+    come_again(Manner::DiesAfter(2));
+    until("two more groups", || is_lost(LossCause::CallFailed));
+    for _ in 0..3 {
+        come_again(Manner::HoldsOtherWeights);
+        until("a failed sync", || is_lost(LossCause::SyncFailed));
+    }
+    let error = run.collect().expect_err("nobody can serve it");
+    assert_eq!(error.code, ErrorCode::Unavailable);
+    assert!(error.message.contains("no worker can take the weights that are to be served: engine-0"), "{error}");
+    come_again(Manner::Good);
+    run.fleet.set_version(version(5)).expect("new weights are another matter");
+}
