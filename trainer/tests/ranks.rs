@@ -1,7 +1,9 @@
 //! Several ranks against one, and shardings against each other: weights, reports, memory, bytes, failures, checkpoints.
 
+mod common;
+
+use common::{alone, device, model_dir, sequence};
 use std::net::{SocketAddr, TcpListener};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use temper_actor::{CheckpointReader, ModelConfig, UnitShapes};
@@ -11,24 +13,14 @@ use temper_proto::{
     Backbone, DistillSpec, GlobalCounts, MiniBatch, OptimizerConfig, PolicyRole, PreferencePair, ScalarModelSpec,
     ScalarRole, StageSpec, TokenSequence, TrainRow, TrainerService, UpdateReport,
 };
-use temper_tensor::{CpuConfig, CpuDevice, Device};
 use temper_trainer::{
-    LocalTrainerService, Memory, ProcessRole, ProcessShare, Ranks, Sharding, Trainer, TrainerGroup, load_local_ranks,
-    update_bytes_sent,
+    Memory, ProcessRole, ProcessShare, Ranks, Sharding, Trainer, TrainerGroup, load_local_ranks, update_bytes_sent,
 };
 use temper_types::{DType, ErrorCode, Philox, PolicyVersion};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 const MAX_TOKENS: usize = 24;
 const SHARDINGS: [Sharding; 3] = [Sharding::Zero1, Sharding::Zero2, Sharding::Zero3];
-
-fn model_dir(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../actor/tests/data").join(name)
-}
-
-fn device() -> Arc<dyn Device> {
-    Arc::new(CpuDevice::new(CpuConfig { num_threads: 1, isa: None }))
-}
 
 fn local_ranks(name: &str, world: usize, sharding: Sharding) -> Vec<Trainer> {
     let (device, dir) = (device(), model_dir(name));
@@ -38,21 +30,6 @@ fn local_ranks(name: &str, world: usize, sharding: Sharding) -> Vec<Trainer> {
 
 fn group(name: &str, world: usize, sharding: Sharding) -> TrainerGroup {
     TrainerGroup::of_trainers(local_ranks(name, world, sharding)).expect("ranks")
-}
-
-fn alone(name: &str) -> LocalTrainerService {
-    let trainer = Trainer::load(device(), &model_dir(name), DType::F32, Vec::new()).expect("the fixture loads");
-    LocalTrainerService::new(trainer)
-}
-
-fn sequence(seed: u64, prompt: usize, response: usize) -> TokenSequence {
-    let noise = Philox::new(seed);
-    let ids = |first: usize, len: usize| (first..first + len).map(|i| noise.below(90, i as u64, 0) as u32).collect();
-    TokenSequence {
-        prompt_token_ids: ids(0, prompt),
-        response_token_ids: ids(100, response),
-        response_mask: vec![1; response],
-    }
 }
 
 /// Groups of two rows with one prompt; lengths differ, so that ranks have different numbers of micro-batches.

@@ -1,7 +1,9 @@
 //! Ranks that share the rows of every micro-batch against ranks that do not: what the model says bit for bit, updates
 //! within a bound, bytes and memory as foretold, failures by name.
 
-use std::path::{Path, PathBuf};
+mod common;
+
+use common::{alone, device, model_dir, sequence};
 use std::sync::Arc;
 use std::time::Duration;
 use temper_actor::{CheckpointReader, ModelConfig, ParamStore};
@@ -11,24 +13,13 @@ use temper_proto::{
     Backbone, DistillSpec, GlobalCounts, LogProbs, MiniBatch, OptimizerConfig, PolicyRole, PreferencePair,
     ScalarModelSpec, ScalarRole, StageSpec, TokenSequence, TrainRow, TrainerService, UpdateReport,
 };
-use temper_tensor::{CpuConfig, CpuDevice, Device};
-use temper_trainer::{
-    Error, LocalTrainerService, Passes, Sharding, Trainer, TrainerGroup, exchange_bytes_sent, load_local_ranks,
-};
+use temper_trainer::{Error, Passes, Sharding, Trainer, TrainerGroup, exchange_bytes_sent, load_local_ranks};
 use temper_types::{DType, ErrorCode, Philox, PolicyVersion};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 /// Ranks, those that share rows, and a model: heads 4 over 2, so that of 4 ranks two compute with one key/value head.
 const LAYOUTS: [(&str, usize, usize); 5] =
     [("llama", 2, 2), ("llama", 4, 2), ("llama", 4, 4), ("qwen2", 2, 2), ("qwen3", 4, 4)];
-
-fn model_dir(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../actor/tests/data").join(name)
-}
-
-fn device() -> Arc<dyn Device> {
-    Arc::new(CpuDevice::new(CpuConfig { num_threads: 1, isa: None }))
-}
 
 fn try_ranks(name: &str, (world, size): (usize, usize), sharding: Sharding) -> Result<Vec<Trainer>, Error> {
     let (device, dir) = (device(), model_dir(name));
@@ -40,21 +31,6 @@ fn try_ranks(name: &str, (world, size): (usize, usize), sharding: Sharding) -> R
 
 fn group(name: &str, layout: (usize, usize), sharding: Sharding) -> TrainerGroup {
     TrainerGroup::of_trainers(try_ranks(name, layout, sharding).expect("the ranks load")).expect("ranks")
-}
-
-fn alone(name: &str) -> LocalTrainerService {
-    let trainer = Trainer::load(device(), &model_dir(name), DType::F32, Vec::new()).expect("the fixture loads");
-    LocalTrainerService::new(trainer)
-}
-
-fn sequence(seed: u64, prompt: usize, response: usize) -> TokenSequence {
-    let noise = Philox::new(seed);
-    let ids = |first: usize, len: usize| (first..first + len).map(|i| noise.below(90, i as u64, 0) as u32).collect();
-    TokenSequence {
-        prompt_token_ids: ids(0, prompt),
-        response_token_ids: ids(100, response),
-        response_mask: vec![1; response],
-    }
 }
 
 /// Groups of two rows with one prompt, and one long response that no micro-batch but its own holds.

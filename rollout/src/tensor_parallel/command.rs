@@ -14,16 +14,34 @@ const END: u8 = 4;
 /// What a rank is to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Command {
+    /// Compute rows; told as [`StepCommand`].
+    Step(Step),
+    /// Something else.
+    Order(Order),
+}
+
+/// What a rank is to do beside steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Order {
     /// Nothing; rank 0 is there.
     StillHere,
-    /// Compute rows.
-    Step(Step),
     /// Give the memory of the K/V pool back.
     ReleaseKv,
     /// Take the weights that follow.
     Weights(ContentHash),
     /// Follow no longer.
     End,
+}
+
+impl Order {
+    pub(super) fn encode(self) -> Vec<u8> {
+        match self {
+            Order::StillHere => vec![STILL_HERE],
+            Order::ReleaseKv => vec![RELEASE_KV],
+            Order::Weights(hash) => [&[WEIGHTS][..], &hash.0].concat(),
+            Order::End => vec![END],
+        }
+    }
 }
 
 /// The rows of one step.
@@ -93,24 +111,14 @@ impl StepCommand<'_> {
 }
 
 impl Command {
-    /// As bytes; a step is told as [`StepCommand`].
-    pub(super) fn encode(&self) -> Vec<u8> {
-        match self {
-            Command::StillHere | Command::Step(_) => vec![STILL_HERE],
-            Command::ReleaseKv => vec![RELEASE_KV],
-            Command::Weights(hash) => [&[WEIGHTS][..], &hash.0].concat(),
-            Command::End => vec![END],
-        }
-    }
-
     /// Out of bytes; nothing where they say nothing.
     pub(super) fn decode(bytes: &[u8]) -> Option<Command> {
         let (kind, rest) = bytes.split_first()?;
         match (*kind, rest) {
-            (STILL_HERE, []) => Some(Command::StillHere),
-            (RELEASE_KV, []) => Some(Command::ReleaseKv),
-            (END, []) => Some(Command::End),
-            (WEIGHTS, hash) => Some(Command::Weights(ContentHash(hash.try_into().ok()?))),
+            (STILL_HERE, []) => Some(Command::Order(Order::StillHere)),
+            (RELEASE_KV, []) => Some(Command::Order(Order::ReleaseKv)),
+            (END, []) => Some(Command::Order(Order::End)),
+            (WEIGHTS, hash) => Some(Command::Order(Order::Weights(ContentHash(hash.try_into().ok()?)))),
             (STEP, rest) => decode_step(rest).map(Command::Step),
             _ => None,
         }

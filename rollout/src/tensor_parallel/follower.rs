@@ -1,6 +1,6 @@
 //! A rank other than 0: does what it is told.
 
-use super::command::{Command, Step};
+use super::command::{Command, Order, Step};
 use super::exchange::{Exchange, SliceHash, lost};
 use crate::Error;
 use std::sync::Arc;
@@ -44,11 +44,11 @@ impl Follower<'_> {
         loop {
             let bytes = self.ranks.broadcast_list::<u8>(&[], 0).map_err(lost)?;
             match Command::decode(&bytes) {
-                Some(Command::StillHere) => {}
+                Some(Command::Order(Order::StillHere)) => {}
                 Some(Command::Step(step)) => self.step(&step)?,
-                Some(Command::ReleaseKv) => self.cache = None,
-                Some(Command::Weights(hash)) => self.take(hash)?,
-                Some(Command::End) => return Ok(()),
+                Some(Command::Order(Order::ReleaseKv)) => self.cache = None,
+                Some(Command::Order(Order::Weights(hash))) => self.take(hash)?,
+                Some(Command::Order(Order::End)) => return Ok(()),
                 None => return Err(Error::Ranks(format!("rank 0 sent {} bytes that say nothing", bytes.len()))),
             }
         }

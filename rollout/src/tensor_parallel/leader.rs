@@ -1,6 +1,6 @@
 //! Rank 0's way to the others.
 
-use super::command::{Command, StepCommand};
+use super::command::{Order, StepCommand};
 use super::exchange::{Exchange, PIECE, SliceHash, lost};
 use super::follower::follow;
 use crate::Error;
@@ -106,14 +106,14 @@ impl RankGroup {
     /// A rank that is lost, or holds something else than what was sent.
     pub fn hand_out(&self, device: &dyn Device, params: &ParamStore, hash: ContentHash) -> Result<(), Error> {
         let mut ranks = self.begin()?;
-        let sent = ranks.tell(&Command::Weights(hash).encode()).and_then(|()| ranks.send(device, params));
+        let sent = ranks.tell(&Order::Weights(hash).encode()).and_then(|()| ranks.send(device, params));
         drop(ranks);
         sent.map_err(|error| self.fail(error))
     }
 
     /// Tell the others to give the memory of their K/V back.
     pub(crate) fn release_kv(&self) {
-        let told = self.begin().and_then(|mut ranks| ranks.tell(&Command::ReleaseKv.encode()));
+        let told = self.begin().and_then(|mut ranks| ranks.tell(&Order::ReleaseKv.encode()));
         if let Err(error) = told {
             // The next step fails with it.
             tracing::error!(error = %self.fail(error), "tensor-parallel ranks");
@@ -188,7 +188,7 @@ impl Shared {
             if self.is_ending.load(Ordering::Acquire) || ranks.told_at.elapsed() < period {
                 continue;
             }
-            if let Err(error) = ranks.tell(&Command::StillHere.encode()) {
+            if let Err(error) = ranks.tell(&Order::StillHere.encode()) {
                 tracing::error!(%error, "tensor-parallel ranks");
                 self.lost.get_or_init(|| error);
             }
@@ -207,7 +207,7 @@ impl Drop for RankGroup {
         self.shared.is_ending.store(true, Ordering::Release);
         if self.shared.lost.get().is_none() {
             // Ranks that are gone need not be told.
-            let _gone = self.shared.lock().tell(&Command::End.encode());
+            let _gone = self.shared.lock().tell(&Order::End.encode());
         }
         for thread in self.herald.take().into_iter().chain(self.threads.drain(..)) {
             thread.thread().unpark();
