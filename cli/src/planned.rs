@@ -49,7 +49,7 @@ impl Planned {
         recipe.stages[index].validate(&format!("stage.{index}")).map_err(|e| usage(config_error(&source, e)))?;
         recipe.engine.validate().map_err(|e| usage(source.error("engine", e)))?;
         crate::trainer_ranks::check(&recipe.placement, &source).map_err(usage)?;
-        let config = model_config(&recipe, &source)?;
+        let config = recipe.model_config(&source).map_err(usage)?;
         let expected = expect(&recipe, &source, policy, lengths)?;
         let longest = config.max_position_embeddings as f64;
         if expected.prompt_tokens + expected.response_tokens > longest {
@@ -91,16 +91,6 @@ fn find_stage<'a>(
         let problem = format!("{which} of {} draws samples: nothing is generated, there is nothing to place", names());
         source.error("stage", problem)
     })
-}
-
-fn model_config(recipe: &Recipe, source: &Source) -> Result<ModelConfig> {
-    match (&recipe.model.path, &recipe.model.init) {
-        (Some(path), None) => ModelConfig::load(path).map_err(|e| usage(source.error("model.path", e))),
-        (None, Some(init)) => init.model_config().map_err(|e| usage(source.error("model.init", e))),
-        _ => {
-            Err(usage(source.error("model", "expected `path` (a Hugging Face directory) or [model.init], one of them")))
-        }
-    }
 }
 
 fn expect(recipe: &Recipe, source: &Source, policy: &PolicyStage, lengths: &Lengths) -> Result<Expected> {

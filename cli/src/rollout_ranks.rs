@@ -108,12 +108,7 @@ pub fn check(recipe: &Recipe, source: &Source) -> Result<(), RecipeError> {
     if num_ranks == 1 {
         return Ok(());
     }
-    let model = match (&recipe.model.init, &recipe.model.path) {
-        (Some(init), _) => init.model_config(),
-        (None, Some(path)) => ModelConfig::load(path),
-        (None, None) => return Ok(()),
-    };
-    let fits = model.and_then(|model| TensorPart::check(&model, num_ranks));
+    let fits = TensorPart::check(&recipe.model_config(source)?, num_ranks);
     fits.map(drop).map_err(|problem| source.error(KEY, format!("{num_ranks} does not fit the model: {problem}")))
 }
 

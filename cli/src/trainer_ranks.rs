@@ -5,7 +5,7 @@ use anyhow::Result;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
-use temper_actor::{ModelConfig, sequence_parallel_problem};
+use temper_actor::sequence_parallel_problem;
 use temper_collective::reshard::Layout;
 use temper_proto::{TrainerService, WeightService};
 use temper_rollout::WeightTransport;
@@ -136,12 +136,10 @@ pub fn check(placement: &Placement, source: &Source) -> Result<(), RecipeError> 
 /// That they cannot, by key; a model that cannot be read.
 pub fn check_heads(recipe: &Recipe, source: &Source) -> Result<(), RecipeError> {
     let size = recipe.placement.sequence_parallel;
-    let config = match (&recipe.model.path, &recipe.model.init) {
-        _ if size == 1 => return Ok(()),
-        (Some(path), _) => ModelConfig::load(path).map_err(|e| source.error("model.path", e))?,
-        (None, Some(init)) => init.model_config().map_err(|e| source.error("model.init", e))?,
-        (None, None) => return Ok(()),
-    };
+    if size == 1 {
+        return Ok(());
+    }
+    let config = recipe.model_config(source)?;
     match sequence_parallel_problem(&config, size) {
         Some(problem) => Err(source.error("placement.sequence_parallel", problem)),
         None => Ok(()),

@@ -44,7 +44,8 @@ impl std::ops::Deref for UnitRef<'_> {
 #[derive(Debug)]
 pub(crate) struct BegunUnit {
     index: usize,
-    gathering: Option<Gathering>,
+    /// With the unit's values, of which this rank's part is there.
+    gathering: Option<(Gathering, Vec<f32>)>,
 }
 
 impl BegunUnit {
@@ -236,10 +237,11 @@ impl Store {
             (Store::Whole(_), _) => None,
             (Store::Shards(_), None) => return Err(unsharded()),
             (Store::Shards(shards), Some(ranks)) => {
-                let (_, buffer) = &shards.parts[index];
-                let mut own = vec![0.0; buffer.len()];
-                dev.read(buffer.all(), &mut own);
-                Some(ranks.begin_gather(&own)?)
+                let (range, buffer) = &shards.parts[index];
+                let mut values = vec![0.0; shards.shapes.unit_len(index)];
+                let own = &mut values[range.clone()];
+                dev.read(buffer.all(), own);
+                Some((ranks.begin_gather(own)?, values))
             }
         };
         Ok(BegunUnit { index, gathering })
@@ -255,10 +257,7 @@ impl Store {
         let index = begun.index;
         match (self, ranks, begun.gathering) {
             (Store::Whole(store), ..) => Ok(UnitRef::Held(store.unit(index))),
-            (Store::Shards(shards), Some(ranks), Some(gathering)) => {
-                let mut values = vec![0.0; shards.shapes.unit_len(index)];
-                let (range, buffer) = &shards.parts[index];
-                dev.read(buffer.all(), &mut values[range.clone()]);
+            (Store::Shards(shards), Some(ranks), Some((gathering, mut values))) => {
                 ranks.end_gather(gathering, &mut values)?;
                 let mut unit = shards.shapes.zeros(dev, index);
                 dev.write(unit.buffer_mut().all_mut(), &values);

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{alone, device, model_dir, sequence};
+use common::{alone, device, model_dir, optimizer, row_of_group, sequence};
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,13 +10,13 @@ use temper_actor::{CheckpointReader, ModelConfig, UnitShapes};
 use temper_algos::{LossMode, Objective, PolicyLossConfig, ValueLossConfig};
 use temper_collective::{Collective, SocketConfig, connect};
 use temper_proto::{
-    Backbone, DistillSpec, GlobalCounts, MiniBatch, OptimizerConfig, PolicyRole, PreferencePair, ScalarModelSpec,
-    ScalarRole, StageSpec, TokenSequence, TrainRow, TrainerService, UpdateReport,
+    Backbone, DistillSpec, GlobalCounts, MiniBatch, PolicyRole, PreferencePair, ScalarModelSpec, ScalarRole, StageSpec,
+    TokenSequence, TrainRow, TrainerService, UpdateReport,
 };
 use temper_trainer::{
     Memory, ProcessRole, ProcessShare, Ranks, Sharding, Trainer, TrainerGroup, load_local_ranks, update_bytes_sent,
 };
-use temper_types::{DType, ErrorCode, Philox, PolicyVersion};
+use temper_types::{DType, ErrorCode, PolicyVersion};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 const MAX_TOKENS: usize = 24;
@@ -34,24 +34,10 @@ fn group(name: &str, world: usize, sharding: Sharding) -> TrainerGroup {
 
 /// Groups of two rows with one prompt; lengths differ, so that ranks have different numbers of micro-batches.
 fn mini_batch(step: u64) -> MiniBatch {
-    let noise = Philox::new(900 + step);
-    let row = |index: usize| {
-        let group = index as u64 / 2;
-        let mut one = sequence(step * 50 + group, 3 + group as usize, 0);
-        let response = 3 + noise.below(9, index as u64, 0) as usize;
-        one.response_token_ids = sequence(step * 50 + 20 + index as u64, 1, response).response_token_ids;
-        one.response_mask = vec![1; response];
-        let advantage = noise.uniform(index as u64, 3) * 2.0 - 1.0;
-        TrainRow { advantages: vec![advantage; response], ..TrainRow::demonstration(one) }
-    };
-    let rows: Vec<TrainRow> = (0..10).map(row).collect();
+    let rows: Vec<TrainRow> = (0..10).map(|index| row_of_group(step, index, None)).collect();
     let num_tokens = rows.iter().map(|r| r.sequence.response_token_ids.len() as u64).sum();
     let global = GlobalCounts { num_tokens, num_sequences: 10, num_rows: 10, loss_scale_factor: 8.0 };
     MiniBatch { rows, global, temperature: 1.0, learning_rate: 1e-3 }
-}
-
-fn optimizer() -> OptimizerConfig {
-    OptimizerConfig { learning_rate: 1e-3, weight_decay: 0.1, max_grad_norm: 0.5, ..OptimizerConfig::default() }
 }
 
 fn stage(loss_mode: LossMode) -> StageSpec {

@@ -3,18 +3,18 @@
 
 mod common;
 
-use common::{alone, device, model_dir, sequence};
+use common::{alone, device, model_dir, optimizer, row_of_group, sequence};
 use std::sync::Arc;
 use std::time::Duration;
 use temper_actor::{CheckpointReader, ModelConfig, ParamStore};
 use temper_algos::{LossMode, Objective, PolicyLossConfig, SharedValueLossConfig, ValueLossConfig};
 use temper_collective::Operation;
 use temper_proto::{
-    Backbone, DistillSpec, GlobalCounts, LogProbs, MiniBatch, OptimizerConfig, PolicyRole, PreferencePair,
-    ScalarModelSpec, ScalarRole, StageSpec, TokenSequence, TrainRow, TrainerService, UpdateReport,
+    Backbone, DistillSpec, GlobalCounts, LogProbs, MiniBatch, PolicyRole, PreferencePair, ScalarModelSpec, ScalarRole,
+    StageSpec, TokenSequence, TrainRow, TrainerService, UpdateReport,
 };
 use temper_trainer::{Error, Passes, Sharding, Trainer, TrainerGroup, exchange_bytes_sent, load_local_ranks};
-use temper_types::{DType, ErrorCode, Philox, PolicyVersion};
+use temper_types::{DType, ErrorCode, PolicyVersion};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 /// Ranks, those that share rows, and a model: heads 4 over 2, so that of 4 ranks two compute with one key/value head.
@@ -35,15 +35,10 @@ fn group(name: &str, layout: (usize, usize), sharding: Sharding) -> TrainerGroup
 
 /// Groups of two rows with one prompt, and one long response that no micro-batch but its own holds.
 fn mini_batch(step: u64) -> MiniBatch {
-    let noise = Philox::new(900 + step);
     let row = |index: usize| {
-        let group = index as u64 / 2;
-        let mut one = sequence(step * 50 + group, 3 + group as usize, 0);
-        let response = if index == 4 { 50 } else { 3 + noise.below(9, index as u64, 0) as usize };
-        one.response_token_ids = sequence(step * 50 + 20 + index as u64, 1, response).response_token_ids;
-        one.response_mask = (0..response).map(|t| u8::from(t % 7 != 6)).collect();
-        let advantage = noise.uniform(index as u64, 3) * 2.0 - 1.0;
-        TrainRow { advantages: vec![advantage; response], ..TrainRow::demonstration(one) }
+        let mut row = row_of_group(step, index, (index == 4).then_some(50));
+        row.sequence.response_mask.iter_mut().enumerate().for_each(|(t, on)| *on = u8::from(t % 7 != 6));
+        row
     };
     batch_of((0..8).map(row).collect())
 }
@@ -57,10 +52,6 @@ fn batch_of(rows: Vec<TrainRow>) -> MiniBatch {
 
 fn sequences(batch: &MiniBatch) -> Vec<TokenSequence> {
     batch.rows.iter().map(|row| row.sequence.clone()).collect()
-}
-
-fn optimizer() -> OptimizerConfig {
-    OptimizerConfig { learning_rate: 1e-3, weight_decay: 0.1, max_grad_norm: 0.5, ..OptimizerConfig::default() }
 }
 
 fn stage(loss_mode: LossMode) -> StageSpec {

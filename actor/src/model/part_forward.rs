@@ -75,9 +75,8 @@ impl PackedPolicy {
         dev.read(own.view(len), &mut sums.host);
         let all = ranks.exchange(&sums.host)?;
         assert_eq!(all.len(), sums.ranks.len(), "sums of every tensor-parallel rank");
-        for (buffer, values) in sums.ranks.iter_mut().zip(&all) {
-            dev.write(buffer.view_mut(len), values);
-        }
+        let others = sums.ranks.iter_mut().zip(&all).enumerate().filter(|(rank, _)| *rank != part.rank());
+        others.for_each(|(_, (buffer, values))| dev.write(buffer.view_mut(len), values));
         let views: Vec<View<'_>> = sums.ranks.iter().map(|buffer| buffer.view(len)).collect();
         dev.add_joined(&views, projection.bias.as_ref().map(|bias| bias.all()), x);
         Ok(())

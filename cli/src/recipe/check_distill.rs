@@ -24,9 +24,8 @@ pub(super) fn check(
     }
     if let Some(policy) = &recipe.model.path {
         same_tokenizer(teacher, policy).map_err(|e| source.error(&teacher_key, format!("{e:#}")))?;
-        let size = |dir| ModelConfig::load(dir).map(|config| config.vocab_size);
-        let sizes = size(teacher).and_then(|own| Ok((own, size(policy)?)));
-        let (own, expected) = sizes.map_err(|e| source.error(&teacher_key, e))?;
+        let expected = ModelConfig::load(policy).map_err(|e| source.error(&teacher_key, e))?.vocab_size;
+        let own = config.vocab_size;
         if own != expected {
             let problem = format!("has a vocabulary of {own}: expected {expected}, the policy's");
             return Err(source.error(&teacher_key, problem));

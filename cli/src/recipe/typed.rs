@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use temper_actor::ModelConfig;
 use temper_actor::init::InitConfig;
 use temper_controller::{CheckpointConfig, DatasetConfig, Stage, ValidationConfig};
 use temper_reward::RewardConfig;
@@ -174,6 +175,18 @@ const KEYS: [&str; 13] = [
 ];
 
 impl Recipe {
+    /// Configuration of the model that the run begins with.
+    ///
+    /// # Errors
+    /// Not one model, or one that cannot be read or made, by key.
+    pub fn model_config(&self, source: &Source) -> Result<ModelConfig, RecipeError> {
+        match (&self.model.path, &self.model.init) {
+            (Some(path), None) => ModelConfig::load(path).map_err(|e| source.error("model.path", e)),
+            (None, Some(init)) => init.model_config().map_err(|e| source.error("model.init", e)),
+            _ => Err(source.error("model", "expected `path` (a Hugging Face directory) or [model.init], one of them")),
+        }
+    }
+
     /// Give every value of `source` its type.
     ///
     /// # Errors

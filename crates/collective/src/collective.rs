@@ -239,19 +239,24 @@ impl Collective {
         })
     }
 
-    /// What rank `root` gives, of a length that it alone knows; what others give is not looked at.
+    /// Give every other rank `values`, of a length that this one alone knows: they take them by
+    /// [`Collective::take_list`].
     ///
     /// # Errors
-    /// A lost rank, ranks that disagree, or no such root.
-    pub fn broadcast_list<T: Element>(&self, own: &[T], root: usize) -> Result<Vec<T>> {
+    /// A lost rank, or ranks that disagree.
+    pub fn give_list<T: Element>(&self, values: &[T]) -> Result<()> {
+        self.run(Operation::Broadcast, |turn| turn.send_to_others(|_| values.to_vec()))
+    }
+
+    /// What rank `root` gives by [`Collective::give_list`].
+    ///
+    /// # Errors
+    /// A lost rank, ranks that disagree, or no such other rank.
+    pub fn take_list<T: Element>(&self, root: usize) -> Result<Vec<T>> {
         self.run(Operation::Broadcast, |turn| {
-            if root >= self.world() {
-                let problem = format!("root {root}: expected a rank below {}", self.world());
+            if root >= self.world() || root == self.rank {
+                let problem = format!("root {root}: expected another rank below {}", self.world());
                 return Err(Error::invalid(Operation::Broadcast, problem));
-            }
-            if root == self.rank {
-                turn.send_to_others(|_| own.to_vec())?;
-                return Ok(own.to_vec());
             }
             turn.receive(root, None)
         })

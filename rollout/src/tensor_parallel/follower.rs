@@ -42,7 +42,7 @@ struct Follower<'a> {
 impl Follower<'_> {
     fn run(&mut self) -> Result<(), Error> {
         loop {
-            let bytes = self.ranks.broadcast_list::<u8>(&[], 0).map_err(lost)?;
+            let bytes = self.ranks.take_list::<u8>(0).map_err(lost)?;
             match Command::decode(&bytes) {
                 Some(Command::Order(Order::StillHere)) => {}
                 Some(Command::Step(step)) => self.step(&step)?,
@@ -95,7 +95,7 @@ impl Follower<'_> {
             None => self.policy = Some(PackedPolicy::from_part(self.device, &part, self.dtype, values.by_ref())?),
         }
         drop(values);
-        let sent = from.broadcast_list::<u8>(&[], 0).map_err(lost)?;
+        let sent = from.take_list::<u8>(0).map_err(lost)?;
         if sent != arrived.finish() {
             let rank = part.rank();
             return Err(Error::Ranks(format!("rank {rank}: what arrived of weights {hash} is not what rank 0 sent")));
@@ -111,7 +111,7 @@ impl Follower<'_> {
 fn receive(from: &Collective, len: usize) -> Result<Vec<f32>, Error> {
     let mut values = Vec::with_capacity(len);
     while values.len() < len {
-        let piece = from.broadcast_list::<f32>(&[], 0).map_err(lost)?;
+        let piece = from.take_list::<f32>(0).map_err(lost)?;
         if piece.is_empty() || values.len() + piece.len() > len {
             let (rank, got) = (from.world_rank(from.rank()), values.len() + piece.len());
             return Err(Error::Ranks(format!("rank {rank} got {got} values of a unit: expected {len}")));

@@ -149,7 +149,7 @@ impl RankGroup {
 impl Ranks {
     fn tell(&mut self, command: &[u8]) -> Result<(), Error> {
         self.told_at = Instant::now();
-        self.all.broadcast_list(command, 0).map(drop).map_err(lost)
+        self.all.give_list(command).map_err(lost)
     }
 
     /// Send every rank its values, unit after unit, then the hash of them all.
@@ -159,11 +159,11 @@ impl Ranks {
             for ((part, link), hash) in self.others.iter().zip(&mut hashes) {
                 let values = part.values(device, unit);
                 hash.update(&values);
-                values.chunks(PIECE).try_for_each(|piece| link.broadcast_list(piece, 0).map(drop)).map_err(lost)?;
+                values.chunks(PIECE).try_for_each(|piece| link.give_list(piece)).map_err(lost)?;
             }
         }
         for ((_, link), hash) in self.others.iter().zip(&hashes) {
-            link.broadcast_list(&hash.finish()[..], 0).map_err(lost)?;
+            link.give_list(&hash.finish()[..]).map_err(lost)?;
         }
         self.all.barrier().map_err(lost)
     }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use temper_proto::TokenSequence;
+use temper_proto::{OptimizerConfig, TokenSequence, TrainRow};
 use temper_tensor::{CpuConfig, CpuDevice, Device};
 use temper_trainer::{LocalTrainerService, Trainer};
 use temper_types::{DType, Philox};
@@ -29,4 +29,20 @@ pub fn sequence(seed: u64, prompt: usize, response: usize) -> TokenSequence {
         response_token_ids: ids(100, response),
         response_mask: vec![1; response],
     }
+}
+
+/// Row `index` of the mini-batch of `step`, of groups of two rows with one prompt: a response of 3 to 11 tokens, or
+/// of `response`.
+pub fn row_of_group(step: u64, index: usize, response: Option<usize>) -> TrainRow {
+    let (noise, group) = (Philox::new(900 + step), index as u64 / 2);
+    let mut one = sequence(step * 50 + group, 3 + group as usize, 0);
+    let response = response.unwrap_or_else(|| 3 + noise.below(9, index as u64, 0) as usize);
+    one.response_token_ids = sequence(step * 50 + 20 + index as u64, 1, response).response_token_ids;
+    one.response_mask = vec![1; response];
+    let advantage = noise.uniform(index as u64, 3) * 2.0 - 1.0;
+    TrainRow { advantages: vec![advantage; response], ..TrainRow::demonstration(one) }
+}
+
+pub fn optimizer() -> OptimizerConfig {
+    OptimizerConfig { learning_rate: 1e-3, weight_decay: 0.1, max_grad_norm: 0.5, ..OptimizerConfig::default() }
 }
