@@ -2,12 +2,12 @@
 
 mod common;
 
-use common::{alone, device, model_dir, optimizer, row_of_group, sequence};
+use common::{alone, device, model_dir, optimizer, policy_stage, row_of_group, sequence};
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 use temper_actor::{CheckpointReader, ModelConfig, UnitShapes};
-use temper_algos::{LossMode, Objective, PolicyLossConfig, ValueLossConfig};
+use temper_algos::{LossMode, ValueLossConfig};
 use temper_collective::{Collective, SocketConfig, connect};
 use temper_proto::{
     Backbone, DistillSpec, GlobalCounts, MiniBatch, PolicyRole, PreferencePair, ScalarModelSpec, ScalarRole, StageSpec,
@@ -41,15 +41,7 @@ fn mini_batch(step: u64) -> MiniBatch {
 }
 
 fn stage(loss_mode: LossMode) -> StageSpec {
-    let objective = Objective::Policy(PolicyLossConfig { loss_mode, entropy_coeff: 0.01, ..Default::default() });
-    StageSpec {
-        name: "test".to_owned(),
-        objective_json: serde_json::to_string(&objective).expect("plain data"),
-        optimizer: optimizer(),
-        needs_reference: true,
-        max_micro_batch_tokens: MAX_TOKENS,
-        recompute_activations: false,
-    }
+    policy_stage(loss_mode, MAX_TOKENS)
 }
 
 /// Three updates; the last report (without the clock) and the weights.

@@ -3,11 +3,11 @@
 
 mod common;
 
-use common::{alone, device, model_dir, optimizer, row_of_group, sequence};
+use common::{alone, device, model_dir, optimizer, policy_stage, row_of_group, sequence};
 use std::sync::Arc;
 use std::time::Duration;
 use temper_actor::{CheckpointReader, ModelConfig, ParamStore};
-use temper_algos::{LossMode, Objective, PolicyLossConfig, SharedValueLossConfig, ValueLossConfig};
+use temper_algos::{LossMode, SharedValueLossConfig, ValueLossConfig};
 use temper_collective::Operation;
 use temper_proto::{
     Backbone, DistillSpec, GlobalCounts, LogProbs, MiniBatch, PolicyRole, PreferencePair, ScalarModelSpec, ScalarRole,
@@ -55,15 +55,7 @@ fn sequences(batch: &MiniBatch) -> Vec<TokenSequence> {
 }
 
 fn stage(loss_mode: LossMode) -> StageSpec {
-    let objective = Objective::Policy(PolicyLossConfig { loss_mode, entropy_coeff: 0.01, ..Default::default() });
-    StageSpec {
-        name: "test".to_owned(),
-        objective_json: serde_json::to_string(&objective).expect("plain data"),
-        optimizer: optimizer(),
-        needs_reference: true,
-        max_micro_batch_tokens: 12,
-        recompute_activations: false,
-    }
+    policy_stage(loss_mode, 12)
 }
 
 fn recomputing(loss_mode: LossMode) -> StageSpec {

@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use temper_proto::{OptimizerConfig, TokenSequence, TrainRow};
+use temper_algos::{LossMode, Objective, PolicyLossConfig};
+use temper_proto::{OptimizerConfig, StageSpec, TokenSequence, TrainRow};
 use temper_tensor::{CpuConfig, CpuDevice, Device};
 use temper_trainer::{LocalTrainerService, Trainer};
 use temper_types::{DType, Philox};
@@ -45,4 +46,17 @@ pub fn row_of_group(step: u64, index: usize, response: Option<usize>) -> TrainRo
 
 pub fn optimizer() -> OptimizerConfig {
     OptimizerConfig { learning_rate: 1e-3, weight_decay: 0.1, max_grad_norm: 0.5, ..OptimizerConfig::default() }
+}
+
+/// A stage of a policy loss.
+pub fn policy_stage(loss_mode: LossMode, max_micro_batch_tokens: usize) -> StageSpec {
+    let objective = Objective::Policy(PolicyLossConfig { loss_mode, entropy_coeff: 0.01, ..Default::default() });
+    StageSpec {
+        name: "test".to_owned(),
+        objective_json: serde_json::to_string(&objective).expect("plain data"),
+        optimizer: optimizer(),
+        needs_reference: true,
+        max_micro_batch_tokens,
+        recompute_activations: false,
+    }
 }
