@@ -22,7 +22,7 @@ pub(crate) trait Simd: Copy + 'static {
     type V: Copy;
     /// Rows of a matrix tile that fill the registers beside [`Simd::TILE_VECTORS`] columns vectors.
     const TILE_ROWS: usize;
-    /// Vectors per row of a matrix tile; divides 4.
+    /// Vectors per row of a matrix tile; divides 2.
     const TILE_VECTORS: usize;
 
     /// Ask for the cache line at `ptr`, which need not be valid.

@@ -116,7 +116,7 @@ pub(crate) unsafe fn scores<S: Simd, E: KvElement>(left: Left, tiles: &[*const E
     unsafe {
         let mut tile = 0;
         while tile < tiles.len() {
-            let wide = S::TILE_VECTORS == 4 && tile + 4 <= tiles.len();
+            let wide = S::TILE_VECTORS > 1 && tile + 4 <= tiles.len();
             let mut row = 0;
             while row < left.rows {
                 let count = next_rows::<S>(left.rows - row);
@@ -211,7 +211,7 @@ pub(crate) unsafe fn accumulate<S: Simd, E: KvElement>(
     unsafe {
         let mut vector = 0;
         while vector < right.vectors {
-            let wide = S::TILE_VECTORS == 4 && vector + 4 <= right.vectors;
+            let wide = S::TILE_VECTORS > 1 && vector + 4 <= right.vectors;
             let mut row = 0;
             while row < left.rows {
                 let count = next_rows::<S>(left.rows - row);

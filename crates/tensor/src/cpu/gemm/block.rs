@@ -1,4 +1,4 @@
-//! The one matrix kernel: rows times one panel of 64 output columns.
+//! The one matrix kernel: rows times one panel of 32 output columns.
 //!
 //! A block walks the summed dimension in segments. For each segment it makes the panel's words readable (in place,
 //! widened or gathered into scratch that stays in the first cache levels) and runs register tiles over its rows.
@@ -14,7 +14,7 @@ use crate::Reduction;
 use crate::cpu::simd::{Kernel, Simd};
 use std::ops::Range;
 
-/// Most steps of a segment of a long sum: 160 KiB of panel words, which stay in the second cache level while a block's
+/// Most steps of a segment of a long sum: 80 KiB of panel words, which stay in the second cache level while a block's
 /// tiles pass over them. Even, so that no pair is cut.
 const SEGMENT_STEPS: usize = 640;
 /// Sums of up to this many steps run whole, tile by tile. Gathered sums always do.
@@ -44,9 +44,9 @@ pub(super) enum Layout {
 /// Where the words of a panel come from.
 #[derive(Clone, Copy)]
 pub(super) enum PanelSource {
-    /// Words of the kernel, `[steps][64]`, read in place.
+    /// Words of the kernel, `[steps][32]`, read in place.
     Resident(*const f32),
-    /// bf16 pairs `[steps / 2][64]`, widened into scratch as f32, odd number first.
+    /// bf16 pairs `[steps / 2][32]`, widened into scratch as f32, odd number first.
     Widen(*const f32),
     /// Columns of a row-major f32 matrix whose rows are the summed dimension, packed into scratch as a whole.
     Gather(Gather),
@@ -76,7 +76,7 @@ pub(super) struct Block {
     pub(super) left: Left,
     pub(super) panel: PanelSource,
     pub(super) out: Output,
-    /// Where the chains begin, `[rows][64]`; null for +0. Only for chains that run whole.
+    /// Where the chains begin, `[rows][32]`; null for +0. Only for chains that run whole.
     pub(super) seed: *const f32,
     /// What the next block reads, fetched into the second cache level while the tiles run.
     pub(super) ahead: Ahead,
@@ -269,7 +269,13 @@ impl Block {
                         3 => self.tile::<P, 3>(pass, (row, vector)),
                         4 => self.tile::<P, 4>(pass, (row, vector)),
                         5 if P::MAX_ROWS >= 5 => self.tile::<P, 5>(pass, (row, vector)),
-                        _ if P::MAX_ROWS >= 6 => self.tile::<P, MAX_TILE_ROWS>(pass, (row, vector)),
+                        6 if P::MAX_ROWS >= 6 => self.tile::<P, 6>(pass, (row, vector)),
+                        7 if P::MAX_ROWS >= 7 => self.tile::<P, 7>(pass, (row, vector)),
+                        8 if P::MAX_ROWS >= 8 => self.tile::<P, 8>(pass, (row, vector)),
+                        9 if P::MAX_ROWS >= 9 => self.tile::<P, 9>(pass, (row, vector)),
+                        10 if P::MAX_ROWS >= 10 => self.tile::<P, 10>(pass, (row, vector)),
+                        11 if P::MAX_ROWS >= 11 => self.tile::<P, 11>(pass, (row, vector)),
+                        _ if P::MAX_ROWS >= 12 => self.tile::<P, MAX_TILE_ROWS>(pass, (row, vector)),
                         _ => unreachable!("tiles have at most {} rows", P::MAX_ROWS),
                     }
                 }
@@ -293,7 +299,7 @@ impl Block {
             pass.tiles.0 += 1;
             for index in pass.first..pass.end {
                 let seg = pass.cut.segment(index);
-                let mut acc = [[P::S::splat(0.0); 4]; MR];
+                let mut acc = [[P::S::splat(0.0); PANEL / 16]; MR];
                 if !seg.opens {
                     acc = load_tile::<P, MR>(carry.add(CHAIN_SLOT * slot_rows * PANEL));
                 } else if !self.seed.is_null() {

@@ -13,7 +13,7 @@ use temper_types::DType;
 /// Rows of a block: their inputs stay in the second cache level beside the panel.
 const MAX_BLOCK_ROWS: usize = 240;
 /// Blocks of up to this many rows widen bf16 weights in registers; more rows share words widened once.
-const MAX_WIDENED_ROWS: usize = 12;
+const MAX_WIDENED_ROWS: usize = 64;
 /// Blocks of up to this many rows fetch the next panel while they multiply: it takes about as long to arrive. For more
 /// rows the requests cost more than the wait, unless the weight is so large that no cache ever holds it.
 const MAX_AHEAD_ROWS: usize = 96;

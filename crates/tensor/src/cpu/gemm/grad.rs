@@ -16,7 +16,7 @@ use std::ops::Range;
 use temper_types::DType;
 
 /// Rows of dx that share a gathered panel of the weight.
-const INPUT_ROWS: usize = 480;
+const INPUT_ROWS: usize = 720;
 /// The same where rows of dy are laid out.
 const LAID_OUT_ROWS: usize = 348;
 /// f32 rows of dy of up to this many numbers are read where they are, panel after panel. Longer ones are laid out a

@@ -1,6 +1,6 @@
 //! Matrix products: packed weights, the linear layer, and its two gradients.
 //!
-//! Weights are packed once per update in panels of 64 output columns (see [`PackedPanels`]); the gradients pack what
+//! Weights are packed once per update in panels of 32 output columns (see [`PackedPanels`]); the gradients pack what
 //! they need into scratch of the thread. One kernel ([`block`]) computes rows times one panel for all three products,
 //! both formats and every instruction family. Work is split over blocks of rows and over panels, never over the summed
 //! dimension, so that an output's bits depend on its own row, its own column and the reduction alone.
@@ -28,7 +28,7 @@ pub(crate) use forward::linear;
 pub(crate) use grad::{input_grad, weight_grad};
 pub(crate) use peak::peak_probe;
 
-/// Words of a packed weight: `[panel][step][64]`, a panel being 64 output rows of the weight, padded with zeros. A word
+/// Words of a packed weight: `[panel][step][32]`, a panel being 32 output rows of the weight, padded with zeros. A word
 /// is one f32, or the bf16 pair of two consecutive inputs (the even one in the low half), padded to whole pairs.
 pub(crate) struct PackedPanels {
     words: AlignedVec<f32>,

@@ -17,7 +17,7 @@ impl Kernel for Probe {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) -> f32 {
         // A vector of 16 lanes takes two registers on families with 16 of them.
-        let chains = if S::TILE_VECTORS == 4 { NUM_CHAINS } else { NUM_CHAINS / 2 };
+        let chains = if S::TILE_VECTORS > 1 { NUM_CHAINS } else { NUM_CHAINS / 2 };
         // SAFETY: the caller's contract; nothing touches memory.
         unsafe {
             let (a, b) = (S::splat(std::hint::black_box(0.999)), S::splat(std::hint::black_box(0.001)));

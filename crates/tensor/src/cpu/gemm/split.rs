@@ -5,7 +5,7 @@ use std::ops::Range;
 /// Most tasks per thread: enough for threads that are not equally fast.
 const MAX_ROUNDS: usize = 8;
 /// Panels of a task at least, where there are several tasks per thread: a task's first panel is not asked for ahead.
-const MIN_TASK_PANELS: usize = 6;
+const MIN_TASK_PANELS: usize = 12;
 /// Blocks and pieces are whole tiles of the widest family.
 const ROW_STEP: usize = super::tile::MAX_TILE_ROWS;
 
@@ -94,6 +94,6 @@ mod tests {
             grid.for_pieces(task, |rows, _, _| *sum.borrow_mut() += rows.len());
             sum.into_inner()
         };
-        assert_eq!((grid.num_tasks(), rows_of(0), rows_of(1)), (2, 146, 142));
+        assert_eq!((grid.num_tasks(), rows_of(0), rows_of(1)), (2, 140, 148));
     }
 }

@@ -1,4 +1,4 @@
-//! Register tiles: the sums of up to six rows times 64 columns, and the loops that advance them.
+//! Register tiles: the sums of up to twelve rows times 32 columns, and the loops that advance them.
 //!
 //! A tile never leaves the registers within a loop. Every sum is one chain: a step adds one product to it (two for a
 //! pair), whatever the tile's size.
@@ -6,13 +6,19 @@
 use crate::cpu::simd::Simd;
 
 /// Output columns of a panel.
-pub(super) const PANEL: usize = 64;
+pub(super) const PANEL: usize = 32;
+/// Vectors of 16 sums in a panel's row.
+const PANEL_VECTORS: usize = PANEL / 16;
 /// Rows that are addressed from one pointer: stride factors 0, 1 and 2 cost no instruction.
-const HALF_ROWS: usize = 3;
+const POINTER_ROWS: usize = 3;
+/// Pointers that address a tile's rows.
+const NUM_POINTERS: usize = MAX_TILE_ROWS / POINTER_ROWS;
 /// Steps by which the panel is asked for ahead.
 const PREFETCH_STEPS: usize = 16;
 /// Most rows of a register tile.
-pub(super) const MAX_TILE_ROWS: usize = 6;
+pub(super) const MAX_TILE_ROWS: usize = 12;
+/// Most rows of a register tile that also holds widened pairs.
+const WIDENED_TILE_ROWS: usize = 11;
 /// Rows whose words of a step are neighbours in [`Layout::Groups`].
 pub(super) const GROUP_ROWS: usize = MAX_TILE_ROWS;
 
@@ -79,7 +85,7 @@ pub(super) struct WidenedPair<S>(std::marker::PhantomData<S>);
 impl<S: Simd> Product for WidenedPair<S> {
     type S = S;
     const LEFT_WORDS: usize = 2;
-    const MAX_ROWS: usize = if S::TILE_ROWS < 4 { S::TILE_ROWS } else { 4 };
+    const MAX_ROWS: usize = if S::TILE_VECTORS > 1 { WIDENED_TILE_ROWS } else { 4 };
     type A = (S::V, S::V);
     type B = (S::V, S::V);
 
@@ -98,14 +104,14 @@ impl<S: Simd> Product for WidenedPair<S> {
 }
 
 /// The sums of a register tile.
-pub(super) type Tile<P, const MR: usize> = [[Lanes<P>; 4]; MR];
+pub(super) type Tile<P, const MR: usize> = [[Lanes<P>; PANEL_VECTORS]; MR];
 
 /// Read a tile from rows of carry memory.
 #[inline(always)]
 pub(super) unsafe fn load_tile<P: Product, const MR: usize>(ptr: *const f32) -> Tile<P, MR> {
     // SAFETY: the caller's pointer is valid for the tile.
     unsafe {
-        let mut tile = [[P::S::splat(0.0); 4]; MR];
+        let mut tile = [[P::S::splat(0.0); PANEL_VECTORS]; MR];
         for (i, row) in tile.iter_mut().enumerate() {
             for (j, v) in row.iter_mut().enumerate().take(P::S::TILE_VECTORS) {
                 *v = P::S::load(ptr.add(i * PANEL + j * 16));
@@ -126,25 +132,24 @@ pub(super) unsafe fn store_tile<P: Product, const MR: usize>(ptr: *mut f32, tile
     }
 }
 
-/// One step of every sum of a tile; rows 0, 1, 2 of the left operand are at `a[0] + i * row_stride`, the others behind
-/// `a[1]`.
+/// One step of every sum of a tile; row i of the left operand is at `a[i / 3] + i % 3 * row_stride`.
 #[inline(always)]
 #[allow(clippy::needless_range_loop, reason = "indices keep the sums in registers")]
 unsafe fn step<P: Product, const MR: usize>(
     mut acc: Tile<P, MR>,
-    a: [*const f32; 2],
+    a: [*const f32; NUM_POINTERS],
     row_stride: usize,
     b: *const f32,
 ) -> Tile<P, MR> {
     // SAFETY: the caller's pointers are valid for the step.
     unsafe {
-        let mut columns = [P::load_b(b); 4];
+        let mut columns = [P::load_b(b); PANEL_VECTORS];
         for (j, column) in columns.iter_mut().enumerate().take(P::S::TILE_VECTORS) {
             *column = P::load_b(b.add(j * 16));
             P::S::prefetch(b.wrapping_add(PREFETCH_STEPS * PANEL + j * 16));
         }
         for i in 0..MR {
-            let number = P::load_a(a[i / HALF_ROWS].add(i % HALF_ROWS * row_stride));
+            let number = P::load_a(a[i / POINTER_ROWS].wrapping_add(i % POINTER_ROWS * row_stride));
             for j in 0..P::S::TILE_VECTORS {
                 acc[i][j] = P::mac(number, columns[j], acc[i][j]);
             }
@@ -182,28 +187,61 @@ pub(super) struct Walk {
     stride: usize,
 }
 
+impl Walk {
+    /// Ask for the address and go on to the next.
+    #[inline(always)]
+    unsafe fn ask<S: Simd>(&mut self) {
+        // SAFETY: the caller's contract; the address need not be valid.
+        unsafe { S::prefetch_far(self.ptr) }
+        self.ptr = self.ptr.wrapping_byte_add(self.stride);
+    }
+}
+
+/// The same address, of which the compiler no longer knows how it was made. Pointers that it knows to be a constant
+/// distance apart it makes from one of them at every step, which takes more instructions than the multiplications leave
+/// room for.
+#[inline(always)]
+fn unrelated(mut ptr: *const f32) -> *const f32 {
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    // SAFETY: there is no instruction in it.
+    unsafe {
+        std::arch::asm!("/* {0} */", inout(reg) ptr, options(pure, nomem, nostack, preserves_flags));
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    {
+        ptr = std::hint::black_box(ptr);
+    }
+    ptr
+}
+
 /// Continue a tile's chains over steps whose left words are contiguous in each row, rows lying `row_stride` apart. With
 /// `AHEAD` every step asks for an address of `ahead`.
 #[inline(always)]
 pub(super) unsafe fn chain_rows<P: Product, const MR: usize, const AHEAD: bool>(
     mut acc: Tile<P, MR>,
-    (mut a, row_stride): (*const f32, usize),
+    (a, row_stride): (*const f32, usize),
     mut b: *const f32,
     steps: usize,
     ahead: &mut Walk,
 ) -> Tile<P, MR> {
+    let mut rows: [*const f32; NUM_POINTERS] = std::array::from_fn(|i| a.wrapping_add(i * POINTER_ROWS * row_stride));
     // SAFETY: the caller's pointers are valid for `steps` steps.
     unsafe {
-        let mut below = a.wrapping_add(HALF_ROWS * row_stride);
-        for _ in 0..steps {
+        // Two steps a round: moving the pointers for each would cost as much as two of its multiplications.
+        for _ in 0..steps / 2 {
             if AHEAD {
-                P::S::prefetch_far(ahead.ptr);
-                ahead.ptr = ahead.ptr.wrapping_byte_add(ahead.stride);
+                ahead.ask::<P::S>();
             }
-            acc = step::<P, MR>(acc, [a, below], row_stride, b);
-            a = a.add(P::LEFT_WORDS);
-            below = below.wrapping_add(P::LEFT_WORDS);
-            b = b.add(PANEL);
+            acc = step::<P, MR>(acc, rows, row_stride, b);
+            if AHEAD {
+                ahead.ask::<P::S>();
+            }
+            acc = step::<P, MR>(acc, rows.map(|row| row.wrapping_add(P::LEFT_WORDS)), row_stride, b.add(PANEL));
+            rows = rows.map(|row| unrelated(row.wrapping_add(2 * P::LEFT_WORDS)));
+            b = b.add(2 * PANEL);
+        }
+        if !steps.is_multiple_of(2) {
+            acc = step::<P, MR>(acc, rows, row_stride, b);
         }
     }
     acc
@@ -220,7 +258,7 @@ pub(super) unsafe fn chain_groups<P: Product, const MR: usize>(
     // SAFETY: the caller's pointers are valid for `steps` steps.
     unsafe {
         for _ in 0..steps {
-            acc = step::<P, MR>(acc, [a, a.wrapping_add(HALF_ROWS)], 1, b);
+            acc = step::<P, MR>(acc, std::array::from_fn(|i| a.wrapping_add(i * POINTER_ROWS)), 1, b);
             a = a.add(GROUP_ROWS);
             b = b.add(PANEL);
         }

@@ -44,7 +44,7 @@ fn pair_word(even: f32, odd: f32) -> f32 {
     f32::from_bits(u32::from(to_bf16(even)) | (u32::from(to_bf16(odd)) << 16))
 }
 
-/// Widen pairs `[num_pairs][64]` to words `[2 num_pairs][64]`, odd number first.
+/// Widen pairs `[num_pairs][32]` to words `[2 num_pairs][32]`, odd number first.
 ///
 /// # Safety
 /// Pointers are valid for those words.
@@ -63,7 +63,7 @@ pub(super) unsafe fn widen_pairs<S: Simd>(pairs: *const f32, num_pairs: usize, o
 }
 
 /// Rows of a gathered matrix that are asked for ahead: they are too far apart for the hardware to guess.
-const PREFETCH_ROWS: usize = 12;
+const PREFETCH_ROWS: usize = 24;
 /// The same where more columns than a panel's are taken: so few that rows whose lines share a set do not drive each
 /// other out of the first cache level.
 const PREFETCH_WIDE_ROWS: usize = 4;
@@ -84,7 +84,7 @@ pub(super) struct Gather {
 }
 
 impl Gather {
-    /// Write every word row to `out[word rows][64]`, columns that do not exist being zero.
+    /// Write every word row to `out[word rows][32]`, columns that do not exist being zero.
     ///
     /// # Safety
     /// The matrix is valid for its rows and columns, and `out` for the words.
@@ -195,7 +195,7 @@ impl Gather {
     }
 }
 
-/// Columns of a row-major matrix as a left operand in groups of six: `[group][word row][6]`.
+/// Columns of a row-major matrix as a left operand in groups of twelve: `[group][word row][12]`.
 pub(super) struct LeftGroups<'a> {
     /// The columns.
     pub(super) gather: Gather,
@@ -294,7 +294,7 @@ impl Kernel for RowWords<'_> {
     }
 }
 
-/// One panel of a weight `[n, k]`: words `[steps][64]` of 64 output rows, rows that do not exist being zero.
+/// One panel of a weight `[n, k]`: words `[steps][32]` of 32 output rows, rows that do not exist being zero.
 pub(super) struct WeightPanel<'a> {
     /// The rows of the panel that exist, each of `k` numbers.
     pub(super) rows: &'a [f32],
@@ -302,7 +302,7 @@ pub(super) struct WeightPanel<'a> {
     pub(super) k: usize,
     /// [`Format::Exact`] or [`Format::Pairs`].
     pub(super) format: Format,
-    /// `format.num_words(k) * 64` words.
+    /// `format.num_words(k) * 32` words.
     pub(super) out: &'a mut [f32],
 }
 

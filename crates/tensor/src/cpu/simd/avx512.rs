@@ -12,8 +12,8 @@ pub(crate) struct Avx512;
 #[allow(clippy::undocumented_unsafe_blocks, reason = "one contract for all methods, stated on the trait")]
 impl Simd for Avx512 {
     type V = __m512;
-    const TILE_ROWS: usize = 6;
-    const TILE_VECTORS: usize = 4;
+    const TILE_ROWS: usize = 12;
+    const TILE_VECTORS: usize = 2;
 
     #[inline(always)]
     unsafe fn prefetch(ptr: *const f32) {
