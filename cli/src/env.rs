@@ -3,8 +3,8 @@
 /// `TEMPER_LOG`: filter of log messages on stderr (`warn` where it is not set).
 pub const LOG: &str = "TEMPER_LOG";
 
-/// `TEMPER_KILL_AT=STEP:PHASE`: the process kills itself with SIGKILL when that phase of that step begins. For tests
-/// of resume.
+/// `TEMPER_KILL_AT=STEP:PHASE`: the process kills itself with SIGKILL when that phase of that step begins;
+/// `STEP:PHASE:WORKER` kills that worker. Several points are joined by commas. For tests of resume and recovery.
 pub const KILL_AT: &str = "TEMPER_KILL_AT";
 
 /// `PATH`: where programs of rewards are looked for that are given by a bare name.

@@ -11,6 +11,7 @@ mod kill;
 mod plan;
 mod planned;
 mod recipe;
+mod recovery;
 mod reward_models;
 mod rollout_ranks;
 mod runtime;

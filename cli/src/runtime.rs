@@ -198,6 +198,7 @@ pub fn processes(
         },
         listen: placement.listen,
         sequence_parallel: placement.sequence_parallel,
+        mirrors: placement.mirror_shards.then(|| trainer_ranks::num_shards(placement)),
         rollout_workers: placement.rollout_workers,
         reward_workers: placement.reward_workers,
         staleness: placement.staleness,
@@ -247,5 +248,6 @@ fn run_spec(
         generation: staleness::generation(recipe),
         scoring: staleness::scoring(recipe),
         sleep: recipe.placement.sleep,
+        mirror_shards: recipe.placement.mirror_shards,
     })
 }

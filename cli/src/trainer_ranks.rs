@@ -1,6 +1,6 @@
 //! The trainer of a run in this process: alone, or several ranks that share the compute device.
 
-use crate::recipe::{Placement, Recipe, RecipeError, ShardingKind, Source};
+use crate::recipe::{Placement, PlacementMode, Recipe, RecipeError, ShardingKind, Source};
 use anyhow::Result;
 use std::path::Path;
 use std::sync::Arc;
@@ -33,6 +33,11 @@ pub fn sharding(placement: &Placement) -> Sharding {
         ShardingKind::Zero3 => Sharding::Zero3,
         ShardingKind::Hybrid => Sharding::Hybrid { shard_size: placement.shard_size },
     }
+}
+
+/// Ranks of `placement` that hold one copy of the state together.
+pub fn num_shards(placement: &Placement) -> usize {
+    sharding(placement).num_shards(placement.trainer_ranks)
 }
 
 /// How the masters lie on the ranks of `placement`.
@@ -116,6 +121,7 @@ pub fn check(placement: &Placement, source: &Source) -> Result<(), RecipeError> 
         let problem = format!("{sequence} does not fit: expected a divisor of trainer_ranks = {ranks}");
         return Err(source.error("placement.sequence_parallel", problem));
     }
+    check_mirrors(placement, source)?;
     let size = placement.shard_size;
     match placement.sharding {
         ShardingKind::Hybrid if size == 0 || !ranks.is_multiple_of(size) => {
@@ -128,6 +134,21 @@ pub fn check(placement: &Placement, source: &Source) -> Result<(), RecipeError> 
         }
         _ => Ok(()),
     }
+}
+
+/// Check that there is somebody to hold a mirror, and somebody who can be lost alone.
+fn check_mirrors(placement: &Placement, source: &Source) -> Result<(), RecipeError> {
+    let (ranks, mode) = (placement.trainer_ranks, placement.mode);
+    let problem = match (placement.mirror_shards, mode) {
+        (true, _) if ranks < 2 => {
+            format!("{ranks} trainer rank has nobody to mirror it: expected trainer_ranks = 2 or more")
+        }
+        (true, PlacementMode::Embedded) => {
+            "ranks that are threads are lost together with what they hold: expected mode = \"processes\"".to_owned()
+        }
+        _ => return Ok(()),
+    };
+    Err(source.error("placement.mirror_shards", problem))
 }
 
 /// Check that the heads of the model can be divided over the ranks that share rows.
@@ -163,6 +184,7 @@ pub fn summary(placement: &Placement) -> Option<String> {
         1 => "each with its share of every batch's rows".to_owned(),
         size => format!("groups of {size} sharing the tokens of every micro-batch"),
     };
-    (placement.trainer_ranks > 1)
-        .then(|| format!("trainer: {} ranks, {rows}; {what}; packed weights once per process", placement.trainer_ranks))
+    let mirrors = if placement.mirror_shards { "; each rank's state mirrored by another one" } else { "" };
+    let ranks = placement.trainer_ranks;
+    (ranks > 1).then(|| format!("trainer: {ranks} ranks, {rows}; {what}{mirrors}; packed weights once per process"))
 }

@@ -77,6 +77,18 @@ const CASES: &[Case] = &[
         &["placement.rollout_workers", "2 workers", "mode = \"processes\""],
     ),
     case(
+        "nobody to mirror it",
+        "[placement]",
+        "[placement]\nmode = \"processes\"\nmirror_shards = true",
+        &["placement.mirror_shards", "1 trainer rank has nobody", "trainer_ranks = 2 or more"],
+    ),
+    case(
+        "mirrors that are lost together",
+        "[placement]",
+        "[placement]\ntrainer_ranks = 2\nmirror_shards = true",
+        &["placement.mirror_shards", "are threads", "mode = \"processes\""],
+    ),
+    case(
         "asleep while it generates",
         "[placement]",
         "[placement]\nsleep = true\nstaleness = 1",

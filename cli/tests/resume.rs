@@ -19,7 +19,7 @@ fn steps_with(phase: Phase) -> Vec<u64> {
         Phase::BeginStage => vec![0, 4],
         Phase::Rollout | Phase::Reward | Phase::LogProbs | Phase::Advantages => (5..=10).collect(),
         Phase::Validation => vec![5, 7, 10],
-        Phase::Update | Phase::Publish | Phase::Record => (5..=10).collect(),
+        Phase::Update | Phase::Publish | Phase::Record | Phase::Mirror => (5..=10).collect(),
         Phase::CheckpointModel
         | Phase::CheckpointOptimizer
         | Phase::CheckpointManifest

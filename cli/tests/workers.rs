@@ -1,11 +1,13 @@
 //! A run over worker processes gives the run in one process, whatever becomes of the workers; and it can be controlled.
 
 mod common;
+mod ranks;
 mod run;
 mod wait;
 
 use common::{SMALL, recipe, stderr, temper};
-use run::{Outcome, outcome, train};
+use ranks::without_communication;
+use run::{outcome, train};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
@@ -59,16 +61,6 @@ fn worker(run_dir: &Path, name: &str, before: u64) -> Option<(u64, u64)> {
 fn signal(pid: u64, name: &str) {
     let status = Command::new("sh").args(["-c", &format!("kill -{name} {pid}")]).status().expect("a shell");
     assert!(status.success() || name == "KILL", "kill -{name} {pid}");
-}
-
-/// The outcome without what depends on how ranks are joined and what they divide.
-fn without_communication(mut outcome: Outcome) -> Outcome {
-    for line in &mut outcome.metrics {
-        let mut row: serde_json::Map<String, serde_json::Value> = serde_json::from_str(line).expect("a row");
-        row.retain(|key, _| !key.contains("communication") && !key.contains("bytes"));
-        *line = serde_json::to_string(&row).expect("plain data");
-    }
-    outcome
 }
 
 fn finish(child: Child) -> Output {

@@ -428,6 +428,8 @@ pub struct RunSpec {
     pub sleep: bool,
     /// What a later pass over a prompt has of the pass before.
     pub replay: ReplaySpec,
+    /// Whether trainer and loop keep the state after every step in memory, for the loss of a trainer rank.
+    pub mirror_shards: bool,
 }
 
 /// What a later pass over a prompt has of the pass before.

@@ -6,6 +6,7 @@ use crate::carried;
 use crate::checkpoint::{self, PendingCheckpoint};
 use crate::control::RunControl;
 use crate::control_journal::ControlJournal;
+use crate::kept::{KeptStep, Recovery};
 use crate::place::Place;
 use crate::preference_step::PreferenceCache;
 use crate::record::Record;
@@ -21,7 +22,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use temper_algos::{Objective, SftLossType};
-use temper_proto::{RewardService, RolloutService, ServiceError, StageSpec, TextService, TrainerService};
+use temper_proto::{MirrorReport, RewardService, RolloutService, ServiceError, StageSpec, TextService, TrainerService};
 use temper_telemetry::MetricsRow;
 use temper_types::PromptRow;
 
@@ -80,6 +81,17 @@ pub struct Controller {
     pub(crate) place: Place,
     /// True where the trainer's weights are newer than the last published version.
     pub(crate) unpublished: bool,
+    /// The state after the last steps, where the trainer mirrors its own.
+    pub(crate) kept: VecDeque<KeptStep>,
+    /// What mirrors cost last.
+    pub(crate) mirrored: MirrorReport,
+}
+
+/// Where a run begins.
+enum Start<'a> {
+    Afresh,
+    Checkpoint(&'a CheckpointInfo),
+    Memory(Box<Recovery>),
 }
 
 impl Controller {
@@ -118,6 +130,8 @@ impl Controller {
             control,
             last_row: None,
             unpublished: true,
+            kept: VecDeque::new(),
+            mirrored: MirrorReport::default(),
         })
     }
 
@@ -146,7 +160,19 @@ impl Controller {
     /// # Errors
     /// A worker's failure, damaged data, or a full disk; what was completed before stays on disk.
     pub fn run(&mut self, resume: Option<&CheckpointInfo>) -> Result<RunOutcome, Error> {
-        let result = self.run_stages(resume).and_then(|outcome| self.check_accounts().map(|()| outcome));
+        self.run_from(resume.map_or(Start::Afresh, Start::Checkpoint))
+    }
+
+    /// As [`Controller::run`], from the memory of a run that lost trainer ranks, and of those that are there.
+    ///
+    /// # Errors
+    /// As [`Controller::run`]; [`Error::Recovery`] where the memory is of no use.
+    pub fn recover(&mut self, recovery: Recovery) -> Result<RunOutcome, Error> {
+        self.run_from(Start::Memory(Box::new(recovery)))
+    }
+
+    fn run_from(&mut self, start: Start<'_>) -> Result<RunOutcome, Error> {
+        let result = self.run_stages(start).and_then(|outcome| self.check_accounts().map(|()| outcome));
         if let Err(error) = &result {
             tracing::error!(step = self.place.step, phase = self.place.phase().name(), %error, "the run failed");
             let fields = [("step", json!(self.state.step)), ("error", json!(error.to_string()))];
@@ -156,11 +182,8 @@ impl Controller {
         result
     }
 
-    fn run_stages(&mut self, resume: Option<&CheckpointInfo>) -> Result<RunOutcome, Error> {
-        let mut last = match resume {
-            Some(checkpoint) => Some(self.resume_from(checkpoint)?),
-            None => self.start()?,
-        };
+    fn run_stages(&mut self, start: Start<'_>) -> Result<RunOutcome, Error> {
+        let mut last = self.begin(start)?;
         while let Some(stage) = self.spec.stages.get(self.state.stage).cloned() {
             let Some(stage) = self.gate(stage, &mut last)? else { return self.interrupted(last) };
             let row = self.step(&stage)?;
@@ -171,7 +194,9 @@ impl Controller {
             let every = self.spec.checkpoint.every_steps;
             let stopping = self.stop.load(Ordering::SeqCst) || self.control.wants_drain();
             self.last_row = Some(row);
-            if stage_ended || stopping || (every > 0 && self.state.stage_step.is_multiple_of(every)) {
+            let is_due = stage_ended || stopping || (every > 0 && self.state.stage_step.is_multiple_of(every));
+            self.keep_step(is_due)?;
+            if is_due {
                 last = Some(self.checkpoint()?);
             }
             if stopping && !self.is_complete() {
@@ -183,12 +208,23 @@ impl Controller {
         Ok(RunOutcome::Completed { model })
     }
 
+    /// What comes before the first step; gives the checkpoint that it begins with.
+    fn begin(&mut self, start: Start<'_>) -> Result<Option<PathBuf>, Error> {
+        let last = match start {
+            Start::Afresh => self.start()?,
+            Start::Checkpoint(checkpoint) => Some(self.resume_from(checkpoint)?),
+            Start::Memory(recovery) => return self.recover_from(*recovery),
+        };
+        self.keep_step(false)?;
+        Ok(last)
+    }
+
     fn interrupted(&self, last: Option<PathBuf>) -> Result<RunOutcome, Error> {
         self.record.event("interrupted", &[("step", json!(self.state.step))])?;
         Ok(RunOutcome::Interrupted { checkpoint: last.unwrap_or_else(|| self.dir.checkpoints()) })
     }
 
-    fn is_complete(&self) -> bool {
+    pub(crate) fn is_complete(&self) -> bool {
         self.state.stage == self.spec.stages.len()
     }
 
@@ -262,6 +298,7 @@ impl Controller {
     /// Write a row of metrics and count the step as done.
     pub(crate) fn finish_step(&mut self, row: &mut MetricsRow) -> Result<(), Error> {
         self.accounts.columns(row);
+        self.mirror_columns(row);
         self.check_accounts()?;
         self.record.metrics(row)?;
         self.state.metric = row.get(&self.spec.checkpoint.best_metric);
@@ -282,7 +319,7 @@ impl Controller {
         if self.is_complete() { Ok(()) } else { self.begin_stage() }
     }
 
-    fn begin_stage(&mut self) -> Result<(), Error> {
+    pub(crate) fn begin_stage(&mut self) -> Result<(), Error> {
         self.enter(Phase::BeginStage);
         self.rest_engines()?;
         let stage = self.spec.stages[self.state.stage].clone();

@@ -65,6 +65,14 @@ pub enum Error {
         /// What is wrong.
         problem: String,
     },
+    /// The run cannot go on from the memory of its trainer ranks.
+    #[error("going back to step {step} by the memory of the trainer ranks: {source}")]
+    Recovery {
+        /// Global step.
+        step: u64,
+        /// Why not.
+        source: Box<Error>,
+    },
     /// A sample is neither trained on nor dropped.
     #[error("step {step}: {num_samples} issued samples are neither trained on nor dropped: {samples}")]
     Unaccounted {
@@ -88,7 +96,25 @@ pub enum Error {
 impl Error {
     /// True where a worker is gone: once it is back, the run can go on from its last checkpoint.
     pub fn is_lost_worker(&self) -> bool {
-        matches!(self, Error::Service { source, .. } if source.code == ErrorCode::Unavailable)
+        match self {
+            Error::Service { source, .. } => source.code == ErrorCode::Unavailable,
+            Error::Recovery { source, .. } => source.is_lost_worker(),
+            _ => false,
+        }
+    }
+
+    /// Name of the worker or service whose failure this is.
+    pub fn failed_service(&self) -> Option<&str> {
+        match self {
+            Error::Service { source, .. } => Some(&source.service),
+            Error::Recovery { source, .. } => source.failed_service(),
+            _ => None,
+        }
+    }
+
+    /// True where the memory of the trainer ranks was of no use: the run can go on from its last checkpoint.
+    pub fn is_failed_recovery(&self) -> bool {
+        matches!(self, Error::Recovery { .. })
     }
 
     pub(crate) fn io(operation: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {

@@ -21,6 +21,8 @@ pub enum Phase {
     Record,
     /// Held-out prompts.
     Validation,
+    /// What a lost trainer rank would need is kept in memory, where the run asks for it.
+    Mirror,
     /// Weights of a checkpoint.
     CheckpointModel,
     /// Optimizer and trainer state of a checkpoint.
@@ -35,7 +37,7 @@ pub enum Phase {
 
 impl Phase {
     /// Every phase, in the order of a step.
-    pub const ALL: [Phase; 14] = [
+    pub const ALL: [Phase; 15] = [
         Phase::BeginStage,
         Phase::Rollout,
         Phase::Reward,
@@ -45,6 +47,7 @@ impl Phase {
         Phase::Publish,
         Phase::Record,
         Phase::Validation,
+        Phase::Mirror,
         Phase::CheckpointModel,
         Phase::CheckpointOptimizer,
         Phase::CheckpointManifest,
@@ -64,6 +67,7 @@ impl Phase {
             Phase::Publish => "publish",
             Phase::Record => "record",
             Phase::Validation => "validation",
+            Phase::Mirror => "mirror",
             Phase::CheckpointModel => "checkpoint_model",
             Phase::CheckpointOptimizer => "checkpoint_optimizer",
             Phase::CheckpointManifest => "checkpoint_manifest",

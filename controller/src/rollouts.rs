@@ -17,6 +17,7 @@ use temper_types::{ErrorCode, GroupId, PromptRow, Sample, SampleIndex, SamplingP
 pub(crate) type DrawnRows = Vec<(PromptRow, u64)>;
 
 /// The samples of one prompt.
+#[derive(Debug, Clone)]
 pub(crate) struct Group {
     /// Row of the prompt in its dataset.
     pub(crate) row: u64,

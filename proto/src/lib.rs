@@ -1,9 +1,9 @@
 //! The service contracts between the controller and its workers.
 //!
 //! Owns: the traits [`RolloutService`], [`RewardService`], [`TrainerService`] (with
-//! [`ScalarModelService`] and [`DistillService`]), [`TextService`] and [`TableService`], their messages, and
-//! the one error type that crosses them. Knows nothing of how a service is reached: in embedded mode the traits are
-//! implemented by objects in the same process, and a transport implements them on the caller's side.
+//! [`ScalarModelService`], [`DistillService`] and [`MirrorService`]), [`TextService`] and [`TableService`], their
+//! messages, and the one error type that crosses them. Knows nothing of how a service is reached: in embedded mode the
+//! traits are implemented by objects in the same process, and a transport implements them on the caller's side.
 //!
 //! Invariants: token ids in, token ids out (only [`TextService`] sees text) · every wait has a deadline · batches are
 //! named by ids, never by arrival · no message holds a tensor, only per-token numbers.
@@ -13,6 +13,7 @@ mod distill;
 mod error;
 mod fate;
 pub mod grpc;
+mod mirror;
 mod reward;
 mod rollout;
 mod scalar;
@@ -26,6 +27,7 @@ pub use control::{Changed, ControlService, RunEvent, RunPhase, RunStatus, Snapsh
 pub use distill::{DistillService, DistillSpec};
 pub use error::{ServiceError, ServiceResult};
 pub use fate::{Fate, FleetCounts, Settled, Unused};
+pub use mirror::{HeldShard, MirrorPlan, MirrorReport, MirrorService, ShardSource};
 pub use reward::{RewardService, ScoreRequest};
 pub use rollout::{
     BegunResponse, DraftCounts, EarlierResponse, GeneratedSample, GroupRequest, GroupResult, NUM_MATCH_BUCKETS, Reuse,

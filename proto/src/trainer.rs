@@ -1,6 +1,6 @@
 //! Training.
 
-use crate::{DistillService, ScalarModelService, ServiceResult};
+use crate::{DistillService, MirrorService, ScalarModelService, ServiceResult};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -169,7 +169,7 @@ pub struct StageSpec {
 }
 
 /// Trains. The only owner of weights that change.
-pub trait TrainerService: ScalarModelService + DistillService + Send + Sync {
+pub trait TrainerService: ScalarModelService + DistillService + MirrorService + Send + Sync {
     /// Begin a stage: new optimizer state, new objective, and, where needed, the current weights as the reference.
     ///
     /// # Errors

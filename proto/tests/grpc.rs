@@ -166,6 +166,23 @@ impl ScalarModelService for Fake {
     }
 }
 
+impl MirrorService for Fake {
+    fn mirror(&self, step: u64) -> ServiceResult<MirrorReport> {
+        self.saw(step);
+        Ok(MirrorReport { bytes_sent: u64::MAX, wait_seconds: 0.25, transfer_seconds: 1.5 })
+    }
+    fn held_shards(&self) -> ServiceResult<Vec<HeldShard>> {
+        Ok(vec![
+            HeldShard { step: 1 << 40, shard: 3, hash: VERSION.hash },
+            HeldShard { step: 2, shard: 0, hash: VERSION.hash },
+        ])
+    }
+    fn restore_mirrored(&self, plan: &MirrorPlan) -> ServiceResult<()> {
+        self.saw(plan);
+        Ok(())
+    }
+}
+
 impl DistillService for Fake {
     fn begin_distillation(&self, spec: DistillSpec) -> ServiceResult<()> {
         self.saw(spec);
@@ -376,6 +393,20 @@ fn scalar_models_go_over_the_wire_unchanged() {
     assert_eq!(wire.fake.last(), format!("{pairs:?}"));
     assert_eq!(client.save_reward_model(Path::new("/x/yes")), Ok(true));
     assert_eq!(client.save_reward_model(Path::new("/x/no")), Ok(false));
+}
+
+#[test]
+fn mirrored_shards_go_over_the_wire_unchanged() {
+    let wire = wire();
+    let client = TrainerClient::new(wire.endpoint());
+    assert_eq!(client.mirror(1 << 50), wire.fake.mirror(1 << 50));
+    assert_eq!(client.held_shards(), wire.fake.held_shards());
+    let plan =
+        MirrorPlan { step: 9, sources: vec![ShardSource { rank: 1, from: 2 }, ShardSource { rank: 3, from: 0 }] };
+    client.restore_mirrored(&plan).unwrap();
+    assert_eq!(wire.fake.last(), format!("{plan:?}"));
+    let refused = client.rejoin().unwrap_err();
+    assert_eq!((refused.code, refused.message.as_str()), (ErrorCode::InvalidArgument, "it keeps no mirrors"));
 }
 
 #[test]

@@ -56,6 +56,12 @@ pub enum Error {
         /// Which ones.
         ranks: Vec<usize>,
     },
+    /// State in the memory of ranks is not held, or not what its hash says.
+    #[error("{problem}")]
+    Mirror {
+        /// Which shard of which step, and what is wrong with it.
+        problem: String,
+    },
     /// A model file cannot be read or written.
     #[error(transparent)]
     Actor(#[from] temper_actor::Error),
@@ -123,9 +129,11 @@ impl Error {
             Error::Collective(_) => ErrorCode::Unavailable,
             Error::OtherRanks { .. } => ErrorCode::Cancelled,
             Error::SharedMemory(_) => ErrorCode::ResourceExhausted,
-            Error::Actor(_) | Error::Io { .. } | Error::State { .. } | Error::WrongWeights { .. } => {
-                ErrorCode::DataLoss
-            }
+            Error::Actor(_)
+            | Error::Io { .. }
+            | Error::State { .. }
+            | Error::WrongWeights { .. }
+            | Error::Mirror { .. } => ErrorCode::DataLoss,
         }
     }
 

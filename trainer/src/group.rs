@@ -8,8 +8,9 @@ use std::sync::Arc;
 use std::time::Duration;
 use temper_collective::connect_threads;
 use temper_proto::{
-    DistillService, DistillSpec, LogProbs, MiniBatch, PolicyRole, PreferencePair, ScalarModelService, ScalarModelSpec,
-    ScalarReport, ServiceError, ServiceResult, StageSpec, TokenSequence, TrainerService, UpdateReport,
+    DistillService, DistillSpec, HeldShard, LogProbs, MiniBatch, MirrorPlan, MirrorReport, MirrorService, PolicyRole,
+    PreferencePair, ScalarModelService, ScalarModelSpec, ScalarReport, ServiceError, ServiceResult, StageSpec,
+    TokenSequence, TrainerService, UpdateReport,
 };
 use temper_types::{ErrorCode, PolicyVersion};
 
@@ -309,5 +310,29 @@ impl DistillService for TrainerGroup {
         let reports = self.ask("update_distilled", |rank| rank.update_distilled(batch.clone()))?;
         let rows = self.divide(batch.rows.iter().map(|row| &row.sequence));
         join_reports("update_distilled", reports, &rows, batch.rows.len())
+    }
+}
+
+impl MirrorService for TrainerGroup {
+    /// Bytes add up, the longest times count.
+    fn mirror(&self, step: u64) -> ServiceResult<MirrorReport> {
+        let join = |a: MirrorReport, b: MirrorReport| MirrorReport {
+            bytes_sent: a.bytes_sent + b.bytes_sent,
+            wait_seconds: a.wait_seconds.max(b.wait_seconds),
+            transfer_seconds: a.transfer_seconds.max(b.transfer_seconds),
+        };
+        Ok(self.ask("mirror", |rank| rank.mirror(step))?.into_iter().fold(MirrorReport::default(), join))
+    }
+
+    fn held_shards(&self) -> ServiceResult<Vec<HeldShard>> {
+        Ok(self.ask("held_shards", |rank| rank.held_shards())?.concat())
+    }
+
+    fn rejoin(&self) -> ServiceResult<()> {
+        self.ask("rejoin", |rank| rank.rejoin()).map(drop)
+    }
+
+    fn restore_mirrored(&self, plan: &MirrorPlan) -> ServiceResult<()> {
+        self.ask("restore_mirrored", |rank| rank.restore_mirrored(plan)).map(drop)
     }
 }

@@ -7,7 +7,8 @@
 //!
 //! A trainer may be one of several ranks ([`Ranks`], [`TrainerGroup`]): each works on its own rows and holds its
 //! shards. What every rank computes whole, with identical bits: an objective over a whole mini-batch, once the rows'
-//! log-probs are shared.
+//! log-probs are shared. The state after a step may be kept in the memory of two ranks each shard ([`agree_on_mirrors`]
+//! says which state survivors go back to).
 //!
 //! Invariants: only this crate changes weights · an update happens whole or not at all: a loss or gradient that is not
 //! finite stops before the first parameter moves, with the mini-batch saved · the packed weights that engines read are
@@ -21,6 +22,7 @@ mod group;
 mod loss;
 mod memory;
 mod micro_batch;
+mod mirror;
 mod non_finite;
 mod optimizer;
 mod ranks;
@@ -41,6 +43,7 @@ mod weights;
 pub use error::Error;
 pub use group::{TrainerGroup, load_local_ranks};
 pub use memory::{Memory, Passes, exchange_bytes_sent, update_bytes_sent};
+pub use mirror::agree_on_mirrors;
 pub use ranks::{ProcessRole, ProcessShare, Ranks, Sharding};
-pub use service::LocalTrainerService;
+pub use service::{LocalTrainerService, Meeting};
 pub use trainer::{SharedPolicy, Trainer};

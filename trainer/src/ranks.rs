@@ -77,6 +77,22 @@ pub(crate) mod channel {
     pub(crate) const SEQUENCE: u32 = 3;
     /// Gathers that are under way while the ranks do something else.
     pub(crate) const AHEAD: u32 = 4;
+    /// Whether all ranks have their mirrors.
+    pub(crate) const MIRRORS: u32 = 5;
+    /// From rank r to the one that mirrors it: this and r.
+    pub(crate) const MIRROR_OF: u32 = 1 << 16;
+    /// To rank r, which lost its shard: this and r.
+    pub(crate) const RECOVERY: u32 = 1 << 17;
+}
+
+/// The ways on which mirrors of a rank's state go.
+#[derive(Debug)]
+pub(crate) struct MirrorLinks {
+    /// To the rank that mirrors this one, and from the one that this one mirrors, each a group of two; none where
+    /// replicas hold the same shard anyway.
+    pub(crate) ring: Option<(Collective, Collective)>,
+    /// Everybody.
+    pub(crate) all: Collective,
 }
 
 /// A rank's place in the world of trainers.
@@ -150,6 +166,36 @@ impl Ranks {
     /// Where this rank fails alone, the others are not left waiting for it. All operations fail from then on.
     pub(crate) fn give_up(&self) {
         self.world.give_up(Operation::Barrier);
+    }
+
+    /// Which shard of a copy this rank holds.
+    pub(crate) fn shard(&self) -> usize {
+        self.shards.rank()
+    }
+
+    /// Which shard of a copy rank `rank` of the world holds.
+    pub(crate) fn shard_of(&self, rank: usize) -> usize {
+        rank % self.shards.world()
+    }
+
+    /// Ways of their own, beside all that the ranks compute.
+    pub(crate) fn mirror_links(&self) -> Result<MirrorLinks, Error> {
+        let all: Vec<usize> = (0..self.world()).collect();
+        let all = self.world.subgroup(&all, channel::MIRRORS)?;
+        let (own, size) = (self.shard(), self.shards.world());
+        if self.replicas.world() > 1 || size == 1 {
+            return Ok(MirrorLinks { ring: None, all });
+        }
+        let world_rank = |shard: usize| self.shards.world_rank(shard % size);
+        let (before, next) = (world_rank(own + size - 1), world_rank(own + 1));
+        let to_next = self.pair((self.rank(), next), channel::MIRROR_OF + self.rank() as u32)?;
+        let from_before = self.pair((before, self.rank()), channel::MIRROR_OF + before as u32)?;
+        Ok(MirrorLinks { ring: Some((to_next, from_before)), all })
+    }
+
+    /// A group of two ranks, of which this one is one.
+    pub(crate) fn pair(&self, (a, b): (usize, usize), channel: u32) -> Result<Collective, Error> {
+        Ok(self.world.subgroup(&[a.min(b), a.max(b)], channel)?)
     }
 
     pub(crate) fn leads(&self) -> bool {

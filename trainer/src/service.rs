@@ -1,23 +1,47 @@
 //! The trainer as a service in the same process.
 
-use crate::Trainer;
+use crate::{Error, Ranks, Trainer};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use temper_proto::{
-    LogProbs, MiniBatch, PolicyRole, ServiceResult, StageSpec, TokenSequence, TrainerService, UpdateReport,
+    HeldShard, LogProbs, MiniBatch, MirrorPlan, MirrorReport, MirrorService, PolicyRole, ServiceResult, StageSpec,
+    TokenSequence, TrainerService, UpdateReport,
 };
 use temper_types::PolicyVersion;
+
+/// How a rank meets the others once more, after one of them was lost.
+pub struct Meeting(Box<dyn Fn() -> Result<Ranks, Error> + Send + Sync>);
+
+impl Meeting {
+    /// By `meet`, which waits for all ranks.
+    pub fn new(meet: impl Fn() -> Result<Ranks, Error> + Send + Sync + 'static) -> Self {
+        Meeting(Box::new(meet))
+    }
+}
+
+impl std::fmt::Debug for Meeting {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Meeting")
+    }
+}
 
 /// One trainer behind the service trait; calls take turns.
 #[derive(Debug)]
 pub struct LocalTrainerService {
     trainer: Mutex<Trainer>,
+    meeting: Option<Meeting>,
 }
 
 impl LocalTrainerService {
     /// Serve `trainer`.
     pub fn new(trainer: Trainer) -> Self {
-        LocalTrainerService { trainer: Mutex::new(trainer) }
+        LocalTrainerService { trainer: Mutex::new(trainer), meeting: None }
+    }
+
+    /// The same, able to meet other ranks in place of those that it was loaded with.
+    #[must_use]
+    pub fn with_meeting(self, meeting: Meeting) -> Self {
+        LocalTrainerService { meeting: Some(meeting), ..self }
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, Trainer> {
@@ -60,5 +84,28 @@ impl TrainerService for LocalTrainerService {
 
     fn restore(&self, model_dir: &Path, state_dir: &Path, version: PolicyVersion) -> ServiceResult<()> {
         self.lock().restore(model_dir, state_dir, version).map_err(|e| e.into_service("restore"))
+    }
+}
+
+impl MirrorService for LocalTrainerService {
+    fn mirror(&self, step: u64) -> ServiceResult<MirrorReport> {
+        self.lock().mirror(step).map_err(|e| e.into_service("mirror"))
+    }
+
+    fn held_shards(&self) -> ServiceResult<Vec<HeldShard>> {
+        self.lock().held_shards().map_err(|e| e.into_service("held_shards"))
+    }
+
+    fn rejoin(&self) -> ServiceResult<()> {
+        let alone = || Error::invalid("a trainer", "that was loaded with its ranks meets no others");
+        let rejoin = || {
+            let ranks = (self.meeting.as_ref().ok_or_else(alone)?.0)()?;
+            self.lock().rejoin(ranks)
+        };
+        rejoin().map_err(|e: Error| e.into_service("rejoin"))
+    }
+
+    fn restore_mirrored(&self, plan: &MirrorPlan) -> ServiceResult<()> {
+        self.lock().restore_mirrored(plan).map_err(|e| e.into_service("restore_mirrored"))
     }
 }

@@ -158,8 +158,8 @@ impl SharedHead {
         Ok(self.state.step(&rule, &mut self.params, &grads)?)
     }
 
-    /// Write the head into the directory of a trainer's state.
-    pub(crate) fn save(&self, dir: &Path) -> Result<(), Error> {
+    /// The head and its moments, as text.
+    pub(crate) fn to_text(&self) -> String {
         let bits = |values: &[f64]| values.iter().map(|v| v.to_bits()).collect();
         let file = HeadFile {
             format: FORMAT,
@@ -168,23 +168,31 @@ impl SharedHead {
             exp_avg: bits(&self.state.first),
             exp_avg_sq: bits(&self.state.second),
         };
+        serde_json::to_string(&file).expect("a state is plain data")
+    }
+
+    /// Write the head into the directory of a trainer's state.
+    pub(crate) fn save(&self, dir: &Path) -> Result<(), Error> {
         let path = dir.join(FILE);
-        let text = serde_json::to_string(&file).expect("a state is plain data");
-        std::fs::write(&path, text + "\n").map_err(Error::io("write", &path))
+        std::fs::write(&path, self.to_text() + "\n").map_err(Error::io("write", &path))
     }
 
     /// Read it back.
     pub(crate) fn restore(&mut self, dir: &Path) -> Result<(), Error> {
         let path = dir.join(FILE);
         let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-        let fail = |problem: String| Error::State { path: path.clone(), problem };
-        let file: HeadFile = serde_json::from_str(&text).map_err(|e| fail(e.to_string()))?;
+        self.set_text(&text).map_err(|problem| Error::State { path, problem })
+    }
+
+    /// Be what [`SharedHead::to_text`] gave; or what is wrong with it.
+    pub(crate) fn set_text(&mut self, text: &str) -> Result<(), String> {
+        let file: HeadFile = serde_json::from_str(text).map_err(|e| e.to_string())?;
         if file.format != FORMAT {
-            return Err(fail(format!("format {}: this binary reads format {FORMAT}", file.format)));
+            return Err(format!("format {}: this binary reads format {FORMAT}", file.format));
         }
         for values in [&file.params, &file.exp_avg, &file.exp_avg_sq] {
             if values.len() != self.params.len() {
-                return Err(fail(format!("has {} numbers: expected {}", values.len(), self.params.len())));
+                return Err(format!("has {} numbers: expected {}", values.len(), self.params.len()));
             }
         }
         let numbers = |bits: Vec<u64>| bits.into_iter().map(f64::from_bits).collect();

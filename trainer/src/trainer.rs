@@ -5,6 +5,7 @@ use crate::division::{divide, spread};
 use crate::exchange::{Own, add_up, merge_metrics, metric_numbers, own_rows, own_sequences};
 use crate::loss::{BlockLoss, PolicyStats, evaluate, pick_gradients, slice_gradients};
 use crate::micro_batch::{check, train_batch};
+use crate::mirror::Mirror;
 use crate::non_finite::{Place, keep_batch};
 use crate::optimizer::StepSize;
 use crate::reference::Reference;
@@ -20,7 +21,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use temper_actor::weights_io::WriteOptions;
 use temper_actor::{ModelConfig, OutputGrads, PackedPolicy, Recompute, TrainArena};
 use temper_algos::{GlobalCounts, LossMetrics, Objective, ObjectiveOutput, Scope};
-use temper_collective::Counts;
+use temper_collective::{Counts, Operation};
 use temper_proto::{
     LogProbs, MiniBatch, OptimizerConfig, PolicyRole, StageSpec, TokenSequence, TrainRow, UpdateReport,
 };
@@ -69,6 +70,8 @@ pub struct Trainer {
     pub(crate) shared_head: Option<SharedHead>,
     pub(crate) reward_model: Option<ScalarModel>,
     pub(crate) distiller: Option<Distiller>,
+    /// Copies of the state after a step, where they are kept.
+    pub(crate) mirror: Option<Mirror>,
 }
 
 /// What the micro-batches of the policy add up.
@@ -133,6 +136,7 @@ impl Trainer {
             shared_head: None,
             reward_model: None,
             distiller: None,
+            mirror: None,
         })
     }
 
@@ -271,9 +275,11 @@ impl Trainer {
     /// What this rank has sent since `before`, and how long that took; nothing where there are no other ranks.
     pub(crate) fn communication(&self, before: Option<&Counts>) -> Vec<(String, f64)> {
         let (Some(ranks), Some(before)) = (&self.ranks, before) else { return Vec::new() };
-        let total = ranks.counts().since(before).total();
-        let numbers =
-            [(COMMUNICATION_BYTES, total.bytes_sent as f64), (COMMUNICATION_SECONDS, total.elapsed.as_secs_f64())];
+        let since = ranks.counts().since(before);
+        // Mirrors are on their way meanwhile, and are counted apart.
+        let (total, beside) = (since.total(), since.of(Operation::Mirror));
+        let (bytes, elapsed) = (total.bytes_sent - beside.bytes_sent, total.elapsed - beside.elapsed);
+        let numbers = [(COMMUNICATION_BYTES, bytes as f64), (COMMUNICATION_SECONDS, elapsed.as_secs_f64())];
         numbers.map(|(name, value)| (name.to_owned(), value)).to_vec()
     }
 
@@ -422,7 +428,7 @@ impl Trainer {
     }
 
     /// Every process of ranks has its own packed weights to name.
-    fn set_version(&mut self, version: PolicyVersion) -> Result<PolicyVersion, Error> {
+    pub(crate) fn set_version(&mut self, version: PolicyVersion) -> Result<PolicyVersion, Error> {
         self.policy.write().unwrap_or_else(PoisonError::into_inner).version = version;
         self.ranks.as_ref().map_or(Ok(()), Ranks::fence)?;
         Ok(version)

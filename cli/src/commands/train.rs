@@ -3,7 +3,9 @@
 use crate::control::LocalControl;
 use crate::kill::KillAt;
 use crate::recipe::{CheckReport, Recipe, Source, check, render};
+use crate::recovery::{Start, after_loss};
 use crate::runtime::{self, Runtime};
+use crate::workers::Cluster;
 use crate::{Interrupted, usage};
 use anyhow::Context;
 use serde_json::json;
@@ -98,7 +100,7 @@ impl Train {
         recipe: &Recipe,
         (source, report): (&Source, &CheckReport),
         dir: RunDir,
-        mut resume: Option<CheckpointInfo>,
+        resume: Option<CheckpointInfo>,
     ) -> anyhow::Result<RunOutcome> {
         let model_dir = runtime::initial_model(recipe, dir.root())?;
         let control = Arc::new(LocalControl::default());
@@ -106,10 +108,12 @@ impl Train {
         announce(&runtime, &report.summary, dir.root());
         let num_steps = recipe.stages.iter().map(temper_controller::Stage::steps).sum();
         let stop = stop_flag()?;
+        let kill_at = KillAt::from_environment(runtime.cluster.as_ref().and_then(Cluster::killer))?;
+        let mut start = Start::Checkpoint(resume.map(Box::new));
         for _ in 0..MAX_RECOVERIES {
             let (spec, services) = (runtime.spec.clone(), runtime.services.clone());
             let mut controller = Controller::new(spec, services, dir.clone(), Arc::new(SystemClock::default()))?;
-            if let Some(kill_at) = KillAt::from_environment()? {
+            if let Some(kill_at) = kill_at.clone() {
                 controller.observe_phases(Box::new(kill_at));
             }
             let mut progress = Progress::stderr(num_steps);
@@ -120,13 +124,13 @@ impl Train {
             }));
             controller.stop_on(Arc::clone(&stop));
             control.drive(controller.control());
-            match (controller.run(resume.as_ref()), &runtime.cluster) {
-                (Err(error), Some(cluster)) if error.is_lost_worker() => {
-                    eprintln!("{error}\nwaiting for the worker, to go on from the last checkpoint");
-                    runtime.services.trainer = cluster.recover()?;
+            match (start.run(&mut controller), &runtime.cluster) {
+                (Err(error), Some(cluster)) if error.is_lost_worker() || error.is_failed_recovery() => {
+                    let kept = controller.take_kept();
+                    drop(controller);
+                    (start, runtime.services.trainer) = after_loss(cluster, (&error, kept), &dir)?;
                     runtime.services.rollout = cluster.rollout();
                     runtime.services.reward = cluster.reward();
-                    resume = latest_checkpoint(&dir.checkpoints())?;
                 }
                 (result, _) => return Ok(result?),
             }

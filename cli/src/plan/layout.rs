@@ -99,12 +99,18 @@ impl Layout {
         say(differs, format!("placement.sharding={kind}"));
         say(now.shard_size != shard_size, format!("placement.shard_size={shard_size}"));
         say(now.sequence_parallel != 1, "placement.sequence_parallel=1".to_owned());
+        say(now.mirror_shards && !self.mirrors(work), "placement.mirror_shards=false".to_owned());
         say(self.staleness != work.staleness, format!("placement.staleness={}", self.staleness));
         let (limit, stage) = (self.max_micro_batch_tokens, &work.stage);
         let key = format!("stage.{stage}.memory");
         say(limit != work.max_micro_batch_tokens, format!("{key}.max_micro_batch_tokens={limit}"));
         say(self.recompute != work.recompute, format!("{key}.recompute_activations={}", self.recompute));
         set
+    }
+
+    /// Whether its ranks keep each other's state, as the recipe asks: where they can be lost one by one.
+    pub fn mirrors(&self, work: &Workload) -> bool {
+        work.placement.mirror_shards && self.mode != Mode::Embedded && self.ranks > 1
     }
 
     fn shard_size(&self) -> usize {

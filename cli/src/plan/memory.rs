@@ -76,7 +76,20 @@ fn trainer_bytes(work: &Workload, layout: &Layout, rank: Memory) -> u64 {
     let largest = units.map(|unit| F32 * work.shapes.unit_len(unit) as u64).max().unwrap_or(0);
     // The gradient of the unit at work beside that of the table, and masters of both under zero3 and hybrid.
     let gathered = if layout.ranks > 1 { 4 * largest } else { 0 };
-    own + reference + critic + gathered + activation_bytes(work, layout)
+    own + reference + critic + gathered + mirror_bytes(work, layout, rank) + activation_bytes(work, layout)
+}
+
+/// Copies of a rank's state, its own and another rank's, of two steps while they are sent. A reference is there once in
+/// both; replicas keep their own copies alone.
+fn mirror_bytes(work: &Workload, layout: &Layout, rank: Memory) -> u64 {
+    if !layout.mirrors(work) {
+        return 0;
+    }
+    let masters = rank.moments / 2;
+    let models = 1 + u64::from(work.has_critic);
+    let reference = if work.has_reference { masters } else { 0 };
+    let of_one = 2 * models * (masters + rank.moments) + reference;
+    if layout.ranks > layout.sharding.num_shards(layout.ranks) { of_one } else { 2 * of_one }
 }
 
 /// Packed weights of a trainer's process: policy, reference, critic.

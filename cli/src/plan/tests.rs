@@ -5,6 +5,7 @@
 use super::cluster::{Device, Host, Place};
 use super::cost::Inputs;
 use super::layout::{Layout, Mode};
+use super::memory::MemoryNeed;
 use super::{Calibration, Cluster, Expected, Link, ModelSizes, Point, Workload, search};
 use crate::recipe::Placement;
 use proptest::prelude::*;
@@ -178,6 +179,28 @@ fn state_is_what_the_trainer_predicts() {
         seen += usize::from(matches!(sharding, Sharding::Hybrid { .. }));
     }
     assert!(seen > 0, "hybrid is tried where there are four ranks");
+}
+
+/// Mirrors cost a rank four times its masters and moments; where ranks cannot have them the flags turn them off.
+#[test]
+fn mirrors_are_counted_where_ranks_can_have_them() {
+    let (work, cal, cluster) = (workload(8, 4, 1), calibration(1e-5), cluster(2, 4, 4096, 10.0));
+    let mut mirrored = work.clone();
+    mirrored.placement.mirror_shards = true;
+    let mut seen = [0; 2];
+    for choice in search(&work, &cal, &cluster).choices {
+        let (layout, before) = (&choice.layout, &choice.estimate.memory);
+        let more = MemoryNeed::new(&mirrored, &cal, &cluster, layout).trainer - before.trainer;
+        let shard = before.rank.moments + before.rank.moments / 2;
+        let has_replicas = layout.ranks > layout.sharding.num_shards(layout.ranks);
+        let has_mirrors = layout.mode != Mode::Embedded && layout.ranks > 1;
+        let copies = if has_replicas { 2 } else { 4 };
+        assert_eq!(more, if has_mirrors { copies * shard } else { 0 }, "{layout:?}");
+        let off = layout.assignments(&mirrored, &cluster).contains(&"placement.mirror_shards=false".to_owned());
+        assert_eq!(off, !has_mirrors, "{layout:?}");
+        seen[usize::from(has_mirrors)] += 1;
+    }
+    assert!(seen.iter().all(|count| *count > 0), "{seen:?}");
 }
 
 /// The cores of one host are one: a second process adds no compute, and staleness fills only waits.

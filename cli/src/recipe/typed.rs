@@ -92,6 +92,10 @@ pub struct Placement {
     /// Consecutive ranks that share the rows of every micro-batch, which may then have as many times
     /// `max_micro_batch_tokens`: a divisor of `trainer_ranks`. Another number rounds sums of gradients differently.
     pub sequence_parallel: usize,
+    /// Keep every trainer rank's state after each step in the memory of another rank as well, so that a rank that is
+    /// lost costs the step under way and no return to a checkpoint. Needs mode = "processes" and two ranks or more, and
+    /// twice a rank's masters and moments in memory, four times while they are sent. Never changes a number.
+    pub mirror_shards: bool,
     /// How new weights come to engines of other processes: "auto", through memory shared with the trainer where both
     /// run on one host, or "grpc". Never changes a number.
     pub weight_transport: WeightTransport,
@@ -120,6 +124,7 @@ impl Default for Placement {
             sharding: ShardingKind::Zero2,
             shard_size: 0,
             sequence_parallel: 1,
+            mirror_shards: false,
             weight_transport: WeightTransport::Auto,
             collective_timeout_seconds: 600,
             tls: None,

@@ -2,6 +2,7 @@
 
 use super::children::{Children, Killer, Meeting};
 use super::hub::{Change, Hub, Member, Standing, Work};
+use super::mirrors::RankHandle;
 use super::{LEASE, START_TIMEOUT};
 use crate::control::LocalControl;
 use crate::tables::RunTables;
@@ -31,6 +32,8 @@ pub struct ClusterSpec {
     pub listen: SocketAddr,
     /// Trainer ranks that share the rows of a micro-batch.
     pub sequence_parallel: usize,
+    /// Ranks that hold one copy of the trainer's state together, where they mirror it.
+    pub mirrors: Option<usize>,
     /// Number of rollout engines.
     pub rollout_workers: usize,
     /// Number of reward workers.
@@ -72,9 +75,15 @@ impl Fleets {
 /// The worker processes of a run. They end when this is dropped.
 pub struct Cluster {
     address: SocketAddr,
-    hub: Arc<Hub>,
+    pub(super) hub: Arc<Hub>,
     fleets: Arc<Mutex<Fleets>>,
     sources: Arc<Mutex<Sources>>,
+    /// The ranks that the run speaks with, in their order.
+    pub(super) ranks: Mutex<Vec<RankHandle>>,
+    /// Ranks that hold one copy of the state together, where they mirror it.
+    pub(super) num_shards: Option<usize>,
+    /// True while ranks that outlive another one are left as they are: they hold what the run needs to go on.
+    spares_ranks: Arc<AtomicBool>,
     runtime: GrpcRuntime,
     is_ending: Arc<AtomicBool>,
     joiner: Option<JoinHandle<()>>,
@@ -115,6 +124,9 @@ impl Cluster {
             hub,
             fleets: Arc::new(Mutex::new(Fleets::new(spec.staleness))),
             sources: Arc::default(),
+            ranks: Mutex::default(),
+            num_shards: spec.mirrors,
+            spares_ranks: Arc::default(),
             runtime,
             is_ending: Arc::default(),
             joiner: None,
@@ -157,11 +169,13 @@ impl Cluster {
             let config = TransportConfig::default();
             let endpoint = Endpoint::connect(&self.runtime, m.id.name.as_str(), &m.hello.address, config)?;
             let endpoint = endpoint.to_life(m.id.incarnation);
-            anyhow::Ok(Arc::new(TrainerClient::new(endpoint)) as Arc<dyn TrainerService>)
+            let service = Arc::new(TrainerClient::new(endpoint)) as Arc<dyn TrainerService>;
+            anyhow::Ok(RankHandle { member: m.clone(), service })
         };
-        let mut services = ranks.iter().map(connect).collect::<anyhow::Result<Vec<_>>>()?;
-        if services.len() != self.wanted[0].1 {
-            bail!("{} trainer ranks serve: expected {}", services.len(), self.wanted[0].1);
+        let handles = ranks.iter().map(connect).collect::<anyhow::Result<Vec<_>>>()?;
+        let mut services: Vec<_> = handles.iter().map(|rank| Arc::clone(&rank.service)).collect();
+        if services.len() != self.num_ranks() {
+            bail!("{} trainer ranks serve: expected {}", services.len(), self.num_ranks());
         }
         let trainer = match services.len() {
             1 => services.remove(0),
@@ -169,7 +183,35 @@ impl Cluster {
         };
         let sources = ranks.into_iter().map(|m| (m.id.name, m.id.incarnation)).collect();
         *self.sources.lock().unwrap_or_else(PoisonError::into_inner) = sources;
+        *self.ranks.lock().unwrap_or_else(PoisonError::into_inner) = handles;
+        self.spares_ranks.store(self.num_shards.is_some(), Ordering::SeqCst);
         Ok(trainer)
+    }
+
+    /// Number of trainer ranks.
+    pub(super) fn num_ranks(&self) -> usize {
+        self.wanted[0].1
+    }
+
+    /// Trainer ranks that serve.
+    pub(super) fn num_serving_ranks(&self) -> usize {
+        let is_serving = |m: &&Member| m.hello.role == WorkerRole::Trainer && m.standing == Standing::Ready;
+        self.hub.members().iter().filter(is_serving).count()
+    }
+
+    /// What kills workers of this machine, where they were started here.
+    pub fn killer(&self) -> Option<Killer> {
+        self.children.as_ref().map(Children::killer)
+    }
+
+    /// Whether trainer ranks hold each other's state.
+    pub fn keeps_mirrors(&self) -> bool {
+        self.num_shards.is_some()
+    }
+
+    /// Workers that will not be started again, and why.
+    pub(super) fn given_up(&self) -> BTreeMap<String, String> {
+        self.children.as_ref().map(Children::given_up).unwrap_or_default()
     }
 
     /// The services after a trainer rank was lost: the run goes back to its last checkpoint, so every other worker
@@ -178,11 +220,12 @@ impl Cluster {
     /// # Errors
     /// As [`Cluster::wait`].
     pub fn recover(&self) -> anyhow::Result<Arc<dyn TrainerService>> {
+        self.spares_ranks.store(false, Ordering::SeqCst);
         self.renew_fleets();
-        let killer = self.children.as_ref().map(Children::killer);
+        let killer = self.killer();
         // Ranks that lost one of them cannot go on together.
-        let stays = |member: &Member| member.hello.role == WorkerRole::Trainer && self.wanted[0].1 == 1;
-        send_away(&self.hub, killer.as_ref(), |member| !stays(member));
+        let stays = |member: &Member| member.hello.role == WorkerRole::Trainer && self.num_ranks() == 1;
+        send_away(&self.hub, (killer.as_ref(), SENT_AWAY), |member| !stays(member));
         let deadline = Instant::now() + START_TIMEOUT;
         loop {
             self.wait()?;
@@ -196,7 +239,7 @@ impl Cluster {
     }
 
     /// No fleet hears of the end of a rank whose weights it was never to pull.
-    fn renew_fleets(&self) {
+    pub(super) fn renew_fleets(&self) {
         let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
         sources.clear();
         *self.fleets.lock().unwrap_or_else(PoisonError::into_inner) = Fleets::new(self.staleness);
@@ -212,7 +255,8 @@ impl Cluster {
             runtime: self.runtime.clone(),
             fleets: Arc::clone(&self.fleets),
             sources: Arc::clone(&self.sources),
-            killer: self.children.as_ref().map(Children::killer),
+            killer: self.killer(),
+            spares_ranks: Arc::clone(&self.spares_ranks),
             is_ending: Arc::clone(&self.is_ending),
         };
         Ok(std::thread::Builder::new().name("joiner".to_owned()).spawn(move || joiner.run())?)
@@ -229,8 +273,7 @@ impl Cluster {
             if missing.is_empty() {
                 return Ok(());
             }
-            let given_up = self.children.as_ref().map(Children::given_up).unwrap_or_default();
-            if let Some((name, cause)) = given_up.iter().next() {
+            if let Some((name, cause)) = self.given_up().into_iter().next() {
                 bail!("worker {name} does not start: {cause}; its own words are above");
             }
             if Instant::now() > deadline {
@@ -275,9 +318,9 @@ fn live(workers: &[WorkerStatus]) -> usize {
 }
 
 /// Let workers go that did nothing wrong; those that were started here are killed, and started again.
-fn send_away(hub: &Hub, killer: Option<&Killer>, is_meant: impl Fn(&Member) -> bool) {
+pub(super) fn send_away(hub: &Hub, (killer, cause): (Option<&Killer>, &str), is_meant: impl Fn(&Member) -> bool) {
     for member in hub.members().iter().filter(|m| m.standing != Standing::Lost && is_meant(m)) {
-        hub.lose(&member.id.name, SENT_AWAY);
+        hub.lose(&member.id.name, cause);
         killer.into_iter().for_each(|killer| killer.kill(&member.id.name));
     }
 }
@@ -292,6 +335,7 @@ struct Joiner {
     fleets: Arc<Mutex<Fleets>>,
     sources: Arc<Mutex<Sources>>,
     killer: Option<Killer>,
+    spares_ranks: Arc<AtomicBool>,
     is_ending: Arc<AtomicBool>,
 }
 
@@ -357,13 +401,13 @@ impl Joiner {
         Ok(())
     }
 
-    /// Ranks that lost one of them cannot go on together: all begin anew.
+    /// Ranks that lost one of them cannot go on together: all begin anew, unless the run goes on from what they hold.
     fn send_away_ranks(&self, lost: &Member) {
-        if lost.cause == SENT_AWAY {
+        if lost.cause == SENT_AWAY || self.spares_ranks.load(Ordering::SeqCst) {
             return;
         }
         let is_other_rank = |m: &Member| m.hello.role == WorkerRole::Trainer && m.id.name != lost.id.name;
-        send_away(&self.hub, self.killer.as_ref(), is_other_rank);
+        send_away(&self.hub, (self.killer.as_ref(), SENT_AWAY), is_other_rank);
     }
 
     /// The engines wait for no weights of a rank that is gone.

@@ -2,17 +2,21 @@
 //!
 //! [`hub`] is what workers register with, [`children`] starts processes and starts them again, [`cluster`] joins both
 //! into the services of a run, and [`process`] is the other side: a worker from its registration to its end;
-//! [`engine_ranks`] starts the tensor-parallel ranks of a rollout worker.
+//! [`engine_ranks`] starts the tensor-parallel ranks of a rollout worker, and [`mirrors`] brings trainer ranks back
+//! from each other's memory.
 
 mod children;
 mod cluster;
 mod engine_ranks;
 mod hub;
+mod mirrors;
 mod process;
 
+pub use children::Killer;
 pub use cluster::{Cluster, ClusterSpec};
 pub use engine_ranks::serve_rank;
 pub use hub::{Hub, Member, Work};
+pub use mirrors::{FailedService, MirroredRanks};
 pub use process::{ServeOptions, WhenLost, end_with_stdin, serve_worker};
 
 use std::time::Duration;

@@ -25,7 +25,7 @@ use temper_proto::{
 };
 use temper_rollout::{LocalRolloutService, RankGroup, SyncedRolloutService};
 use temper_tensor::Device;
-use temper_trainer::{LocalTrainerService, ProcessRole, ProcessShare, Ranks, Trainer, TrainerGroup};
+use temper_trainer::{LocalTrainerService, Meeting, ProcessRole, ProcessShare, Ranks, Trainer, TrainerGroup};
 use temper_types::{DType, ErrorCode};
 
 /// How long a worker asks to be let in.
@@ -216,7 +216,7 @@ impl RankSocket {
 /// A worker that is let in.
 struct Joined<'a> {
     runtime: &'a GrpcRuntime,
-    registry: &'a WorkerRegistryClient,
+    registry: &'a Arc<WorkerRegistryClient>,
     assignment: &'a Assignment,
     ranks: &'a RankSocket,
 }
@@ -242,7 +242,7 @@ impl Joined<'_> {
                 Ok((ServedServices::new().with(RewardServer::service(service, &config)), None))
             }
             WorkerRole::Trainer => {
-                let service = Arc::new(LocalTrainerService::new(self.trainer(&setting)?));
+                let service = Arc::new(self.trainer(&setting)?);
                 let services = ServedServices::new()
                     .with(TrainerServer::service(service.clone(), &config))
                     .with(WeightServer::service(service, &config));
@@ -289,20 +289,50 @@ impl Joined<'_> {
         Ok((engine.start(0, (holders, placement.weight_transport), group)?, engine_ranks))
     }
 
-    fn trainer(&self, setting: &Setting) -> anyhow::Result<Trainer> {
+    fn trainer(&self, setting: &Setting) -> anyhow::Result<LocalTrainerService> {
         let Setting { recipe, model_dir, device, dtype } = setting;
         let text = LocalText::load(model_dir)?;
         let vocab_size = ModelConfig::load(model_dir)?.vocab_size;
         let masked = text.tokenizer().missing_ids(vocab_size);
-        let ranks = if self.assignment.world > 1 { Some(self.meet(&recipe.placement)?) } else { None };
+        let place = if self.assignment.world > 1 { Some(self.place(&recipe.placement)?) } else { None };
+        let ranks = place.as_ref().map(RankPlace::meet).transpose()?;
         let mut trainer = Trainer::load_rank(Arc::clone(device), (model_dir, *dtype), masked, ranks)?;
         trainer.save_non_finite_to(Path::new(&self.assignment.run_dir).join("non_finite"));
         trainer_ranks::share_masters(&recipe.placement, || trainer.share_masters());
-        Ok(trainer)
+        let Some(place) = place.filter(|_| recipe.placement.mirror_shards) else {
+            return Ok(LocalTrainerService::new(trainer));
+        };
+        trainer.keep_mirrors()?;
+        let rank = self.assignment.rank as usize;
+        let failed = move |e: anyhow::Error| {
+            let (peer, problem) = ("the other ranks".to_owned(), format!("{e:#}"));
+            temper_trainer::Error::from(temper_collective::Error::Connect { rank, peer, problem })
+        };
+        Ok(LocalTrainerService::new(trainer).with_meeting(Meeting::new(move || place.meet().map_err(&failed))))
     }
 
+    fn place(&self, placement: &Placement) -> anyhow::Result<RankPlace> {
+        let listener = self.ranks.0.as_ref().context("a trainer rank listens for the others")?;
+        Ok(RankPlace {
+            registry: Arc::clone(self.registry),
+            assignment: self.assignment.clone(),
+            listener: listener.try_clone().context("listening for other ranks")?,
+            placement: placement.clone(),
+        })
+    }
+}
+
+/// All that a trainer rank needs to meet the others, whenever that is.
+struct RankPlace {
+    registry: Arc<WorkerRegistryClient>,
+    assignment: Assignment,
+    listener: TcpListener,
+    placement: Placement,
+}
+
+impl RankPlace {
     /// Where all trainer ranks are now.
-    fn world(&self, placement: &Placement) -> anyhow::Result<SocketConfig> {
+    fn world(&self) -> anyhow::Result<SocketConfig> {
         let addresses = retrying(|| self.registry.ranks(&self.assignment.id))?;
         let token = blake3::hash(addresses.join(" ").as_bytes());
         let parse = |address: &String| address.parse().with_context(|| format!("`{address}` is no HOST:PORT"));
@@ -311,16 +341,15 @@ impl Joined<'_> {
             addresses: addresses.iter().map(parse).collect::<anyhow::Result<_>>()?,
             token: u64::from_le_bytes(*token.as_bytes().first_chunk().context("a hash has 32 bytes")?),
             connect_timeout: MEET_TIMEOUT,
-            timeout: Duration::from_secs(placement.collective_timeout_seconds),
+            timeout: Duration::from_secs(self.placement.collective_timeout_seconds),
         })
     }
 
     /// Wait for all trainer ranks, and connect to them.
-    fn meet(&self, placement: &Placement) -> anyhow::Result<Ranks> {
-        let listener = self.ranks.0.as_ref().context("a trainer rank listens for the others")?;
+    fn meet(&self) -> anyhow::Result<Ranks> {
         let deadline = Instant::now() + JOIN_TIMEOUT;
         let world = loop {
-            match connect_ranks(&self.world(placement)?, listener) {
+            match connect_ranks(&self.world()?, &self.listener) {
                 Ok(world) => break world,
                 Err(error) if Instant::now() > deadline => return Err(error.into()),
                 // A rank that began a new life listens elsewhere.
@@ -328,8 +357,8 @@ impl Joined<'_> {
             }
         };
         let own = (ProcessRole::Leader, ProcessShare::default());
-        let ranks = Ranks::new(world, trainer_ranks::sharding(placement), own)?;
-        Ok(ranks.with_sequence_parallel(placement.sequence_parallel)?)
+        let ranks = Ranks::new(world, trainer_ranks::sharding(&self.placement), own)?;
+        Ok(ranks.with_sequence_parallel(self.placement.sequence_parallel)?)
     }
 }
 

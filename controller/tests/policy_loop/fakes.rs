@@ -8,9 +8,9 @@ use temper_controller::{
     SystemClock, latest_checkpoint,
 };
 use temper_proto::{
-    DistillService, DistillSpec, GeneratedSample, GroupRequest, GroupResult, LogProbs, MiniBatch, PolicyRole,
-    PreferencePair, RewardService, RolloutService, RolloutStats, ScalarModelService, ScalarModelSpec, ScalarReport,
-    ScoreRequest, ServiceResult, StageSpec, TextService, TokenSequence, TrainerService, UpdateReport,
+    DistillService, DistillSpec, GeneratedSample, GroupRequest, GroupResult, LogProbs, MiniBatch, MirrorService,
+    PolicyRole, PreferencePair, RewardService, RolloutService, RolloutStats, ScalarModelService, ScalarModelSpec,
+    ScalarReport, ScoreRequest, ServiceResult, StageSpec, TextService, TokenSequence, TrainerService, UpdateReport,
 };
 use temper_types::{
     FinishReason, PolicyVersion, PromptContent, RewardComponent, RewardFailure, RewardOutcome, SampleIndex,
@@ -264,6 +264,8 @@ impl DistillService for Trainer {
     }
 }
 
+impl MirrorService for Trainer {}
+
 impl TrainerService for Trainer {
     fn begin_stage(&self, _spec: StageSpec) -> ServiceResult<()> {
         Ok(())
@@ -325,6 +327,7 @@ pub fn spec(stage: PolicyStage, replay: ReplaySpec) -> RunSpec {
         generation: Generation::BeforeTraining,
         scoring: Scoring::default(),
         sleep: false,
+        mirror_shards: false,
     }
 }
 

@@ -254,12 +254,41 @@ impl Collective {
     /// A lost rank, ranks that disagree, or no such other rank.
     pub fn take_list<T: Element>(&self, root: usize) -> Result<Vec<T>> {
         self.run(Operation::Broadcast, |turn| {
-            if root >= self.world() || root == self.rank {
-                let problem = format!("root {root}: expected another rank below {}", self.world());
-                return Err(Error::invalid(Operation::Broadcast, problem));
-            }
+            turn.check_other(root)?;
             turn.receive(root, None)
         })
+    }
+
+    /// Give rank `to` `values`, of a length that this one alone knows: it takes them by [`Collective::take_from`].
+    /// Counted as [`Operation::Mirror`], beside what the ranks compute. In a group of two each such pair is one
+    /// operation.
+    ///
+    /// # Errors
+    /// A lost rank, or no such other rank.
+    pub fn give_to<T: Element>(&self, to: usize, values: Vec<T>) -> Result<()> {
+        self.run(Operation::Mirror, |turn| {
+            turn.check_other(to)?;
+            turn.send(to, values)
+        })
+    }
+
+    /// What rank `from` gives by [`Collective::give_to`].
+    ///
+    /// # Errors
+    /// A lost rank, ranks that disagree, or no such other rank.
+    pub fn take_from<T: Element>(&self, from: usize) -> Result<Vec<T>> {
+        self.run(Operation::Mirror, |turn| {
+            turn.check_other(from)?;
+            turn.receive(from, None)
+        })
+    }
+
+    /// As [`Collective::barrier`], counted as [`Operation::Mirror`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn meet(&self) -> Result<()> {
+        self.run(Operation::Mirror, |turn| turn.meet())
     }
 
     /// Wait until every rank is here.
@@ -267,10 +296,7 @@ impl Collective {
     /// # Errors
     /// A lost rank, or ranks that disagree.
     pub fn barrier(&self) -> Result<()> {
-        self.run(Operation::Barrier, |turn| {
-            turn.send_to_others(|_| Vec::<u8>::new())?;
-            turn.for_others(|turn, peer| turn.receive::<u8>(peer, Some(0)).map(drop))
-        })
+        self.run(Operation::Barrier, |turn| turn.meet())
     }
 
     /// Pass `given` on along a chain: rank 0 begins; every other rank gets what its predecessor gave on. `work` turns
@@ -412,6 +438,19 @@ impl Turn<'_> {
 
     fn send_to_others<T: Element>(&mut self, values: impl Fn(usize) -> Vec<T>) -> Result<()> {
         self.for_others(|turn, peer| turn.send(peer, values(peer)))
+    }
+
+    fn meet(&mut self) -> Result<()> {
+        self.send_to_others(|_| Vec::<u8>::new())?;
+        self.for_others(|turn, peer| turn.receive::<u8>(peer, Some(0)).map(drop))
+    }
+
+    fn check_other(&self, rank: usize) -> Result<()> {
+        if rank < self.group.world() && rank != self.group.rank {
+            return Ok(());
+        }
+        let problem = format!("rank {rank}: expected another rank below {}", self.group.world());
+        Err(Error::invalid(self.place.operation, problem))
     }
 
     fn check_ranges(&self, len: usize, ranges: &[Range<usize>]) -> Result<()> {

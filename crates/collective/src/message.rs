@@ -19,11 +19,13 @@ pub enum Operation {
     PointToPoint,
     /// Everyone gives everyone a part of its own.
     AllToAll,
+    /// One rank to another, beside what the ranks compute: copies of state.
+    Mirror,
 }
 
 impl Operation {
     /// All of them.
-    pub const ALL: [Operation; 7] = [
+    pub const ALL: [Operation; 8] = [
         Operation::AllGather,
         Operation::ReduceScatter,
         Operation::AllReduce,
@@ -31,6 +33,7 @@ impl Operation {
         Operation::Barrier,
         Operation::PointToPoint,
         Operation::AllToAll,
+        Operation::Mirror,
     ];
 
     /// Its name, as in metrics.
@@ -43,6 +46,7 @@ impl Operation {
             Operation::Barrier => "barrier",
             Operation::PointToPoint => "point_to_point",
             Operation::AllToAll => "all_to_all",
+            Operation::Mirror => "mirror",
         }
     }
 

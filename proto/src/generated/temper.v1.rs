@@ -2630,6 +2630,53 @@ pub struct DistillSpec {
     #[prost(string, tag = "2")]
     pub loss_json: ::prost::alloc::string::String,
 }
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MirrorRequest {
+    /// The step that is complete.
+    #[prost(uint64, tag = "1")]
+    pub step: u64,
+}
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct MirrorReport {
+    #[prost(uint64, tag = "1")]
+    pub bytes_sent: u64,
+    #[prost(double, tag = "2")]
+    pub wait_seconds: f64,
+    #[prost(double, tag = "3")]
+    pub transfer_seconds: f64,
+}
+/// A shard of the state after a step, in memory.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HeldShard {
+    #[prost(uint64, tag = "1")]
+    pub step: u64,
+    #[prost(uint32, tag = "2")]
+    pub shard: u32,
+    /// 16 bytes.
+    #[prost(bytes = "vec", tag = "3")]
+    pub hash: ::prost::alloc::vec::Vec<u8>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct HeldShardsResponse {
+    #[prost(message, repeated, tag = "1")]
+    pub shards: ::prost::alloc::vec::Vec<HeldShard>,
+}
+/// From whom a rank gets its shard.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ShardSource {
+    #[prost(uint32, tag = "1")]
+    pub rank: u32,
+    #[prost(uint32, tag = "2")]
+    pub from: u32,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct MirrorPlan {
+    /// The step after which the state was as it is to be again.
+    #[prost(uint64, tag = "1")]
+    pub step: u64,
+    #[prost(message, repeated, tag = "2")]
+    pub sources: ::prost::alloc::vec::Vec<ShardSource>,
+}
 /// The canonical order of the parameters: units of f32, little endian.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WeightManifest {
@@ -3294,6 +3341,97 @@ pub mod trainer_service_client {
                 );
             self.inner.unary(req, path, codec).await
         }
+        /// Keep the state after a step in memory, and begin to mirror it.
+        pub async fn mirror(
+            &mut self,
+            request: impl tonic::IntoRequest<super::MirrorRequest>,
+        ) -> std::result::Result<tonic::Response<super::MirrorReport>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/temper.v1.TrainerService/Mirror",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("temper.v1.TrainerService", "Mirror"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// The shards of state that are held in memory.
+        pub async fn held_shards(
+            &mut self,
+            request: impl tonic::IntoRequest<super::Empty>,
+        ) -> std::result::Result<
+            tonic::Response<super::HeldShardsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/temper.v1.TrainerService/HeldShards",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("temper.v1.TrainerService", "HeldShards"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Leave the other ranks, of which one is lost, and meet those that are there now.
+        pub async fn rejoin(
+            &mut self,
+            request: impl tonic::IntoRequest<super::Empty>,
+        ) -> std::result::Result<tonic::Response<super::Empty>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/temper.v1.TrainerService/Rejoin",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("temper.v1.TrainerService", "Rejoin"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Go back to a state that is held in memory.
+        pub async fn restore_mirrored(
+            &mut self,
+            request: impl tonic::IntoRequest<super::MirrorPlan>,
+        ) -> std::result::Result<tonic::Response<super::Empty>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/temper.v1.TrainerService/RestoreMirrored",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("temper.v1.TrainerService", "RestoreMirrored"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -3428,6 +3566,29 @@ pub mod trainer_service_server {
         async fn begin_distillation(
             &self,
             request: tonic::Request<super::DistillSpec>,
+        ) -> std::result::Result<tonic::Response<super::Empty>, tonic::Status>;
+        /// Keep the state after a step in memory, and begin to mirror it.
+        async fn mirror(
+            &self,
+            request: tonic::Request<super::MirrorRequest>,
+        ) -> std::result::Result<tonic::Response<super::MirrorReport>, tonic::Status>;
+        /// The shards of state that are held in memory.
+        async fn held_shards(
+            &self,
+            request: tonic::Request<super::Empty>,
+        ) -> std::result::Result<
+            tonic::Response<super::HeldShardsResponse>,
+            tonic::Status,
+        >;
+        /// Leave the other ranks, of which one is lost, and meet those that are there now.
+        async fn rejoin(
+            &self,
+            request: tonic::Request<super::Empty>,
+        ) -> std::result::Result<tonic::Response<super::Empty>, tonic::Status>;
+        /// Go back to a state that is held in memory.
+        async fn restore_mirrored(
+            &self,
+            request: tonic::Request<super::MirrorPlan>,
         ) -> std::result::Result<tonic::Response<super::Empty>, tonic::Status>;
     }
     /// One trainer rank. Directories are paths of a file system that both ends see.
@@ -4315,6 +4476,183 @@ pub mod trainer_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = BeginDistillationSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/temper.v1.TrainerService/Mirror" => {
+                    #[allow(non_camel_case_types)]
+                    struct MirrorSvc<T: TrainerService>(pub Arc<T>);
+                    impl<
+                        T: TrainerService,
+                    > tonic::server::UnaryService<super::MirrorRequest>
+                    for MirrorSvc<T> {
+                        type Response = super::MirrorReport;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::MirrorRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as TrainerService>::mirror(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = MirrorSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/temper.v1.TrainerService/HeldShards" => {
+                    #[allow(non_camel_case_types)]
+                    struct HeldShardsSvc<T: TrainerService>(pub Arc<T>);
+                    impl<T: TrainerService> tonic::server::UnaryService<super::Empty>
+                    for HeldShardsSvc<T> {
+                        type Response = super::HeldShardsResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::Empty>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as TrainerService>::held_shards(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = HeldShardsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/temper.v1.TrainerService/Rejoin" => {
+                    #[allow(non_camel_case_types)]
+                    struct RejoinSvc<T: TrainerService>(pub Arc<T>);
+                    impl<T: TrainerService> tonic::server::UnaryService<super::Empty>
+                    for RejoinSvc<T> {
+                        type Response = super::Empty;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::Empty>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as TrainerService>::rejoin(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RejoinSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/temper.v1.TrainerService/RestoreMirrored" => {
+                    #[allow(non_camel_case_types)]
+                    struct RestoreMirroredSvc<T: TrainerService>(pub Arc<T>);
+                    impl<
+                        T: TrainerService,
+                    > tonic::server::UnaryService<super::MirrorPlan>
+                    for RestoreMirroredSvc<T> {
+                        type Response = super::Empty;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::MirrorPlan>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as TrainerService>::restore_mirrored(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RestoreMirroredSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -5,8 +5,9 @@ use crate::grpc::convert::{ConvertError, PartReader, required, version_from_wire
 use crate::grpc::v1::trainer_service_client::TrainerServiceClient;
 use crate::grpc::{Endpoint, v1};
 use crate::{
-    DistillService, DistillSpec, LogProbs, MiniBatch, PolicyRole, PreferencePair, ScalarModelService, ScalarModelSpec,
-    ScalarReport, ServiceError, ServiceResult, StageSpec, TokenSequence, TrainerService, UpdateReport,
+    DistillService, DistillSpec, HeldShard, LogProbs, MiniBatch, MirrorPlan, MirrorReport, MirrorService, PolicyRole,
+    PreferencePair, ScalarModelService, ScalarModelSpec, ScalarReport, ServiceError, ServiceResult, StageSpec,
+    TokenSequence, TrainerService, UpdateReport,
 };
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -244,5 +245,36 @@ impl DistillService for TrainerClient {
             collect(client.update_distilled(r).await?).await
         })?;
         self.read_update(answer, OPERATION)
+    }
+}
+
+impl MirrorService for TrainerClient {
+    fn mirror(&self, step: u64) -> ServiceResult<MirrorReport> {
+        let (mut client, message) = (self.client.clone(), v1::MirrorRequest { step });
+        let answer = self.endpoint.call(self.compute("mirror"), message, |r| async move { client.mirror(r).await })?;
+        Ok(answer.into_inner().into())
+    }
+
+    /// The deadline is that of a call that computes nothing: a rank that is busy for longer is no help.
+    fn held_shards(&self) -> ServiceResult<Vec<HeldShard>> {
+        const OPERATION: &str = "held_shards";
+        let mut client = self.client.clone();
+        let call = (OPERATION, self.endpoint.config().call_timeout);
+        let answer = self.endpoint.call(call, v1::Empty {}, |r| async move { client.held_shards(r).await })?;
+        let shards = answer.into_inner().shards.into_iter().map(HeldShard::try_from);
+        shards.collect::<Result<_, _>>().map_err(self.endpoint.unreadable(OPERATION))
+    }
+
+    fn rejoin(&self) -> ServiceResult<()> {
+        let mut client = self.client.clone();
+        self.endpoint.call(self.compute("rejoin"), v1::Empty {}, |r| async move { client.rejoin(r).await })?;
+        Ok(())
+    }
+
+    fn restore_mirrored(&self, plan: &MirrorPlan) -> ServiceResult<()> {
+        let (mut client, message) = (self.client.clone(), v1::MirrorPlan::from(plan.clone()));
+        let call = self.compute("restore_mirrored");
+        self.endpoint.call(call, message, |r| async move { client.restore_mirrored(r).await })?;
+        Ok(())
     }
 }

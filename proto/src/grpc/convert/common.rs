@@ -15,9 +15,14 @@ pub fn version_to_wire(version: PolicyVersion) -> v1::PolicyVersion {
 /// A version that is absent, or a hash that has not 16 bytes.
 pub fn version_from_wire(version: Option<v1::PolicyVersion>) -> Result<PolicyVersion, ConvertError> {
     let version = super::required(version, "version")?;
-    let hash = <[u8; 16]>::try_from(version.hash.as_slice())
-        .map_err(|_| ConvertError::new("version.hash", "16 bytes", format!("{} bytes", version.hash.len())))?;
-    Ok(PolicyVersion { number: version.number, hash: ContentHash(hash) })
+    Ok(PolicyVersion { number: version.number, hash: hash_from_wire(&version.hash, "version.hash")? })
+}
+
+/// A hash from the wire.
+pub(super) fn hash_from_wire(bytes: &[u8], field: &'static str) -> Result<ContentHash, ConvertError> {
+    let hash = <[u8; 16]>::try_from(bytes)
+        .map_err(|_| ConvertError::new(field, "16 bytes", format!("{} bytes", bytes.len())))?;
+    Ok(ContentHash(hash))
 }
 
 impl From<SampleKey> for v1::SampleKey {

@@ -37,6 +37,7 @@ macro_rules! same_fields {
 
 mod common;
 mod control;
+mod mirror;
 mod reward;
 mod rollout;
 mod scalar;

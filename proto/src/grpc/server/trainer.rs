@@ -214,4 +214,26 @@ impl Wire for TrainerServer {
         self.call(move |service| service.begin_distillation(spec)).await?;
         Ok(empty())
     }
+
+    async fn mirror(&self, request: Request<v1::MirrorRequest>) -> Result<Response<v1::MirrorReport>, Status> {
+        let step = request.into_inner().step;
+        let report = self.call(move |service| service.mirror(step)).await?;
+        Ok(Response::new(report.into()))
+    }
+
+    async fn held_shards(&self, _: Request<v1::Empty>) -> Result<Response<v1::HeldShardsResponse>, Status> {
+        let shards = self.call(|service| service.held_shards()).await?;
+        Ok(Response::new(v1::HeldShardsResponse { shards: shards.into_iter().map(Into::into).collect() }))
+    }
+
+    async fn rejoin(&self, _: Request<v1::Empty>) -> Result<Response<v1::Empty>, Status> {
+        self.call(|service| service.rejoin()).await?;
+        Ok(empty())
+    }
+
+    async fn restore_mirrored(&self, request: Request<v1::MirrorPlan>) -> Result<Response<v1::Empty>, Status> {
+        let plan = request.into_inner().into();
+        self.call(move |service| service.restore_mirrored(&plan)).await?;
+        Ok(empty())
+    }
 }
