@@ -40,9 +40,6 @@ pub struct TlsPlacement {
     pub cert: PathBuf,
     /// Key of that certificate.
     pub key: PathBuf,
-    /// Allow trainer ranks that join from elsewhere: what ranks say to each other is not encrypted.
-    #[serde(default)]
-    pub plain_rank_links: bool,
 }
 
 impl TlsPlacement {
@@ -68,7 +65,7 @@ pub fn transport(files: Option<&TlsFiles>) -> anyhow::Result<GrpcRuntime> {
     Ok(GrpcRuntime::start().context("starting the transport")?.with_tls(tls))
 }
 
-/// Check `[placement.tls]`: the files, and that nothing is in plain text without being asked for.
+/// Check `[placement.tls]`: the files, and that there is something to send.
 ///
 /// # Errors
 /// The key, with the file that does not fit or what would be right.
@@ -76,11 +73,6 @@ pub fn check(placement: &Placement, source: &Source) -> Result<(), RecipeError> 
     let Some(tls) = &placement.tls else { return Ok(()) };
     if placement.mode == PlacementMode::Embedded {
         let problem = "goes with placement.mode = \"processes\" only: in one process nothing is sent";
-        return Err(source.error("placement.tls", problem));
-    }
-    if placement.trainer_ranks > 1 && !placement.spawn_workers && !tls.plain_rank_links {
-        let problem = "what trainer ranks say to each other is not encrypted, and these may be on other hosts: expected \
-                       trainer_ranks = 1, or plain_rank_links = true on a network of their own";
         return Err(source.error("placement.tls", problem));
     }
     Tls::load(&tls.files()).map(|_| ()).map_err(|error| source.error("placement.tls", error.message))

@@ -49,14 +49,20 @@ fn a_run_under_tls_gives_the_same_weights_and_takes_only_who_belongs() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let recipe = recipe(dir.path(), SMALL);
     let (reference, run_dir) = (dir.path().join("reference"), dir.path().join("tls-run"));
-    assert!(train(&recipe, &reference, &[], None).status.success());
+    let two_ranks = "placement.trainer_ranks=2";
+    assert!(train(&recipe, &reference, &["--set", two_ranks], None).status.success());
 
     let (ours, theirs) = (dir.path().join("ours"), dir.path().join("theirs"));
     let made = certs(&ours, &["client", "127.0.0.1"]);
     assert!(made.status.success(), "{}", stderr(&made));
     assert!(certs(&theirs, &["client"]).status.success());
     let mut command = temper();
-    command.arg("train").arg(&recipe).arg("--run-dir").arg(&run_dir).args(["--set", "placement.mode=processes"]);
+    command.arg("train").arg(&recipe).arg("--run-dir").arg(&run_dir).args([
+        "--set",
+        "placement.mode=processes",
+        "--set",
+        two_ranks,
+    ]);
     for (key, file) in [("ca", "ca.pem"), ("cert", "127.0.0.1.pem"), ("key", "127.0.0.1-key.pem")] {
         command.args(["--set", &format!("placement.tls.{key}={}", path(&ours, file))]);
     }
@@ -109,11 +115,9 @@ fn certificates_that_do_not_fit_are_refused_before_the_run() {
     let processes = "placement.mode=processes";
     let by_hand = [processes, "placement.spawn_workers=false", "placement.listen=127.0.0.1:7070"];
     let two_ranks = [&by_hand[..], &["placement.trainer_ranks=2"]].concat();
-    let plain_links = [&two_ranks[..], &["placement.tls.plain_rank_links=true"]].concat();
     for (output, complaint) in [
         (check(&ca, &key, &[processes]), None),
-        (check(&ca, &key, &plain_links), None),
-        (check(&ca, &key, &two_ranks), Some("plain_rank_links = true")),
+        (check(&ca, &key, &two_ranks), None),
         (check(&ca, &key, &[]), Some("in one process nothing is sent")),
         (check(&path(&theirs, "ca.pem"), &key, &[processes]), Some("node-1.pem: not signed by")),
         (check(&ca, &path(&theirs, "node-1-key.pem"), &[processes]), Some("node-1-key.pem: not the key of")),

@@ -342,7 +342,8 @@ fn sockets_give_the_bits_of_threads() {
         let start = |(rank, listener): (usize, TcpListener)| {
             let addresses = addresses.clone();
             scope.spawn(move || {
-                let config = SocketConfig { rank, addresses, token: 1, connect_timeout: TIMEOUT, timeout: TIMEOUT };
+                let config =
+                    SocketConfig { rank, addresses, token: 1, tls: None, connect_timeout: TIMEOUT, timeout: TIMEOUT };
                 let world: Collective = connect(&config, &listener).expect("connected");
                 let own = (ProcessRole::Leader, ProcessShare::default());
                 let ranks = Ranks::new(world, Sharding::Zero3, own).expect("a rank");

@@ -92,7 +92,7 @@ impl EngineRanks {
             stdin.write_all(line.as_bytes()).with_context(|| format!("telling tensor-parallel rank {rank}"))?;
         }
         let (connect_timeout, timeout) = (MEET_TIMEOUT, work.timeout);
-        let config = SocketConfig { rank: 0, addresses, token, connect_timeout, timeout };
+        let config = SocketConfig { rank: 0, addresses, token, tls: None, connect_timeout, timeout };
         let collective = connect(&config, &listener).context("meeting the tensor-parallel ranks")?;
         Ok((collective, ranks))
     }
@@ -217,7 +217,7 @@ pub fn serve_rank() -> Result<()> {
     let told: Told = serde_json::from_str(&line).context("reading whom to meet")?;
     let Told { rank, addresses, token, .. } = told;
     let (connect_timeout, timeout) = (MEET_TIMEOUT, Duration::from_secs(told.timeout_seconds));
-    let config = SocketConfig { rank, addresses, token, connect_timeout, timeout };
+    let config = SocketConfig { rank, addresses, token, tls: None, connect_timeout, timeout };
     let ranks = connect(&config, &listener)?;
     let model = ModelConfig::load(&told.model_dir)?;
     let device = crate::runtime::device(told.threads);

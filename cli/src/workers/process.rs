@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use temper_actor::ModelConfig;
-use temper_collective::{SocketConfig, connect as connect_ranks};
+use temper_collective::{LinkTls, SocketConfig, connect as connect_ranks};
 use temper_proto::grpc::{
     Endpoint, GrpcRuntime, RewardServer, RolloutServer, ServedServices, TlsFiles, TrainerClient, TrainerServer,
     TransportConfig, WeightClient, WeightServer, WorkerRegistryClient, serve,
@@ -313,7 +313,12 @@ impl Joined<'_> {
 
     fn place(&self, placement: &Placement) -> anyhow::Result<RankPlace> {
         let listener = self.ranks.0.as_ref().context("a trainer rank listens for the others")?;
+        let tls = self.runtime.tls().map(|tls| {
+            let (client, server) = tls.configs();
+            LinkTls::new(client, server)
+        });
         Ok(RankPlace {
+            tls,
             registry: Arc::clone(self.registry),
             assignment: self.assignment.clone(),
             listener: listener.try_clone().context("listening for other ranks")?,
@@ -324,6 +329,7 @@ impl Joined<'_> {
 
 /// All that a trainer rank needs to meet the others, whenever that is.
 struct RankPlace {
+    tls: Option<LinkTls>,
     registry: Arc<WorkerRegistryClient>,
     assignment: Assignment,
     listener: TcpListener,
@@ -337,6 +343,7 @@ impl RankPlace {
         let token = blake3::hash(addresses.join(" ").as_bytes());
         let parse = |address: &String| address.parse().with_context(|| format!("`{address}` is no HOST:PORT"));
         Ok(SocketConfig {
+            tls: self.tls.clone(),
             rank: self.assignment.rank as usize,
             addresses: addresses.iter().map(parse).collect::<anyhow::Result<_>>()?,
             token: u64::from_le_bytes(*token.as_bytes().first_chunk().context("a hash has 32 bytes")?),

@@ -11,6 +11,7 @@
 mod collective;
 mod counters;
 mod error;
+mod link;
 mod mailbox;
 mod message;
 pub mod reshard;
@@ -22,6 +23,7 @@ mod transport;
 pub use collective::{Collective, Gathering};
 pub use counters::{Counter, Counts};
 pub use error::{Error, Loss, Result};
+pub use link::LinkTls;
 pub use message::{Element, Operation, Sum};
 pub use shard::{SHARD_ALIGNMENT, shard_ranges};
 pub use socket::{SocketConfig, connect};

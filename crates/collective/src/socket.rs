@@ -3,12 +3,13 @@
 //! A rank connects to all lower ranks and accepts all higher ones. Messages are length-prefixed frames; a thread per
 //! connection reads them into the mailbox, so that a rank that computes never blocks one that sends.
 
+use crate::link::{Link, LinkReader, LinkTls, LinkWriter, left};
 use crate::mailbox::Mailbox;
 use crate::message::{Message, Operation, Payload, Place};
 use crate::transport::{SendFailure, Transport};
 use crate::{Collective, Error, Result};
-use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::io::{ErrorKind, Read};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,6 +19,8 @@ const HEADER: usize = 1 + 8 + 8 + 1 + 1;
 const HELLO: usize = 8 + 8 + 8 + 8;
 /// Pause between two attempts to reach a rank that does not listen yet.
 const RETRY: Duration = Duration::from_millis(10);
+/// Longest that one who was accepted takes to greet: others wait meanwhile.
+const GREETING: Duration = Duration::from_secs(5);
 
 /// Which rank of which world this process is.
 #[derive(Debug, Clone)]
@@ -28,6 +31,8 @@ pub struct SocketConfig {
     pub addresses: Vec<SocketAddr>,
     /// The same number on all ranks of a world: connections of another world are refused.
     pub token: u64,
+    /// Certificates, the same kind on all ranks; without any, what ranks say to each other is not encrypted.
+    pub tls: Option<LinkTls>,
     /// Longest that connecting takes.
     pub connect_timeout: Duration,
     /// Longest that an operation takes.
@@ -44,25 +49,21 @@ pub fn connect(config: &SocketConfig, listener: &TcpListener) -> Result<Collecti
     if rank >= world {
         return Err(fail(rank, "itself", format!("there are {world} addresses: expected one for this rank")));
     }
-    let mut streams: Vec<Option<TcpStream>> = (0..world).map(|_| None).collect();
-    for (peer, stream) in streams.iter_mut().enumerate().take(rank) {
-        *stream = Some(reach(config, peer, deadline)?);
+    let mut links: Vec<Option<Link>> = (0..world).map(|_| None).collect();
+    for (peer, link) in links.iter_mut().enumerate().take(rank) {
+        *link = Some(reach(config, peer, deadline)?);
     }
-    while streams.iter().skip(rank + 1).any(Option::is_none) {
-        let waiting: Vec<usize> = (rank + 1..world).filter(|peer| streams[*peer].is_none()).collect();
-        let (peer, stream) = accept(config, listener, &waiting, deadline)?;
-        streams[peer] = Some(stream);
+    while links.iter().skip(rank + 1).any(Option::is_none) {
+        let waiting: Vec<usize> = (rank + 1..world).filter(|peer| links[*peer].is_none()).collect();
+        let (peer, link) = accept(config, listener, &waiting, deadline)?;
+        links[peer] = Some(link);
     }
-    let transport = SocketTransport::new(streams).map_err(|e| fail(rank, "all ranks", e.to_string()))?;
+    let transport = SocketTransport::new(links).map_err(|e| fail(rank, "all ranks", e.to_string()))?;
     Ok(Collective::over(Arc::new(transport), (rank, world), config.timeout))
 }
 
 fn fail(rank: usize, peer: impl Into<String>, problem: impl Into<String>) -> Error {
     Error::Connect { rank, peer: peer.into(), problem: problem.into() }
-}
-
-fn left(deadline: Instant) -> Duration {
-    deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))
 }
 
 fn hello(config: &SocketConfig) -> [u8; HELLO] {
@@ -75,33 +76,32 @@ fn hello(config: &SocketConfig) -> [u8; HELLO] {
 }
 
 /// Exchange greetings; gives the other's rank.
-fn greet(config: &SocketConfig, stream: &mut TcpStream, deadline: Instant) -> std::result::Result<usize, String> {
-    let greeting = |stream: &mut TcpStream| -> std::io::Result<[u8; HELLO]> {
-        stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(left(deadline)))?;
-        stream.write_all(&hello(config))?;
-        let mut bytes = [0; HELLO];
-        stream.read_exact(&mut bytes)?;
-        stream.set_read_timeout(None)?;
-        Ok(bytes)
-    };
-    let got = greeting(stream).map_err(|e| e.to_string())?;
+fn greet(config: &SocketConfig, link: &mut Link, deadline: Instant) -> std::result::Result<usize, String> {
+    let got = link.exchange(&hello(config), deadline).map_err(|error| match error.kind() {
+        ErrorKind::UnexpectedEof if config.tls.is_none() => "it hung up: is it under TLS?".to_owned(),
+        ErrorKind::UnexpectedEof => "it hung up".to_owned(),
+        _ => error.to_string(),
+    })?;
     if got[..24] != hello(config)[..24] {
         return Err("it belongs to another world, or is no rank at all".to_owned());
     }
     usize::try_from(u64_at(&got, 24)).map_err(|e| e.to_string())
 }
 
-fn reach(config: &SocketConfig, peer: usize, deadline: Instant) -> Result<TcpStream> {
+fn reach(config: &SocketConfig, peer: usize, deadline: Instant) -> Result<Link> {
     let address = config.addresses[peer];
     let name = || format!("rank {peer} at {address}");
     loop {
         let problem = match TcpStream::connect_timeout(&address, left(deadline)) {
-            Ok(mut stream) => match greet(config, &mut stream, deadline) {
-                Ok(rank) if rank == peer => return Ok(stream),
-                Ok(rank) => return Err(fail(config.rank, name(), format!("rank {rank} answered"))),
-                Err(problem) => return Err(fail(config.rank, name(), problem)),
-            },
+            Ok(stream) => {
+                let mut link =
+                    Link::dial(stream, config.tls.as_ref()).map_err(|e| fail(config.rank, name(), e.to_string()))?;
+                match greet(config, &mut link, deadline) {
+                    Ok(rank) if rank == peer => return Ok(link),
+                    Ok(rank) => return Err(fail(config.rank, name(), format!("rank {rank} answered"))),
+                    Err(problem) => return Err(fail(config.rank, name(), problem)),
+                }
+            }
             Err(error) => error.to_string(),
         };
         if Instant::now() >= deadline {
@@ -117,24 +117,27 @@ fn accept(
     listener: &TcpListener,
     waiting: &[usize],
     deadline: Instant,
-) -> Result<(usize, TcpStream)> {
+) -> Result<(usize, Link)> {
     let name = || format!("ranks {waiting:?}");
     let io = |e: std::io::Error| fail(config.rank, name(), e.to_string());
     listener.set_nonblocking(true).map_err(io)?;
+    let mut refused = String::new();
     loop {
         match listener.accept() {
-            Ok((mut stream, _)) => {
+            Ok((stream, _)) => {
                 stream.set_nonblocking(false).map_err(io)?;
-                match greet(config, &mut stream, deadline) {
-                    Ok(peer) if waiting.contains(&peer) => return Ok((peer, stream)),
-                    Ok(_) | Err(_) => drop(stream),
+                let mut link = Link::accept(stream, config.tls.as_ref()).map_err(io)?;
+                match greet(config, &mut link, deadline.min(Instant::now() + GREETING)) {
+                    Ok(peer) if waiting.contains(&peer) => return Ok((peer, link)),
+                    Ok(peer) => refused = format!("; rank {peer} came, which is none of them"),
+                    Err(problem) => refused = format!("; one who came was turned away: {problem}"),
                 }
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => std::thread::sleep(RETRY),
             Err(error) => return Err(io(error)),
         }
         if Instant::now() >= deadline {
-            return Err(fail(config.rank, name(), "they did not connect in time"));
+            return Err(fail(config.rank, name(), format!("they did not connect in time{refused}")));
         }
     }
 }
@@ -143,30 +146,34 @@ fn accept(
 struct SocketTransport {
     mailbox: Arc<Mailbox>,
     /// To write to, by rank; none for this rank.
-    streams: Vec<Option<Mutex<TcpStream>>>,
+    links: Vec<Option<Mutex<LinkWriter>>>,
 }
 
 impl SocketTransport {
-    fn new(streams: Vec<Option<TcpStream>>) -> std::io::Result<Self> {
+    fn new(links: Vec<Option<Link>>) -> std::io::Result<Self> {
         let mailbox = Arc::<Mailbox>::default();
-        for (peer, stream) in streams.iter().enumerate() {
-            let Some(stream) = stream else { continue };
-            let (mut stream, mailbox) = (stream.try_clone()?, Arc::clone(&mailbox));
+        let mut writers = Vec::with_capacity(links.len());
+        for (peer, link) in links.into_iter().enumerate() {
+            let Some(link) = link else {
+                writers.push(None);
+                continue;
+            };
+            let (mut reader, writer) = link.split()?;
+            let mailbox = Arc::clone(&mailbox);
             std::thread::Builder::new().name(format!("from-rank-{peer}")).spawn(move || {
-                read_all(&mut stream, peer, &mailbox);
+                read_all(&mut reader, peer, &mailbox);
                 mailbox.mark_gone(peer);
             })?;
+            writers.push(Some(Mutex::new(writer)));
         }
-        let streams = streams.into_iter().map(|stream| stream.map(Mutex::new)).collect();
-        Ok(SocketTransport { mailbox, streams })
+        Ok(SocketTransport { mailbox, links: writers })
     }
 }
 
 impl Transport for SocketTransport {
     fn send(&self, to: usize, message: Message, deadline: Instant) -> std::result::Result<(), SendFailure> {
-        let Some(stream) = &self.streams[to] else { return Err(SendFailure::Gone) };
-        let mut stream = stream.lock().unwrap_or_else(PoisonError::into_inner);
-        write_before(&mut stream, &encode(&message), deadline)
+        let Some(link) = &self.links[to] else { return Err(SendFailure::Gone) };
+        link.lock().unwrap_or_else(PoisonError::into_inner).write_before(&encode(&message), deadline)
     }
 
     fn mailbox(&self) -> &Arc<Mailbox> {
@@ -177,31 +184,13 @@ impl Transport for SocketTransport {
 impl Drop for SocketTransport {
     fn drop(&mut self) {
         self.mailbox.close();
-        for stream in self.streams.iter().flatten() {
-            // Whoever is at the other end reads what was sent, and then the end.
-            drop(stream.lock().unwrap_or_else(PoisonError::into_inner).shutdown(Shutdown::Write));
+        for link in self.links.iter().flatten() {
+            link.lock().unwrap_or_else(PoisonError::into_inner).end();
         }
     }
 }
 
-fn write_before(stream: &mut TcpStream, bytes: &[u8], deadline: Instant) -> std::result::Result<(), SendFailure> {
-    let mut rest = bytes;
-    while !rest.is_empty() {
-        if Instant::now() >= deadline {
-            return Err(SendFailure::Late);
-        }
-        stream.set_write_timeout(Some(left(deadline))).map_err(|_| SendFailure::Gone)?;
-        match stream.write(rest) {
-            Ok(0) => return Err(SendFailure::Gone),
-            Ok(n) => rest = &rest[n..],
-            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {}
-            Err(_) => return Err(SendFailure::Gone),
-        }
-    }
-    Ok(())
-}
-
-fn read_all(stream: &mut TcpStream, peer: usize, mailbox: &Mailbox) {
+fn read_all(stream: &mut LinkReader, peer: usize, mailbox: &Mailbox) {
     while let Some(message) = read_message(stream) {
         // A full mailbox holds the sender back by the connection's own means, until this rank ends.
         let for_ever = Instant::now() + Duration::from_secs(365 * 24 * 3600);

@@ -26,7 +26,7 @@ fn connect_sockets(world: usize, timeout: Duration) -> Vec<Collective> {
         let join = |(rank, listener): (usize, TcpListener)| {
             let addresses = addresses.clone();
             scope.spawn(move || {
-                let config = SocketConfig { rank, addresses, token: 7, connect_timeout: TIMEOUT, timeout };
+                let config = SocketConfig { rank, addresses, token: 7, tls: None, connect_timeout: TIMEOUT, timeout };
                 connect(&config, &listener).expect("connected")
             })
         };
@@ -342,6 +342,7 @@ fn a_rank_of_another_world_is_turned_away() {
         rank,
         addresses: addresses.clone(),
         token,
+        tls: None,
         connect_timeout: short,
         timeout: short,
     };

@@ -41,7 +41,7 @@ impl GrpcRuntime {
     }
 
     /// The certificates, where connections are under TLS.
-    pub(crate) fn tls(&self) -> Option<&Arc<Tls>> {
+    pub fn tls(&self) -> Option<&Arc<Tls>> {
         self.tls.as_ref()
     }
 

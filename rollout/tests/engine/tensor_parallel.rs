@@ -226,7 +226,7 @@ fn ranks_over_sockets_say_the_same() {
     let addresses = listeners.iter().map(|l| l.local_addr().expect("bound")).collect::<Vec<_>>();
     let join = |rank: usize| -> Collective {
         let addresses = addresses.clone();
-        let config = SocketConfig { rank, addresses, token: 9, connect_timeout: LONG, timeout: LONG };
+        let config = SocketConfig { rank, addresses, token: 9, tls: None, connect_timeout: LONG, timeout: LONG };
         connect(&config, &listeners[rank]).expect("connected")
     };
     std::thread::scope(|scope| {

@@ -100,6 +100,12 @@ impl Tls {
         &self.files
     }
 
+    /// How this process proves itself, and checks its peers, where it connects and where it accepts: for connections
+    /// beside the runtime's own.
+    pub fn configs(&self) -> (&ClientConfig, &ServerConfig) {
+        (&self.client, &self.server)
+    }
+
     /// What a channel to `host` is made with.
     pub(crate) fn channel(&self, host: &str) -> ClientTlsConfig {
         self.channel.clone().domain_name(host)

@@ -37,6 +37,7 @@ pub(super) fn sockets(shapes: &UnitShapes) -> Result<Link> {
         rank,
         addresses: addresses.clone(),
         token: u64::from(std::process::id()),
+        tls: None,
         connect_timeout: TIMEOUT,
         timeout: TIMEOUT,
     };

@@ -201,6 +201,7 @@ impl Walk {
 /// distance apart it makes from one of them at every step, which takes more instructions than the multiplications leave
 /// room for.
 #[inline(always)]
+#[allow(clippy::pointers_in_nomem_asm_block, reason = "nothing is read or written through it")]
 fn unrelated(mut ptr: *const f32) -> *const f32 {
     #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     // SAFETY: there is no instruction in it.
