@@ -14,8 +14,8 @@ pub use config::{Family, Head, ModelConfig, RopeConfig, RopeScaling};
 pub use error::{Error, Result};
 pub use init::{InitConfig, init_model};
 pub use model::{
-    ArrivingHash, BackwardUnits, Batch, Distillation, OutputGrads, PackedPolicy, ParamStore, PartialSums, Recompute,
-    SequenceExchange, Tape, TeacherRows, TensorPart, TensorSlot, TrainArena, TrainBatch, Unit, UnitShapes,
+    ArrivingHash, BackwardUnits, Batch, Distillation, OutputGrads, PackedPolicy, ParamStore, PartialSums, PolicyFormat,
+    Recompute, SequenceExchange, Tape, TeacherRows, TensorPart, TensorSlot, TrainArena, TrainBatch, Unit, UnitShapes,
     WeightHasher, WholeUnits, Workspace, sequence_parallel_problem,
 };
 pub use tokenizer::{ChatTemplate, GenerationPrompt, SpecialTokens, Tokenizer};

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use std::path::Path;
 use temper_actor::{ModelConfig, Tokenizer};
 use temper_controller::{PolicyStage, Stage, load_dataset};
-use temper_types::{DType, PromptRow};
+use temper_types::{DType, PromptRow, WeightFormat};
 
 /// Prompts whose lengths are taken for those of all.
 const SAMPLED_PROMPTS: usize = 256;
@@ -48,6 +48,10 @@ impl Planned {
         let (index, policy) = find_stage(&recipe, &source, stage).map_err(usage)?;
         recipe.stages[index].validate(&format!("stage.{index}")).map_err(|e| usage(config_error(&source, e)))?;
         recipe.engine.validate().map_err(|e| usage(source.error("engine", e)))?;
+        if recipe.engine.weights != WeightFormat::Exact {
+            let problem = "engines of other weights than those that train are not planned: expected \"exact\" here";
+            return Err(usage(source.error("engine.weights", problem)));
+        }
         crate::trainer_ranks::check(&recipe.placement, &source).map_err(usage)?;
         let config = recipe.model_config(&source).map_err(usage)?;
         let expected = expect(&recipe, &source, policy, lengths)?;

@@ -8,11 +8,11 @@ use anyhow::Result;
 use std::path::Path;
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
-use temper_actor::{CheckpointReader, ModelConfig, PackedPolicy, ParamStore, TensorPart};
+use temper_actor::{CheckpointReader, ModelConfig, PackedPolicy, ParamStore, PolicyFormat, TensorPart};
 use temper_proto::WeightService;
 use temper_rollout::{LocalRolloutService, RankGroup, Sources, SyncedRolloutService, WeightReceiver, WeightTransport};
 use temper_tensor::Device;
-use temper_types::{DType, PolicyVersion};
+use temper_types::{DType, PolicyVersion, WeightFormat};
 
 const KEY: &str = "placement.rollout_tensor_parallel";
 
@@ -51,7 +51,10 @@ impl EngineSetting<'_> {
         let params = ParamStore::load(&**device, &config, &reader)?;
         let version = PolicyVersion { number, hash: params.content_hash(&**device) };
         let mut policy = match &group {
-            None => PackedPolicy::new(device, &params, &config, self.dtype),
+            None => {
+                let format = PolicyFormat { dtype: self.dtype, weights: engine.weights };
+                PackedPolicy::new(device, &params, &config, format)
+            }
             Some(group) => {
                 group.hand_out(&**device, &params, version.hash)?;
                 PackedPolicy::new_part(device, &params, group.part(), self.dtype)
@@ -75,20 +78,30 @@ impl EngineSetting<'_> {
         Ok(SyncedRolloutService::new(service, receiver))
     }
 
-    /// The engine of a process that trains too, divided over threads; `trainer` is what it takes new weights from.
+    /// The engine of a process that trains too, with weights of its own, which it takes from `holders`; over threads
+    /// where it is divided.
     ///
     /// # Errors
     /// As [`EngineSetting::start`].
-    pub fn start_with_threads(
+    pub fn start_beside_trainer(
         &self,
         (version, holders): (PolicyVersion, Vec<Arc<dyn WeightService>>),
     ) -> Result<SyncedRolloutService<LocalRolloutService>> {
+        let sources = (holders, WeightTransport::Grpc);
+        if self.recipe.placement.rollout_tensor_parallel == 1 {
+            return self.start(version.number, sources, None);
+        }
         let config = ModelConfig::load(self.model_dir)?;
         let placement = &self.recipe.placement;
         let (num_ranks, timeout) = (placement.rollout_tensor_parallel, timeout(placement));
         let group = RankGroup::of_threads(self.device, (&config, self.dtype), num_ranks, timeout)?;
-        self.start(version.number, (holders, WeightTransport::Grpc), Some(Arc::new(group)))
+        self.start(version.number, sources, Some(Arc::new(group)))
     }
+}
+
+/// True where an engine in the trainer's process cannot read the trainer's packed weights.
+pub fn has_own_weights(recipe: &Recipe) -> bool {
+    recipe.placement.rollout_tensor_parallel > 1 || recipe.engine.weights != WeightFormat::Exact
 }
 
 /// Longest wait of tensor-parallel ranks for each other.

@@ -4,7 +4,7 @@ use crate::control::{LocalControl, write_address};
 use crate::draft_model;
 use crate::recipe::{CheckReport, PlacementMode, Recipe, Source, render};
 use crate::reward_models::RewardModels;
-use crate::rollout_ranks::EngineSetting;
+use crate::rollout_ranks::{self, EngineSetting};
 use crate::tls::TlsPlacement;
 use crate::workers::{Cluster, ClusterSpec, Work};
 use crate::{staleness, teachers, trainer_ranks};
@@ -134,9 +134,9 @@ pub fn embedded(recipe: &Recipe, report: &CheckReport, (model_dir, run_dir): (&P
     let trainer = trainer_ranks::load(recipe, (&device, dtype), (model_dir, run_dir), &masked)?;
     let initial = trainer.version.hash;
     let bytes = text.token_byte_table(vocab_size);
-    let rollout: Arc<dyn RolloutService> = if recipe.placement.rollout_tensor_parallel > 1 {
+    let rollout: Arc<dyn RolloutService> = if rollout_ranks::has_own_weights(recipe) {
         let engine = EngineSetting { recipe, device: &device, dtype, model_dir, run_dir, name: "rollout-0" };
-        Arc::new(engine.start_with_threads((trainer.version, trainer.holders))?)
+        Arc::new(engine.start_beside_trainer((trainer.version, trainer.holders))?)
     } else {
         let rollout =
             LocalRolloutService::new(Arc::clone(&device), trainer.policy, recipe.engine.clone(), Arc::new(bytes))?;
@@ -244,6 +244,7 @@ fn run_spec(
             Replay::Coupled => ReplaySpec::Coupled,
             Replay::Lenient => ReplaySpec::Lenient { lenience: recipe.engine.lenience },
         },
+        weights: recipe.engine.weights,
         staleness: recipe.placement.staleness,
         generation: staleness::generation(recipe),
         scoring: staleness::scoring(recipe),

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use temper_algos::{AlgorithmConfig, CurriculumConfig, Grouping, LrScheduleConfig, SftLossType};
 use temper_data::tasks::TaskConfig;
 use temper_proto::OptimizerConfig;
-use temper_types::SamplingParams;
+use temper_types::{SamplingParams, WeightFormat};
 
 /// A named dataset: files, or a generator of the project's own.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
@@ -430,6 +430,8 @@ pub struct RunSpec {
     pub replay: ReplaySpec,
     /// Whether trainer and loop keep the state after every step in memory, for the loss of a trainer rank.
     pub mirror_shards: bool,
+    /// In which form engines hold their weights; of other weights than those that train the dataset says so.
+    pub weights: WeightFormat,
 }
 
 /// What a later pass over a prompt has of the pass before.

@@ -106,7 +106,7 @@ impl Controller {
         }
         let control = Arc::new(RunControl::default());
         control.begin(&spec.name, spec.stages.iter().map(Stage::steps).sum());
-        let record = Record::open(&dir, &spec.name, (&clock, &control))?;
+        let record = Record::open(&dir, (&spec.name, spec.weights), (&clock, &control))?;
         control.keep(ControlJournal::open(&dir.control_journal(), &clock)?);
         let accounts = Arc::new(Accounts::new(services.rollout));
         let services = Services { rollout: accounts.clone(), ..services };

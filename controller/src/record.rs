@@ -6,7 +6,7 @@ use serde_json::Value;
 use std::sync::Arc;
 use temper_data::trajectories::DatasetWriter;
 use temper_telemetry::{EventLog, MetricsLog, MetricsRow};
-use temper_types::{Sample, Step};
+use temper_types::{Sample, Step, WeightFormat};
 
 /// Adapts the run's clock to the event log's.
 pub(crate) struct EventClock(pub(crate) Arc<dyn Clock>);
@@ -28,13 +28,17 @@ pub(crate) struct Record {
 impl Record {
     pub(crate) fn open(
         dir: &RunDir,
-        run: &str,
+        (run, weights): (&str, WeightFormat),
         (clock, control): (&Arc<dyn Clock>, &Arc<RunControl>),
     ) -> Result<Self, Error> {
+        let dataset = DatasetWriter::open(&dir.rollouts(), run)?;
+        if let Some(note) = weights.dataset_note() {
+            dataset.describe(note)?;
+        }
         Ok(Record {
             events: EventLog::open(&dir.events(), Arc::new(EventClock(Arc::clone(clock))))?,
             metrics: MetricsLog::open(&dir.metrics())?,
-            dataset: DatasetWriter::open(&dir.rollouts(), run)?,
+            dataset,
             control: Arc::clone(control),
         })
     }

@@ -3,8 +3,9 @@
 use crate::speculation::{Replay, SpeculationConfig, Speculative};
 use crate::{Error, ModelLimits};
 use serde::{Deserialize, Serialize};
+use temper_types::WeightFormat;
 
-/// Engine limits as they stand in a recipe. None but `replay` and `lenience` changes a bit of any response.
+/// Engine limits as they stand in a recipe. None but `weights`, `replay` and `lenience` changes a bit of any response.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct EngineConfig {
@@ -28,10 +29,13 @@ pub struct EngineConfig {
     pub max_queued_samples: usize,
     /// Keep full blocks for later prompts and turns that begin the same, as long as the pool has room.
     pub prefix_cache: bool,
+    /// In which form the engine holds its matrices: "exact", the numbers that train, or "int8", bytes quantised from
+    /// every new set of weights, which are another policy: what it draws is off-policy, and needs rollout correction.
+    /// Part of a run's identity.
+    pub weights: WeightFormat,
     /// Which drafters guess tokens ahead; every guess is verified, so no choice changes a response.
     pub speculative: Speculative,
-    /// What a later pass over a prompt has of the pass before: see [`Replay`]. With `lenience` the only key of this
-    /// table that is part of a run's identity.
+    /// What a later pass over a prompt has of the pass before: see [`Replay`]. With `lenience` part of a run's identity.
     pub replay: Replay,
     /// l of `replay = "lenient"`: an earlier token is taken again with probability min(1, l p_new / p_old); from 1 on,
     /// where more reuses more.
@@ -62,6 +66,7 @@ impl Default for EngineConfig {
             reserve_tokens: 256,
             max_queued_samples: 1 << 20,
             prefix_cache: true,
+            weights: WeightFormat::Exact,
             speculative: Speculative::Off,
             replay: Replay::Exact,
             lenience: 1.0,
@@ -183,6 +188,7 @@ mod tests {
             "reserve_tokens",
             "max_queued_samples",
             "prefix_cache",
+            "weights",
             "speculative",
             "replay",
             "lenience",

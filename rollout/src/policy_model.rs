@@ -40,6 +40,11 @@ impl PolicyModel {
             if policy.config().head != Head::CausalLm {
                 return Err(Error::Model("a policy with a value or score head draws no tokens".to_owned()));
             }
+            if policy.weights() != config.weights {
+                let expected = format!("\"{}\", the form of the policy's weights", policy.weights());
+                let value = config.weights.to_string();
+                return Err(Error::InvalidConfig { key: "weights", value, expected });
+            }
             let vocab_size = policy.config().vocab_size;
             let limits = ModelLimits {
                 vocab_size,

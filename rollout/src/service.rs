@@ -17,7 +17,7 @@ use std::time::Duration;
 use temper_actor::PackedPolicy;
 use temper_proto::{GroupRequest, GroupResult, RolloutService, RolloutStats, ServiceError, ServiceResult};
 use temper_tensor::Device;
-use temper_types::{ErrorCode, PolicyVersion};
+use temper_types::{ErrorCode, PolicyVersion, WeightFormat};
 
 /// Name of the engine in embedded mode.
 const WORKER: &str = "rollout-0";
@@ -76,6 +76,7 @@ impl LocalRolloutService {
             block_size: 16,
             num_blocks: 0,
             kv_cache_bytes: config.kv_cache_bytes / 4,
+            weights: WeightFormat::Exact,
             speculative: Speculative::Off,
             draft_model: String::new(),
             ..config.clone()

@@ -97,7 +97,7 @@ impl PackedPolicy {
         workspace.reserve(self, t);
         workspace.hidden.reserve(dev, t * d);
         workspace.rows = t;
-        dev.embed(batch.token_ids, self.embed.all(), self.dtype, workspace.x.view_mut(t * d));
+        dev.embed(batch.token_ids, self.embed.all(), self.format.dtype, workspace.x.view_mut(t * d));
     }
 
     /// The final-normed rows of a residual stream of `t` rows.

@@ -46,7 +46,7 @@ pub use distill::{Distillation, TeacherRows};
 pub use generate::{Batch, Workspace};
 pub use hash::WeightHasher;
 pub use layout::TensorSlot;
-pub use packed::PackedPolicy;
+pub use packed::{PackedPolicy, PolicyFormat};
 pub use params::{ParamStore, Unit};
 pub use part_forward::PartialSums;
 pub use sequence::{SequenceExchange, sequence_parallel_problem};

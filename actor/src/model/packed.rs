@@ -10,13 +10,32 @@ use std::cell::RefCell;
 use std::convert::Infallible;
 use std::ops::Range;
 use std::sync::Arc;
-use temper_tensor::{AttnShape, Buffer, DType, Device, KvCacheSpec, PackedLinear, Reduction, RopeTable, View};
+use temper_tensor::{
+    AttnShape, Buffer, DType, Device, KvCacheSpec, LinearShape, PackedLinear, Reduction, RopeTable, View, WeightFormat,
+};
 use temper_types::PolicyVersion;
+
+/// In which formats a policy computes. A [`DType`] alone is that with exact weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PolicyFormat {
+    /// Of embedded tokens and of the cache, and of matrix products with exact weights; int8 weights are multiplied in
+    /// f32.
+    pub dtype: DType,
+    /// Whether matrices hold the masters' numbers, or bytes that stand for them. A policy of bytes generates and
+    /// scores; its gradients would be those of the masters.
+    pub weights: WeightFormat,
+}
+
+impl From<DType> for PolicyFormat {
+    fn from(dtype: DType) -> PolicyFormat {
+        PolicyFormat { dtype, weights: WeightFormat::Exact }
+    }
+}
 
 /// A linear layer.
 #[derive(Debug)]
 pub(super) struct PackedProjection {
-    /// The weight, in the compute dtype.
+    /// The weight, in the policy's format.
     pub weight: PackedLinear,
     /// The bias, in f32.
     pub bias: Option<Buffer>,
@@ -90,7 +109,7 @@ pub struct PackedPolicy {
     pub version: PolicyVersion,
     pub(super) dev: Arc<dyn Device>,
     pub(super) config: ModelConfig,
-    pub(super) dtype: DType,
+    pub(super) format: PolicyFormat,
     pub(super) layout: Arc<Layout>,
     pub(super) dims: Dims,
     pub(super) embed: Buffer,
@@ -108,10 +127,15 @@ impl PackedPolicy {
     ///
     /// # Panics
     /// If `params` is not a store for `config`.
-    pub fn new(dev: &Arc<dyn Device>, params: &ParamStore, config: &ModelConfig, dtype: DType) -> Self {
+    pub fn new(
+        dev: &Arc<dyn Device>,
+        params: &ParamStore,
+        config: &ModelConfig,
+        format: impl Into<PolicyFormat>,
+    ) -> Self {
         assert_eq!(params.layout.units, Layout::new(config).units, "masters of another model");
         let units = params.units.iter().map(Ok::<&Unit, Infallible>);
-        match Self::assemble(dev, config, dtype, (Arc::clone(&params.layout), units)) {
+        match Self::assemble(dev, config, format.into(), (Arc::clone(&params.layout), units)) {
             Ok(policy) => policy,
             Err(never) => match never {},
         }
@@ -121,7 +145,12 @@ impl PackedPolicy {
     ///
     /// # Errors
     /// A tensor is missing, of another shape, or cannot be read: the error names file and tensor.
-    pub fn load(dev: &Arc<dyn Device>, config: &ModelConfig, reader: &CheckpointReader, dtype: DType) -> Result<Self> {
+    pub fn load(
+        dev: &Arc<dyn Device>,
+        config: &ModelConfig,
+        reader: &CheckpointReader,
+        format: impl Into<PolicyFormat>,
+    ) -> Result<Self> {
         let layout = Arc::new(Layout::new(config));
         let spare: RefCell<Option<Unit>> = RefCell::default();
         let units = (0..layout.units.len()).map(|index| {
@@ -130,28 +159,28 @@ impl PackedPolicy {
             read_unit(&**dev, reader, &mut unit)?;
             Ok(Lent { unit: Some(unit), spare: &spare })
         });
-        Self::assemble(dev, config, dtype, (Arc::clone(&layout), units))
+        Self::assemble(dev, config, format.into(), (Arc::clone(&layout), units))
     }
 
     pub(super) fn assemble<U: Borrow<Unit>, E>(
         dev: &Arc<dyn Device>,
         config: &ModelConfig,
-        dtype: DType,
+        format: PolicyFormat,
         units: (Arc<Layout>, impl Iterator<Item = Result<U, E>>),
     ) -> Result<Self, E> {
-        Self::assemble_part(dev, (config, dtype), None, units)
+        Self::assemble_part(dev, (config, format), None, units)
     }
 
     /// `config` and `units` are those of the part, where there is one.
     pub(super) fn assemble_part<U: Borrow<Unit>, E>(
         dev: &Arc<dyn Device>,
-        (config, dtype): (&ModelConfig, DType),
+        (config, format): (&ModelConfig, PolicyFormat),
         part: Option<&Arc<TensorPart>>,
         (layout, mut units): (Arc<Layout>, impl Iterator<Item = Result<U, E>>),
     ) -> Result<Self, E> {
         let joined = part.map_or(Reduction::Groups8, |part| part.reduction());
         let has_head = part.is_none_or(|part| part.has_head());
-        let packer = Packer { dev: &**dev, dtype, joined };
+        let packer = Packer { dev: &**dev, format, joined };
         let mut next = || units.next().expect("as many units as the layout has");
         let (embed, tied) = {
             let unit = next()?;
@@ -176,7 +205,7 @@ impl PackedPolicy {
             version: PolicyVersion::default(),
             dev: Arc::clone(dev),
             config: config.clone(),
-            dtype,
+            format,
             dims: dims(config),
             embed,
             layers,
@@ -245,9 +274,14 @@ impl PackedPolicy {
         &self.config
     }
 
-    /// Format of matrix products and of the cache.
+    /// Format of embedded tokens and of the cache, and of matrix products with exact weights.
     pub fn dtype(&self) -> DType {
-        self.dtype
+        self.format.dtype
+    }
+
+    /// Whether it computes with the numbers of its masters.
+    pub fn weights(&self) -> WeightFormat {
+        self.format.weights
     }
 
     /// Ids that are never drawn and get no mass, ascending: those that the tokenizer does not have.
@@ -270,7 +304,7 @@ impl PackedPolicy {
             block_size,
             num_kv_heads: self.dims.kv_heads,
             head_dim: self.config.head_dim,
-            dtype: self.dtype,
+            dtype: self.format.dtype,
         }
     }
 
@@ -328,7 +362,7 @@ fn attn_shape(config: &ModelConfig, layer: usize) -> AttnShape {
 /// Packs ranges of units.
 struct Packer<'a> {
     dev: &'a dyn Device,
-    dtype: DType,
+    format: PolicyFormat,
     /// Of output and down projections.
     joined: Reduction,
 }
@@ -340,18 +374,25 @@ impl Packer<'_> {
         buffer
     }
 
+    fn matrix(&self, weight: View<'_>, shape: LinearShape, reduction: Reduction) -> PackedLinear {
+        match self.format.weights {
+            WeightFormat::Exact => self.dev.pack(weight, shape, self.format.dtype, reduction),
+            WeightFormat::Int8 => self.dev.pack_int8(weight, shape),
+        }
+    }
+
     fn projection(&self, unit: &Unit, range: &Projection, reduction: Reduction) -> PackedProjection {
-        let weight = self.dev.pack(unit.view(&range.weight), range.shape, self.dtype, reduction);
+        let weight = self.matrix(unit.view(&range.weight), range.shape, reduction);
         PackedProjection { weight, bias: range.bias.as_ref().map(|bias| self.copy(unit.view(bias))) }
     }
 
     fn scalar_head(&self, unit: &Unit, range: &Projection) -> PackedProjection {
-        Packer { dtype: DType::F32, ..*self }.projection(unit, range, Reduction::Chain)
+        Packer { format: DType::F32.into(), ..*self }.projection(unit, range, Reduction::Chain)
     }
 
     fn lm_head(&self, weight: View<'_>, config: &ModelConfig) -> PackedLinear {
-        let shape = temper_tensor::LinearShape { n: config.vocab_size, k: config.hidden_size };
-        self.dev.pack(weight, shape, self.dtype, Reduction::Chain)
+        let shape = LinearShape { n: config.vocab_size, k: config.hidden_size };
+        self.matrix(weight, shape, Reduction::Chain)
     }
 
     fn layer(&self, unit: &Unit, layout: &Layout, shape: AttnShape) -> PackedLayer {

@@ -207,7 +207,7 @@ impl PackedPolicy {
         values: impl Iterator<Item = std::result::Result<Vec<f32>, E>>,
     ) -> std::result::Result<Self, E> {
         let units = values.enumerate().map(|(index, values)| Ok(part.unit(&**dev, index, &values?)));
-        Self::assemble_part(dev, (&part.config, dtype), Some(part), (Arc::clone(&part.own), units))
+        Self::assemble_part(dev, (&part.config, dtype.into()), Some(part), (Arc::clone(&part.own), units))
     }
 
     /// Take new values of unit `index`, as [`TensorPart::values`] gives them. The version is left to the caller.

@@ -166,7 +166,7 @@ impl PackedPolicy {
         arena.reserve_kv(self, (kv_use, part.turn.as_ref()), sequences.num_blocks());
         arena.reserve_scratch(self, &part);
         let x = arena.scratch.x.view_mut(part.num_rows() * self.dims.model);
-        self.dev.embed(part.token_ids, self.embed.all(), self.dtype, x);
+        self.dev.embed(part.token_ids, self.embed.all(), self.format.dtype, x);
         (sequences, part)
     }
 

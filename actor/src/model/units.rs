@@ -163,6 +163,6 @@ impl PackedPolicy {
         dtype: DType,
         units: impl Iterator<Item = std::result::Result<Unit, E>>,
     ) -> std::result::Result<Self, E> {
-        Self::assemble(dev, config, dtype, (Arc::new(Layout::new(config)), units))
+        Self::assemble(dev, config, dtype.into(), (Arc::new(Layout::new(config)), units))
     }
 }

@@ -1,6 +1,6 @@
 //! `temper eval`: how good a model is on prompts with known answers.
 
-use super::common::compute::ComputeArgs;
+use super::common::compute::{ComputeArgs, WeightsArgs};
 use super::common::engine::{Generator, Naming, Request, as_chat, write_dataset};
 use super::common::output::print;
 use super::common::sampling::SamplingArgs;
@@ -58,6 +58,8 @@ pub struct Eval {
     sampling: SamplingArgs,
     #[command(flatten)]
     compute: ComputeArgs,
+    #[command(flatten)]
+    weights: WeightsArgs,
     /// Longest wait for the next finished prompt, in seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 3600)]
     timeout: u64,
@@ -110,7 +112,8 @@ impl Eval {
             as_chat(&mut rows);
         }
         let naming = if self.output.is_some() { Naming::Hash } else { Naming::None };
-        let generator = Generator::load(&self.model, &self.compute, naming, &EngineConfig::default())?;
+        let engine = EngineConfig { weights: self.weights.format(), ..EngineConfig::default() };
+        let generator = Generator::load(&self.model, &self.compute, naming, &engine)?;
         if generator.text.is_none() {
             return Err(anyhow!("{} has no tokenizer.json: responses have no text to score", self.model.display()));
         }
@@ -134,7 +137,7 @@ impl Eval {
             Ok(())
         })?;
         if let Some(dir) = &self.output {
-            write_dataset(dir, "eval", &kept)?;
+            write_dataset(dir, "eval", (&kept, generator.weights))?;
         }
         self.report(&sources)
     }

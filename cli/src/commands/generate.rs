@@ -1,7 +1,7 @@
 //! `temper generate`: answers to prompts, with their token ids and log-probs.
 
 use super::common::beam::BeamArgs;
-use super::common::compute::ComputeArgs;
+use super::common::compute::{ComputeArgs, WeightsArgs};
 use super::common::engine::{Generator, Naming, Request, as_chat, write_dataset};
 use super::common::output::{Output, print};
 use super::common::sampling::SamplingArgs;
@@ -13,6 +13,7 @@ use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use temper_proto::{GroupRequest, GroupResult};
+use temper_rollout::EngineConfig;
 use temper_types::{PromptContent, PromptId, PromptRow, Sample};
 
 /// Layout of the result.
@@ -55,6 +56,8 @@ pub struct Generate {
     sampling: SamplingArgs,
     #[command(flatten)]
     compute: ComputeArgs,
+    #[command(flatten)]
+    weights: WeightsArgs,
     #[command(flatten)]
     speculation: SpeculationArgs,
     #[command(flatten)]
@@ -137,7 +140,8 @@ impl Generate {
             as_chat(&mut rows);
         }
         let naming = if self.format == Format::Arrow { Naming::Hash } else { Naming::None };
-        let generator = Generator::load(&self.model, &self.compute, naming, &self.speculation.engine()?)?;
+        let engine = EngineConfig { weights: self.weights.format(), ..self.speculation.engine()? };
+        let generator = Generator::load(&self.model, &self.compute, naming, &engine)?;
         let request = Request {
             num_samples: self.n,
             seed: self.sampling.seed,
@@ -194,7 +198,7 @@ impl Generate {
             Ok(())
         })?;
         all.iter().for_each(|sample| summary.add(sample));
-        write_dataset(dir, "generate", &all)?;
+        write_dataset(dir, "generate", (&all, generator.weights))?;
         Ok(summary)
     }
 
@@ -205,7 +209,7 @@ impl Generate {
             let object = json!({
                 "num_samples": summary.num_samples, "num_response_tokens": summary.num_tokens,
                 "finish_reasons": summary.finish_reasons, "seconds": seconds, "tokens_per_second": rate,
-                "dtype": generator.dtype, "policy_version": generator.version,
+                "dtype": generator.dtype, "weights": generator.weights, "policy_version": generator.version,
             });
             format!("{object}\n")
         } else {

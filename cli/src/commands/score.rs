@@ -1,6 +1,6 @@
 //! `temper score`: log-probs, values or scores of given token ids, and norms of gradients.
 
-use super::common::compute::{ComputeArgs, open_model};
+use super::common::compute::{ComputeArgs, WeightsArgs, open_model};
 use super::common::output::{Output, print, write_json};
 use crate::usage;
 use anyhow::{Context, Result, anyhow, ensure};
@@ -9,8 +9,11 @@ use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use temper_actor::{Head, ModelConfig, OutputGrads, PackedPolicy, ParamStore, Recompute, TrainArena, TrainBatch};
+use temper_actor::{
+    Head, ModelConfig, OutputGrads, PackedPolicy, ParamStore, PolicyFormat, Recompute, TrainArena, TrainBatch,
+};
 use temper_tensor::{Device, TokenStats};
+use temper_types::{DType, WeightFormat};
 
 /// Log-probs and entropies of given token ids, by the forward that trains and generates.
 ///
@@ -43,6 +46,8 @@ pub struct Score {
     micro_batch_tokens: usize,
     #[command(flatten)]
     compute: ComputeArgs,
+    #[command(flatten)]
+    weights: WeightsArgs,
     /// Print the summary as JSON.
     #[arg(long)]
     json: bool,
@@ -65,13 +70,17 @@ impl Score {
             )));
         }
         let (device, dtype) = self.compute.resolve();
+        let weights = self.weights.format();
+        if self.grad_norms.is_some() && weights != WeightFormat::Exact {
+            return Err(usage("--grad-norms: gradients are those of --weights exact"));
+        }
         let temperature = if self.temperature == 0.0 { 1.0 } else { self.temperature };
         let (policy, gradients) = if self.grad_norms.is_some() {
             let masters = ParamStore::load(&*device, &config, &reader)?;
             let grads = masters.zeros_like(&*device);
             (PackedPolicy::new(&device, &masters, &config, dtype), Some((masters, grads)))
         } else {
-            (PackedPolicy::load(&device, &config, &reader, dtype)?, None)
+            (PackedPolicy::load(&device, &config, &reader, PolicyFormat { dtype, weights })?, None)
         };
         let mut scorer =
             Scorer { device, policy, gradients, temperature, arena: TrainArena::new(), totals: Totals::default() };
@@ -79,7 +88,7 @@ impl Score {
         if let Some(path) = &self.grad_norms {
             write_json(Some(path), &scorer.grad_norms(&self.input)?)?;
         }
-        self.report(&scorer.totals, dtype.name())
+        self.report(&scorer.totals, (dtype, weights))
     }
 
     fn stream(&self, scorer: &mut Scorer, config: &ModelConfig) -> Result<()> {
@@ -112,12 +121,12 @@ impl Score {
         output.finish()
     }
 
-    fn report(&self, totals: &Totals, dtype: &str) -> Result<()> {
+    fn report(&self, totals: &Totals, (dtype, weights): (DType, WeightFormat)) -> Result<()> {
         ensure!(totals.num_sequences > 0, "{}: no line to score", self.input.display());
         let mean_nll = (totals.num_scored > 0).then(|| -totals.log_prob_sum / totals.num_scored as f64);
         let object = json!({
             "num_sequences": totals.num_sequences, "num_tokens": totals.num_tokens, "num_scored": totals.num_scored,
-            "mean_nll": mean_nll, "dtype": dtype,
+            "mean_nll": mean_nll, "dtype": dtype, "weights": weights,
         });
         let nll = mean_nll.map_or_else(String::new, |nll| format!(", mean negative log-likelihood {nll:.6}"));
         let text = format!("{} lines, {} tokens scored{nll}\n", totals.num_sequences, totals.num_scored);

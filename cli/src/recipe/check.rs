@@ -3,7 +3,7 @@
 use super::check_reward_model::{self, check_directories, check_earlier, check_pairs};
 use super::render::to_table;
 use super::{ModelSource, PlacementMode, Recipe, RecipeError, Source};
-use super::{check_distill, check_partial, check_replay, preference_stage};
+use super::{check_distill, check_partial, check_replay, check_weights, preference_stage};
 use crate::reward_models::launcher;
 use crate::{rollout_ranks, staleness, tls, trainer_ranks};
 use std::collections::BTreeMap;
@@ -52,6 +52,7 @@ pub fn check(recipe: &Recipe, source: &Source) -> Result<CheckReport, RecipeErro
     }
     check_placement(recipe, source)?;
     check_replay::check(recipe, source)?;
+    check_weights::check(recipe, source)?;
     let identity = identity(recipe, &data);
     let num_rows: BTreeMap<String, usize> = data.into_iter().map(|(name, rows)| (name, rows.len())).collect();
     Ok(CheckReport { summary: summary(recipe, &num_rows), num_rows, identity })
@@ -268,6 +269,7 @@ fn identity(recipe: &Recipe, data: &Data) -> String {
     let mut hasher = blake3::Hasher::new();
     hasher.update(table.to_string().as_bytes());
     hasher.update(check_replay::identity(recipe).as_bytes());
+    hasher.update(check_weights::identity(recipe).as_bytes());
     for rows in data.values() {
         hasher.update(format!("{rows:?}").as_bytes());
     }
@@ -288,6 +290,7 @@ pub fn summary(recipe: &Recipe, num_rows: &BTreeMap<String, usize>) -> String {
     if let Some(rows) = num_rows.get(&recipe.validation.data) {
         lines.push(format!("validation: {rows} held-out prompts x {} samples", recipe.validation.num_samples));
     }
+    lines.extend(check_weights::summary(recipe));
     lines.extend(check_replay::summary(recipe));
     lines.extend(check_partial::summary(recipe));
     lines.extend(placement_summary(recipe));

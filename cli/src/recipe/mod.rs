@@ -11,6 +11,7 @@ mod check_distill;
 mod check_partial;
 mod check_replay;
 mod check_reward_model;
+mod check_weights;
 mod error;
 mod preference_stage;
 mod render;

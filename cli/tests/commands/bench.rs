@@ -38,6 +38,14 @@ fn generation_is_timed() {
         "--group",
         "4",
     ]);
+    let quantised = bench(
+        &[
+            &["rollout", "--model", text(&model), "--weights", "int8"][..],
+            &["--prompt-len", "5", "--new-tokens", "2", "--runs", "1"],
+        ]
+        .concat(),
+    );
+    assert_eq!((&report["weights"], &quantised["weights"]), (&Value::from("exact"), &Value::from("int8")));
     let group = &report["group"];
     assert_eq!((&group["prompt_rows_of_1"], &group["prompt_rows_of_n"]), (&Value::from(5), &Value::from(5)));
     assert_near("group", &group["first_token_s_of_n"], median(&group["samples_s_of_n"]));
@@ -107,6 +115,8 @@ fn products_are_timed_against_the_peak() {
     let row = &report["rows"][0];
     assert_near("gflops", &row["gflops"], 2.0 * 8.0 * 64.0 * 128.0 / median(&row["samples_s"]) / 1e9);
     assert!(report["peaks"][0]["peak_gflops"].as_f64().unwrap() > 0.0);
+    let report = bench(&["gemm", "--shapes", "64x128", "--rows", "1", "--dtype", "int8", "--threads", "1"]);
+    assert_eq!((&report["rows"][0]["dtype"], report["rows"][0]["M"].as_u64()), (&Value::from("int8"), Some(1)));
 }
 
 #[test]
@@ -115,7 +125,8 @@ fn bad_usage_exits_with_2() {
     fail(&["bench", "rollout", "--model", text(&model), "--batch", "0"], 2, &["--batch 0"]);
     fail(&["bench", "train", "--model", text(&model), "--seq", "1"], 2, &["--seq 1"]);
     fail(&["bench", "gemm", "--shapes", "64by128"], 2, &["--shapes 64by128", "KxN"]);
-    fail(&["bench", "gemm", "--dtype", "f64"], 2, &["f64"]);
+    fail(&["bench", "gemm", "--dtype", "f64"], 2, &["f64", "int8"]);
+    fail(&["bench", "gemm", "--dtype", "int8", "--kind", "input-grad"], 2, &["--kind forward"]);
     fail(
         &["bench", "sync", "--model", text(&model), "--from", "hybrid:4/3"],
         2,

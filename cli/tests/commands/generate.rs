@@ -42,8 +42,11 @@ fn log_probs_equal_those_of_score_bit_for_bit() {
         "p.jsonl",
         "{\"prompt_token_ids\": [3, 4, 5, 6, 7, 8, 9]}\n{\"prompt_token_ids\": [11]}\n{\"prompt_token_ids\": [2, 40]}\n",
     );
-    for (dtype, temperature) in [("f32", "0.7"), ("bf16", "0.7"), ("bf16", "1.0"), ("f32", "0")] {
-        let shared = ["--model", text(&model), "--dtype", dtype, "--temperature", temperature];
+    let formats = ["exact", "int8"].into_iter().flat_map(|weights| {
+        [("f32", "0.7"), ("bf16", "0.7"), ("bf16", "1.0"), ("f32", "0")].map(|(dtype, t)| (weights, dtype, t))
+    });
+    for (weights, dtype, temperature) in formats {
+        let shared = ["--model", text(&model), "--dtype", dtype, "--weights", weights, "--temperature", temperature];
         let generate = ["generate", "--prompts", &prompts, "--n", "3", "--max-new-tokens", "20", "--ignore-eos"];
         let rows = lines(&succeed(&[&generate[..], &shared].concat()));
         assert_eq!(rows.len(), 9);
@@ -58,7 +61,7 @@ fn log_probs_equal_those_of_score_bit_for_bit() {
             let generated = numbers(&row["rollout_log_probs"]);
             assert_eq!(generated.len(), 20);
             let all = numbers(&scored["log_probs"]);
-            assert_eq!(all[all.len() - 20..], generated, "{dtype} at {temperature}");
+            assert_eq!(all[all.len() - 20..], generated, "{weights}, {dtype} at {temperature}");
         }
     }
 }

@@ -156,6 +156,8 @@ fn bad_usage_exits_with_2_and_bad_models_with_1() {
     let with = |model, more: &[&'static str]| [base(model), more.to_vec()].concat();
     fail(&with(text(&model), &["--temperature", "-1"]), 2, &["--temperature -1", "0 or more"]);
     fail(&with(text(&critic), &["--grad-norms", "n.json"]), 2, &["--grad-norms", "value or reward head"]);
+    let int8 = ["--weights", "int8", "--grad-norms", "n.json"];
+    fail(&with(text(&model), &int8), 2, &["--grad-norms", "--weights exact"]);
     fail(&["score", "--model", text(&model)], 2, &["--input"]);
     let missing = dir.path().join("none");
     fail(&base(text(&missing)), 1, &["none/config.json"]);

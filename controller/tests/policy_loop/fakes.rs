@@ -14,7 +14,7 @@ use temper_proto::{
 };
 use temper_types::{
     FinishReason, PolicyVersion, PromptContent, RewardComponent, RewardFailure, RewardOutcome, SampleIndex,
-    SampleTimings,
+    SampleTimings, WeightFormat,
 };
 
 /// What the trainer was asked.
@@ -323,6 +323,7 @@ pub fn spec(stage: PolicyStage, replay: ReplaySpec) -> RunSpec {
         checkpoint: serde_json::from_value(serde_json::json!({"every_steps": 2, "keep_last": 9})).expect("settings"),
         rollout_timeout_seconds: 5.0,
         replay,
+        weights: WeightFormat::Exact,
         staleness: 0,
         generation: Generation::BeforeTraining,
         scoring: Scoring::default(),

@@ -1,7 +1,7 @@
 //! Speed of the CPU's matrix products and memory, as `temper bench` prints it.
 
 use crate::cpu::{CpuDevice, peak_probe, read_probe};
-use crate::{Buffer, DType, Device, LinearShape, PackedLinear, Reduction, Store};
+use crate::{Buffer, DType, Device, LinearShape, PackedLinear, Reduction, Store, WeightFormat};
 use std::time::{Duration, Instant};
 
 /// How long one measurement lasts.
@@ -21,6 +21,46 @@ pub enum GemmKind {
     InputGrad,
     /// `dw[n, k] += dy[m, n]^T x[m, k]`.
     WeightGrad,
+}
+
+/// How the weights of a measured product are held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GemmWeights {
+    /// As numbers of the format that multiplies.
+    Exact(DType),
+    /// As bytes, multiplied in f32.
+    Int8,
+}
+
+impl GemmWeights {
+    /// Format of the products.
+    pub const fn dtype(self) -> DType {
+        match self {
+            GemmWeights::Exact(dtype) => dtype,
+            GemmWeights::Int8 => DType::F32,
+        }
+    }
+
+    /// Lower-case name as it stands in flags.
+    pub const fn name(self) -> &'static str {
+        match self {
+            GemmWeights::Exact(dtype) => dtype.name(),
+            GemmWeights::Int8 => WeightFormat::Int8.name(),
+        }
+    }
+
+    const fn size_bytes(self) -> usize {
+        match self {
+            GemmWeights::Exact(dtype) => dtype.size_bytes(),
+            GemmWeights::Int8 => 1,
+        }
+    }
+}
+
+impl From<DType> for GemmWeights {
+    fn from(dtype: DType) -> GemmWeights {
+        GemmWeights::Exact(dtype)
+    }
 }
 
 /// The highest rate at which this device's threads multiply and add in registers.
@@ -61,12 +101,20 @@ pub fn measure_linear(dev: &CpuDevice, dtype: DType, kind: GemmKind, m: usize, k
     2.0 * (m * k * n) as f64 / seconds[seconds.len() / 2] / 1e9
 }
 
-/// Seconds of each run of one product, ascending.
-pub fn linear_seconds(dev: &CpuDevice, dtype: DType, kind: GemmKind, m: usize, k: usize, n: usize) -> Vec<f64> {
-    let shape = LinearShape { n, k };
-    let bytes = shape.len() * if kind == GemmKind::Forward { dtype.size_bytes() } else { 4 };
+/// Seconds of each run of one product, ascending. Gradients read the f32 masters, however the weight is packed.
+pub fn linear_seconds(
+    dev: &CpuDevice,
+    weights: impl Into<GemmWeights>,
+    kind: GemmKind,
+    m: usize,
+    k: usize,
+    n: usize,
+) -> Vec<f64> {
+    let (shape, weights) = (LinearShape { n, k }, weights.into());
+    let dtype = weights.dtype();
+    let bytes = shape.len() * if kind == GemmKind::Forward { weights.size_bytes() } else { 4 };
     let num_copies = (COLD_BYTES / bytes.max(1)).clamp(1, MAX_COPIES);
-    let mut copies: Vec<Layer> = (0..num_copies).map(|_| Layer::new(dev, dtype, kind, shape)).collect();
+    let mut copies: Vec<Layer> = (0..num_copies).map(|_| Layer::new(dev, weights, kind, shape)).collect();
     let (x, dy) = (dev.upload(&ramp(m * k)), dev.upload(&ramp(m * n)));
     let mut out = dev.zeros(m * if kind == GemmKind::Forward { n } else { k });
     let (begin, mut seconds) = (Instant::now(), Vec::new());
@@ -96,9 +144,12 @@ struct Layer {
 }
 
 impl Layer {
-    fn new(dev: &CpuDevice, dtype: DType, kind: GemmKind, shape: LinearShape) -> Layer {
+    fn new(dev: &CpuDevice, weights: GemmWeights, kind: GemmKind, shape: LinearShape) -> Layer {
         let weight = dev.upload(&ramp(shape.len()));
-        let packed = dev.pack(weight.all(), shape, dtype, Reduction::Chain);
+        let packed = match weights {
+            GemmWeights::Exact(dtype) => dev.pack(weight.all(), shape, dtype, Reduction::Chain),
+            GemmWeights::Int8 => dev.pack_int8(weight.all(), shape),
+        };
         let weight = if kind == GemmKind::Forward { dev.zeros(0) } else { weight };
         Layer { weight, packed }
     }

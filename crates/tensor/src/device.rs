@@ -51,6 +51,9 @@ pub trait Device: Send + Sync + std::fmt::Debug {
 
     /// Pack an f32 weight `[n, k]` (row-major) for [`Device::linear`].
     fn pack(&self, weight: View<'_>, shape: LinearShape, dtype: DType, reduction: Reduction) -> PackedLinear;
+    /// Quantise an f32 weight `[n, k]` (row-major) for [`Device::linear`] to signed bytes with one scale for every 64
+    /// inputs of an output. Inputs of its products stay f32; they are summed in one order, whatever the reduction.
+    fn pack_int8(&self, weight: View<'_>, shape: LinearShape) -> PackedLinear;
     /// Pack new values into the memory of an existing packed weight of the same shape.
     fn repack(&self, weight: View<'_>, packed: &mut PackedLinear);
     /// `out[T, n] (=|+=) x[T, k] W^T + bias`. T is `x.len() / k`.

@@ -33,4 +33,4 @@ pub use device::Device;
 pub use kv::{KvCache, KvCacheSpec, RopeTable};
 pub use linear::{LinearShape, PackedLinear, Reduction, Store};
 pub use shared::{SharedBuffers, SharedPlace, SharedReader};
-pub use temper_types::DType;
+pub use temper_types::{DType, WeightFormat};

@@ -1,7 +1,7 @@
 //! Packed weights of linear layers.
 
-use crate::cpu::PackedPanels;
-use temper_types::DType;
+use crate::cpu::Panels;
+use temper_types::{DType, WeightFormat};
 
 /// Shape of a weight `[n, k]` (outputs, inputs), as Hugging Face stores it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -67,7 +67,7 @@ pub struct PackedLinear {
     pub(crate) shape: LinearShape,
     pub(crate) dtype: DType,
     pub(crate) reduction: Reduction,
-    pub(crate) panels: PackedPanels,
+    pub(crate) panels: Panels,
 }
 
 impl PackedLinear {
@@ -76,9 +76,17 @@ impl PackedLinear {
         self.shape
     }
 
-    /// Format of the packed weight.
+    /// Format of the packed weight; of int8 weights, that of the inputs they are multiplied with, which is f32.
     pub fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    /// Whether these are the weights that were given, or bytes that stand for them.
+    pub fn weights(&self) -> WeightFormat {
+        match self.panels {
+            Panels::Words(_) => WeightFormat::Exact,
+            Panels::Int8(_) => WeightFormat::Int8,
+        }
     }
 
     /// Order of summation.

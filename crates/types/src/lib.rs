@@ -14,6 +14,7 @@ mod sample;
 mod sampling;
 mod suggest;
 mod version;
+mod weight_format;
 
 pub use dtype::{DType, DTypeChoice};
 pub use error_code::ErrorCode;
@@ -25,3 +26,4 @@ pub use sample::{FinishReason, Sample, SampleTimings};
 pub use sampling::{SamplingError, SamplingParams};
 pub use suggest::did_you_mean;
 pub use version::{ContentHash, ParseVersionError, PolicyVersion};
+pub use weight_format::WeightFormat;

@@ -1,5 +1,6 @@
 //! Transfers that are whole, cut, damaged, or of another model.
 
+mod int8;
 mod shared;
 
 use super::{Sources, WeightReceiver};

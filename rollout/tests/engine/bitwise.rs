@@ -1,16 +1,17 @@
 //! Decode, chunked prefill and the training forward give the same bits, whatever the engine's limits.
 //!
-//! The policies are small, random and of every family; each case draws its own limits, batch, order, threads, dtype
+//! The policies are small, random and of every family; each case draws its own limits, batch, order, threads, format
 //! and sampling parameters, and is compared with each sample generated alone and with the training forward.
 
+use crate::support::FORMATS;
 use proptest::prelude::*;
 use std::path::Path;
 use std::sync::{Arc, RwLock};
-use temper_actor::{Family, ModelConfig, PackedPolicy, ParamStore, TrainArena, TrainBatch};
+use temper_actor::{Family, ModelConfig, PackedPolicy, ParamStore, PolicyFormat, TrainArena, TrainBatch};
 use temper_proto::{GeneratedSample, GroupRequest, RolloutService, RolloutStats};
 use temper_rollout::{EngineConfig, LocalRolloutService, TokenByteTable};
 use temper_tensor::{CpuConfig, CpuDevice, Device};
-use temper_types::{DType, GroupId, PromptId, SamplingParams};
+use temper_types::{DType, GroupId, PromptId, SamplingParams, WeightFormat};
 
 const VOCAB: u32 = 93;
 const MASKED: [u32; 2] = [40, 92];
@@ -38,11 +39,11 @@ struct Fixture {
     policy: Arc<RwLock<PackedPolicy>>,
 }
 
-fn fixture(family: Family, dtype: DType, num_threads: usize) -> Fixture {
+fn fixture(family: Family, format: impl Into<PolicyFormat>, num_threads: usize) -> Fixture {
     let device: Arc<dyn Device> = Arc::new(CpuDevice::new(CpuConfig { num_threads, isa: None }));
     let config = config(family);
     let params = ParamStore::init(&*device, &config, 11);
-    let mut policy = PackedPolicy::new(&device, &params, &config, dtype);
+    let mut policy = PackedPolicy::new(&device, &params, &config, format);
     policy.set_masked_ids(MASKED.to_vec());
     Fixture { device, policy: Arc::new(RwLock::new(policy)) }
 }
@@ -53,6 +54,8 @@ fn generate(
     config: EngineConfig,
     requests: &[GroupRequest],
 ) -> (Vec<Vec<GeneratedSample>>, RolloutStats) {
+    let weights = fixture.policy.read().expect("no writer panicked").weights();
+    let config = EngineConfig { weights, ..config };
     let bytes = TokenByteTable((0..VOCAB).map(|id| vec![id as u8]).collect());
     let service =
         LocalRolloutService::new(Arc::clone(&fixture.device), Arc::clone(&fixture.policy), config, Arc::new(bytes))
@@ -164,13 +167,13 @@ proptest! {
     #[test]
     fn no_limit_and_no_batch_mate_changes_a_bit(
         family in prop::sample::select(Family::ALL.to_vec()),
-        dtype in prop::sample::select(vec![DType::F32, DType::Bf16]),
+        format in prop::sample::select(FORMATS.to_vec()),
         num_threads in 1usize..4,
         config in limits(),
         requests in requests(),
         reversed in any::<bool>(),
     ) {
-        let alone = fixture(family, dtype, 1);
+        let alone = fixture(family, format, 1);
         let mut expected: Vec<_> = requests.iter().map(|request| generate_alone(&alone, request)).collect();
         check_training_forward(&alone, &requests, &expected);
         let mut requests = requests;
@@ -178,7 +181,7 @@ proptest! {
             requests.reverse();
             expected.reverse();
         }
-        let (samples, _) = generate(&fixture(family, dtype, num_threads), config, &requests);
+        let (samples, _) = generate(&fixture(family, format, num_threads), config, &requests);
         for (group, expected) in samples.iter().flatten().zip(expected.iter().flatten()) {
             prop_assert_eq!(fingerprint(group), fingerprint(expected));
         }
@@ -199,8 +202,8 @@ fn singles(count: u64) -> Vec<GroupRequest> {
     (0..count).map(request).collect()
 }
 
-fn check_batch_sizes(dtype: DType) {
-    let fixture = fixture(Family::Qwen3, dtype, 2);
+fn check_batch_sizes(format: impl Into<PolicyFormat>) {
+    let fixture = fixture(Family::Qwen3, format, 2);
     let requests = singles(64);
     let (expected, _) = generate(&fixture, EngineConfig { max_num_seqs: 1, ..EngineConfig::default() }, &requests);
     check_training_forward(&fixture, &requests, &expected);
@@ -225,9 +228,23 @@ fn batches_of_1_to_64_agree_in_bf16() {
 }
 
 #[test]
+fn batches_of_1_to_64_agree_with_int8_weights() {
+    check_batch_sizes(PolicyFormat { dtype: DType::Bf16, weights: WeightFormat::Int8 });
+}
+
+#[test]
+fn an_engine_holds_the_weights_that_it_was_asked_for() {
+    let fixture = fixture(Family::Llama, PolicyFormat { dtype: DType::F32, weights: WeightFormat::Int8 }, 1);
+    let bytes = Arc::new(TokenByteTable(Vec::new()));
+    let made = LocalRolloutService::new(fixture.device, fixture.policy, EngineConfig::default(), bytes);
+    let problem = made.err().expect("exact weights were asked for").to_string();
+    assert!(problem.contains("rollout.weights = exact") && problem.contains("expected \"int8\""), "{problem}");
+}
+
+#[test]
 fn preempted_sequences_come_back_with_the_same_bits() {
-    for dtype in [DType::F32, DType::Bf16] {
-        let fixture = fixture(Family::Llama, dtype, 2);
+    for format in FORMATS {
+        let fixture = fixture(Family::Llama, format, 2);
         let mut requests = singles(6);
         for request in &mut requests {
             request.seeds = vec![1, 2, 3];

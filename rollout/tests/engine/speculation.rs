@@ -1,12 +1,12 @@
 //! Speculation and the prefix cache over random policies: the same tokens and log-prob bits with and without them, in
-//! f32 and in bf16.
+//! every format.
 
-use crate::support::{Model, engine_with, run_all};
-use temper_actor::Family;
+use crate::support::{FORMATS, Model, engine_with, run_all};
+use temper_actor::{Family, PolicyFormat};
 use temper_proto::{GroupRequest, GroupResult};
 use temper_rollout::speculation::{Budget, Drafter, ReplayDrafter, SuffixDrafter};
 use temper_rollout::{EngineConfig, Speculation};
-use temper_types::{DType, GroupId, PromptId, SamplingParams};
+use temper_types::{GroupId, PromptId, SamplingParams};
 
 /// Two groups a pass; the noise of the second pass is that of the first, the third has its own.
 fn requests(pass: u64) -> Vec<GroupRequest> {
@@ -42,8 +42,8 @@ fn fingerprint(results: &[GroupResult]) -> Vec<(Vec<u32>, [Vec<u32>; 3], String)
     samples.map(of).collect()
 }
 
-fn check(family: Family, dtype: DType, config: &EngineConfig) {
-    let model = Model { seed: 5, family, dtype };
+fn check(family: Family, format: PolicyFormat, config: &EngineConfig) {
+    let model = Model { seed: 5, family, format };
     let mut plain = engine_with(model, &EngineConfig { prefix_cache: false, ..EngineConfig::default() });
     let mut drafting = engine_with(model, config);
     let drafters: Vec<Box<dyn Drafter>> = vec![Box::new(ReplayDrafter::new(12)), Box::new(SuffixDrafter::new(12))];
@@ -51,7 +51,7 @@ fn check(family: Family, dtype: DType, config: &EngineConfig) {
     drafting.set_speculation(Some(speculation));
     for pass in 0..3 {
         let (expected, results) = (run_all(&mut plain, requests(pass)), run_all(&mut drafting, requests(pass)));
-        assert_eq!(fingerprint(&results), fingerprint(&expected), "{family:?} {dtype:?} pass {pass}");
+        assert_eq!(fingerprint(&results), fingerprint(&expected), "{family:?} {format:?} pass {pass}");
     }
     let total = drafting.stats().speculation.total();
     assert!(total.num_accepted_tokens > 50, "the second pass repeats the first: {total:?}");
@@ -63,9 +63,9 @@ fn check(family: Family, dtype: DType, config: &EngineConfig) {
 
 #[test]
 fn drafts_change_no_bit_of_a_policy() {
-    for dtype in [DType::F32, DType::Bf16] {
+    for format in FORMATS {
         for family in [Family::Llama, Family::Qwen3] {
-            check(family, dtype, &EngineConfig::default());
+            check(family, format, &EngineConfig::default());
         }
     }
 }
@@ -82,7 +82,7 @@ fn drafts_change_no_bit_under_preemption_and_small_chunks() {
         prefill_chunk: 5,
         ..EngineConfig::default()
     };
-    for dtype in [DType::F32, DType::Bf16] {
-        check(Family::Llama, dtype, &config);
+    for format in FORMATS {
+        check(Family::Llama, format, &config);
     }
 }

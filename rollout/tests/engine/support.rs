@@ -3,11 +3,11 @@
 use std::path::Path;
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
-use temper_actor::{Family, ModelConfig, PackedPolicy, ParamStore};
+use temper_actor::{Family, ModelConfig, PackedPolicy, ParamStore, PolicyFormat};
 use temper_proto::{GroupRequest, GroupResult};
 use temper_rollout::{Clock, Engine, EngineConfig, EngineOptions, PolicyModel};
 use temper_tensor::{CpuConfig, CpuDevice, Device};
-use temper_types::DType;
+use temper_types::{DType, WeightFormat};
 
 /// A clock that stands still.
 pub struct NoTime;
@@ -23,13 +23,21 @@ impl Clock for NoTime {
 pub struct Model {
     pub seed: u64,
     pub family: Family,
-    pub dtype: DType,
+    pub format: PolicyFormat,
 }
+
+/// Every format that a policy generates in.
+pub const FORMATS: [PolicyFormat; 4] = [
+    PolicyFormat { dtype: DType::F32, weights: WeightFormat::Exact },
+    PolicyFormat { dtype: DType::Bf16, weights: WeightFormat::Exact },
+    PolicyFormat { dtype: DType::F32, weights: WeightFormat::Int8 },
+    PolicyFormat { dtype: DType::Bf16, weights: WeightFormat::Int8 },
+];
 
 impl Model {
     /// A Llama in f32.
     pub fn llama(seed: u64) -> Self {
-        Model { seed, family: Family::Llama, dtype: DType::F32 }
+        Model { seed, family: Family::Llama, format: DType::F32.into() }
     }
 
     /// Its packed weights on a device of two threads.
@@ -47,7 +55,7 @@ impl Model {
         let config = ModelConfig::from_json(json, Path::new("config.json")).expect("a valid configuration");
         let device: Arc<dyn Device> = Arc::new(CpuDevice::new(CpuConfig { num_threads: 2, isa: None }));
         let params = ParamStore::init(&*device, &config, self.seed);
-        let policy = PackedPolicy::new(&device, &params, &config, self.dtype);
+        let policy = PackedPolicy::new(&device, &params, &config, self.format);
         (device, Arc::new(RwLock::new(policy)))
     }
 }
@@ -60,6 +68,7 @@ pub fn engine_of(model: Model) -> Engine<PolicyModel> {
 /// An engine over `model`, without drafters.
 pub fn engine_with(model: Model, config: &EngineConfig) -> Engine<PolicyModel> {
     let (device, policy) = model.policy();
+    let config = &EngineConfig { weights: model.format.weights, ..config.clone() };
     let (model, limits) = PolicyModel::new(device, policy, config).expect("limits within range");
     let options = EngineOptions {
         limits,

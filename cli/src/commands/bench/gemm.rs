@@ -7,7 +7,7 @@ use anyhow::Result;
 use clap::ValueEnum;
 use serde_json::{Value, json};
 use std::fmt::Write;
-use temper_tensor::bench::{GemmKind, linear_seconds, measure_peak};
+use temper_tensor::bench::{GemmKind, GemmWeights, linear_seconds, measure_peak};
 use temper_tensor::{CpuConfig, CpuDevice, Device};
 use temper_types::DType;
 
@@ -42,7 +42,7 @@ pub struct Gemm {
     /// Numbers of rows.
     #[arg(long, value_name = "M", value_delimiter = ',', default_value = "1,8,32,64,256,1024")]
     rows: Vec<usize>,
-    /// Number formats.
+    /// Number formats of the weights: f32, bf16, or int8, which is multiplied in f32 and has no gradients.
     #[arg(long, value_delimiter = ',', default_value = "f32,bf16")]
     dtype: Vec<String>,
     /// Which product.
@@ -58,7 +58,7 @@ pub struct Gemm {
 
 /// One measured product.
 struct Row {
-    dtype: DType,
+    weights: GemmWeights,
     m: usize,
     k: usize,
     n: usize,
@@ -73,7 +73,7 @@ impl Row {
 
     fn to_json(&self) -> Value {
         json!({
-            "dtype": self.dtype, "M": self.m, "K": self.k, "N": self.n, "gflops": round(self.gflops()),
+            "dtype": self.weights.name(), "M": self.m, "K": self.k, "N": self.n, "gflops": round(self.gflops()),
             "share_of_peak": round(self.gflops() / self.peak), "spread": round(spread(&self.seconds)),
             "samples_s": self.seconds,
         })
@@ -84,41 +84,45 @@ impl Gemm {
     pub(super) fn run(self) -> Result<()> {
         let shapes = self.shapes.iter().map(|shape| parse_shape(shape)).collect::<Result<Vec<_>>>()?;
         let dtypes = self.dtype.iter().map(|name| parse_dtype(name)).collect::<Result<Vec<_>>>()?;
+        if self.kind != Kind::Forward && dtypes.contains(&GemmWeights::Int8) {
+            return Err(usage("--dtype int8: expected --kind forward, for gradients are those of exact weights"));
+        }
         self.rows.iter().try_for_each(|m| at_least_one(&[("--rows", *m)]))?;
         let device = CpuDevice::new(CpuConfig { num_threads: self.threads, isa: None });
         let (mut peaks, mut rows) = (Vec::new(), Vec::new());
-        for dtype in dtypes {
-            let peak = measure_peak(&device, dtype);
-            peaks.push((dtype, peak));
+        for weights in dtypes {
+            let peak = measure_peak(&device, weights.dtype());
+            peaks.push((weights, peak));
             for (k, n) in &shapes {
                 for m in &self.rows {
-                    let seconds = linear_seconds(&device, dtype, self.kind.into(), *m, *k, *n);
-                    rows.push(Row { dtype, m: *m, k: *k, n: *n, seconds, peak });
+                    let seconds = linear_seconds(&device, weights, self.kind.into(), *m, *k, *n);
+                    rows.push(Row { weights, m: *m, k: *k, n: *n, seconds, peak });
                 }
             }
         }
         self.report(&device, &peaks, &rows)
     }
 
-    fn report(&self, device: &CpuDevice, peaks: &[(DType, f64)], rows: &[Row]) -> Result<()> {
+    fn report(&self, device: &CpuDevice, peaks: &[(GemmWeights, f64)], rows: &[Row]) -> Result<()> {
         let info = device.info();
         if self.json {
-            let peaks: Vec<Value> =
-                peaks.iter().map(|(dtype, peak)| json!({"dtype": dtype, "peak_gflops": round(*peak)})).collect();
+            let peak =
+                |(weights, peak): &(GemmWeights, f64)| json!({"dtype": weights.name(), "peak_gflops": round(*peak)});
+            let peaks: Vec<Value> = peaks.iter().map(peak).collect();
             let rows: Vec<Value> = rows.iter().map(Row::to_json).collect();
             let kind = self.kind.to_possible_value().map(|v| v.get_name().to_owned());
             let object = json!({"bench": "gemm", "kind": kind, "device": info, "peaks": peaks, "rows": rows});
             return print(&format!("{object}\n"));
         }
         let mut text = format!("{} ({}), {} threads\n", info.name, info.instruction_set, info.num_threads);
-        for (dtype, peak) in peaks {
-            writeln!(text, "peak {dtype}: {peak:.0} GFLOP/s")?;
+        for (weights, peak) in peaks {
+            writeln!(text, "peak {}: {peak:.0} GFLOP/s", weights.name())?;
         }
         writeln!(text, "{:>5} {:>6} {:>6} {:>6} {:>9} {:>6}", "dtype", "K", "N", "M", "GFLOP/s", "share")?;
         for row in rows {
             let (gflops, share) = (row.gflops(), 100.0 * row.gflops() / row.peak);
-            let Row { dtype, m, k, n, .. } = row;
-            writeln!(text, "{:>5} {k:>6} {n:>6} {m:>6} {gflops:>9.1} {share:>5.0}%", dtype.name())?;
+            let Row { weights, m, k, n, .. } = row;
+            writeln!(text, "{:>5} {k:>6} {n:>6} {m:>6} {gflops:>9.1} {share:>5.0}%", weights.name())?;
         }
         print(&text)
     }
@@ -133,10 +137,11 @@ fn parse_shape(text: &str) -> Result<(usize, usize)> {
     }
 }
 
-fn parse_dtype(name: &str) -> Result<DType> {
+fn parse_dtype(name: &str) -> Result<GemmWeights> {
     match name {
-        "f32" => Ok(DType::F32),
-        "bf16" => Ok(DType::Bf16),
-        other => Err(usage(format!("--dtype {other}: expected f32 or bf16"))),
+        "f32" => Ok(DType::F32.into()),
+        "bf16" => Ok(DType::Bf16.into()),
+        "int8" => Ok(GemmWeights::Int8),
+        other => Err(usage(format!("--dtype {other}: expected f32, bf16 or int8"))),
     }
 }

@@ -3,7 +3,7 @@
 use super::group::GroupTimes;
 use super::roofline::Roofline;
 use super::samples::{at_least_one, median, peak_rss_mb, random_ids, round, spread};
-use crate::commands::common::compute::ComputeArgs;
+use crate::commands::common::compute::{ComputeArgs, WeightsArgs};
 use crate::commands::common::engine::{Generator, Naming};
 use crate::commands::common::output::print;
 use crate::commands::common::speculation::SpeculationArgs;
@@ -14,7 +14,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use temper_actor::ModelConfig;
 use temper_proto::{GroupRequest, RolloutService};
-use temper_types::{GroupId, PromptId, SamplingParams, derive_seed};
+use temper_rollout::EngineConfig;
+use temper_types::{GroupId, PromptId, SamplingParams, WeightFormat, derive_seed};
 
 /// Tokens generated per second: a batch of random prompts, every response of full length, temperature 1.
 ///
@@ -48,6 +49,8 @@ pub struct Rollout {
     speculation: SpeculationArgs,
     #[command(flatten)]
     compute: ComputeArgs,
+    #[command(flatten)]
+    weights: WeightsArgs,
     /// Print as JSON, every sample included.
     #[arg(long)]
     json: bool,
@@ -60,7 +63,8 @@ impl Rollout {
         at_least_one(&[("--runs", self.runs), ("--group", self.group.unwrap_or(1))])?;
         let config = ModelConfig::load(&self.model)?;
         let vocab_size = config.vocab_size;
-        let generator = Generator::load(&self.model, &self.compute, Naming::None, &self.speculation.engine()?)?;
+        let engine = EngineConfig { weights: self.weights.format(), ..self.speculation.engine()? };
+        let generator = Generator::load(&self.model, &self.compute, Naming::None, &engine)?;
         self.time(&generator, vocab_size, 0, self.new_tokens)?;
         let timed = |new_tokens, first: u64| {
             (0..self.runs as u64)
@@ -71,7 +75,7 @@ impl Rollout {
         let whole = timed(self.new_tokens, 1 + self.runs as u64)?;
         let lens = (vocab_size, self.prompt_len);
         let group = self.group.map(|n| GroupTimes::measure(&generator, n, lens, self.runs)).transpose()?;
-        let roofline = Roofline::measure(&config, generator.dtype, self.compute.threads);
+        let roofline = Roofline::measure(&config, (generator.dtype, generator.weights), self.compute.threads);
         self.report(&generator, (&short, &whole), (&roofline, group.as_ref()))
     }
 
@@ -116,7 +120,7 @@ impl Rollout {
         if self.json {
             let rates: Vec<f64> = whole.iter().map(|s| round(batch * new_tokens / s)).collect();
             let object = json!({
-                "peer": "temper", "bench": "rollout", "dtype": generator.dtype, "batch": self.batch,
+                "peer": "temper", "bench": "rollout", "dtype": generator.dtype, "weights": generator.weights, "batch": self.batch,
                 "prompt": self.prompt_len, "new": self.new_tokens, "tokens_per_second": round(rate),
                 "decode_tok_s": decode.map(round), "prefill_tok_s": round(prefill), "total_s": round(total_s),
                 "spread": round(spread(whole)), "samples_s": whole, "samples_tok_s": rates,
@@ -130,9 +134,12 @@ impl Rollout {
         let decode = decode.map_or_else(String::new, |d| format!(", decode {d:.0}"));
         let memory = rss.map_or_else(String::new, |mb| format!(", peak memory {mb} MiB"));
         let group = group.map_or_else(String::new, |group| format!("{}\n", group.to_text()));
-        let Generator { dtype, .. } = generator;
+        let format = match generator.weights {
+            WeightFormat::Exact => generator.dtype.to_string(),
+            weights => format!("{}, {weights} weights", generator.dtype),
+        };
         let (prompt_len, spread, runs) = (self.prompt_len, spread(whole), whole.len());
-        let line = format!("{batch} x ({prompt_len} + {new_tokens}), {dtype}: {rate:.0} tokens/s{decode}");
+        let line = format!("{batch} x ({prompt_len} + {new_tokens}), {format}: {rate:.0} tokens/s{decode}");
         let line = format!("{line}, prefill {prefill:.0}, spread {spread:.2} over {runs} runs{memory}");
         print(&format!("{line}\n{roofline}\n{group}"))
     }

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use temper_actor::ModelConfig;
 use temper_tensor::bench::{measure_peak, measure_read_rate};
 use temper_tensor::{CpuConfig, CpuDevice};
-use temper_types::DType;
+use temper_types::{DType, WeightFormat};
 
 /// Rates of the machine, measured.
 pub struct Roofline {
@@ -14,14 +14,20 @@ pub struct Roofline {
     peak_gflops: f64,
     sizes: ModelSizes,
     dtype: DType,
+    weights: WeightFormat,
 }
+
+/// Bytes of a scale, which so many int8 weights share.
+const SCALE_BYTES: f64 = 4.0;
+const WEIGHTS_PER_SCALE: f64 = 64.0;
 
 impl Roofline {
     /// Measure `threads` threads (0: one per core).
-    pub fn measure(config: &ModelConfig, dtype: DType, threads: usize) -> Roofline {
+    pub fn measure(config: &ModelConfig, (dtype, weights): (DType, WeightFormat), threads: usize) -> Roofline {
         let device = CpuDevice::new(CpuConfig { num_threads: threads, isa: None });
-        let (read_rate, peak_gflops) = (measure_read_rate(&device), measure_peak(&device, dtype));
-        Roofline { read_rate, peak_gflops, sizes: ModelSizes::of(config), dtype }
+        let (read_rate, peak_gflops) =
+            (measure_read_rate(&device), measure_peak(&device, product_dtype(dtype, weights)));
+        Roofline { read_rate, peak_gflops, sizes: ModelSizes::of(config), dtype, weights }
     }
 
     /// Tokens a second where a step of `batch` rows, each after `context` tokens, reads every weight and every key and
@@ -31,7 +37,12 @@ impl Roofline {
         let weights = sizes.layer_weights() + sizes.head_weights();
         let per_slot = (2 * sizes.num_hidden_layers * sizes.num_key_value_heads * sizes.head_dim) as f64;
         let scores = (2 * sizes.num_hidden_layers * sizes.num_attention_heads * sizes.head_dim) as f64;
-        let bytes = (weights + batch * context * per_slot) * self.dtype.size_bytes() as f64;
+        let stored = self.dtype.size_bytes() as f64;
+        let weight_bytes = match self.weights {
+            WeightFormat::Exact => stored,
+            WeightFormat::Int8 => 1.0 + SCALE_BYTES / WEIGHTS_PER_SCALE,
+        };
+        let bytes = weights * weight_bytes + batch * context * per_slot * stored;
         let operations = 2.0 * batch * (weights + context * scores);
         batch / (bytes / self.read_rate).max(operations / (self.peak_gflops * 1e9))
     }
@@ -52,6 +63,14 @@ impl Roofline {
     }
 }
 
+/// The format that multiplies.
+const fn product_dtype(dtype: DType, weights: WeightFormat) -> DType {
+    match weights {
+        WeightFormat::Exact => dtype,
+        WeightFormat::Int8 => DType::F32,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -67,7 +86,7 @@ mod tests {
             vocab_size: 10,
             tie_word_embeddings: true,
         };
-        Roofline { read_rate, peak_gflops, sizes, dtype: DType::F32 }
+        Roofline { read_rate, peak_gflops, sizes, dtype: DType::F32, weights: WeightFormat::Exact }
     }
 
     #[test]
@@ -79,6 +98,8 @@ mod tests {
         let slow_memory = roofline(1e3, 1e9);
         assert_near(slow_memory.decode_tok_s(1.0, 0.0), 1e3 / (4.0 * weights));
         assert_near(slow_memory.decode_tok_s(4.0, 7.0), 4e3 / (4.0 * (weights + 4.0 * 7.0 * slot)));
+        let bytes = Roofline { weights: WeightFormat::Int8, ..roofline(1e3, 1e9) };
+        assert_near(bytes.decode_tok_s(4.0, 7.0), 4e3 / (1.0625 * weights + 4.0 * (4.0 * 7.0 * slot)));
         let slow_arithmetic = roofline(1e12, 1e-6);
         assert_near(slow_arithmetic.decode_tok_s(4.0, 7.0), 1e3 / (2.0 * (weights + 7.0 * scores)));
     }

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use temper_actor::{CheckpointReader, ModelConfig};
 use temper_tensor::Device;
-use temper_types::{DType, DTypeChoice};
+use temper_types::{DType, DTypeChoice, WeightFormat};
 
 /// A number format on the command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -33,6 +33,33 @@ impl From<FileDTypeArg> for DType {
         match arg {
             FileDTypeArg::F32 => DType::F32,
             FileDTypeArg::Bf16 => DType::Bf16,
+        }
+    }
+}
+
+/// A form of weights on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum WeightsArg {
+    /// The model's numbers, in --dtype.
+    Exact,
+    /// Signed bytes with a scale for every 64 inputs of an output, multiplied in f32.
+    Int8,
+}
+
+/// In which form the matrices of a model are held.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub struct WeightsArgs {
+    /// Form of the matrices; int8 is another model, of less precision, and faster where memory is the limit.
+    #[arg(long, value_enum, default_value_t = WeightsArg::Exact)]
+    weights: WeightsArg,
+}
+
+impl WeightsArgs {
+    /// The form that was asked for.
+    pub fn format(self) -> WeightFormat {
+        match self.weights {
+            WeightsArg::Exact => WeightFormat::Exact,
+            WeightsArg::Int8 => WeightFormat::Int8,
         }
     }
 }

@@ -11,11 +11,12 @@ use std::path::Path;
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 use temper_actor::tokenizer::TOKENIZER_FILE;
-use temper_actor::{PackedPolicy, ParamStore};
+use temper_actor::{PackedPolicy, ParamStore, PolicyFormat};
 use temper_proto::{GeneratedSample, GroupRequest, GroupResult, RolloutService, TextService};
 use temper_rollout::{EngineConfig, LocalRolloutService, TokenByteTable};
 use temper_types::{
-    DType, FinishReason, GroupId, PolicyVersion, PromptContent, PromptRow, Sample, SamplingParams, Step, derive_seed,
+    DType, FinishReason, GroupId, PolicyVersion, PromptContent, PromptRow, Sample, SamplingParams, Step, WeightFormat,
+    derive_seed,
 };
 
 /// Samples that are queued in the engine at once; more wait outside of it.
@@ -31,6 +32,8 @@ pub struct Generator {
     pub version: Option<PolicyVersion>,
     /// Number format that computes.
     pub dtype: DType,
+    /// Form of the matrices.
+    pub weights: WeightFormat,
     /// Ids that end a response by default.
     pub end_ids: Vec<u32>,
 }
@@ -57,7 +60,7 @@ pub struct Request {
 }
 
 impl Generator {
-    /// Load a model directory. Ids that the tokenizer does not have are masked.
+    /// Load a model directory, with weights as `engine` says. Ids that the tokenizer does not have are masked.
     ///
     /// # Errors
     /// A file that is missing or damaged, by name.
@@ -69,11 +72,12 @@ impl Generator {
         }
         let text = model_dir.join(TOKENIZER_FILE).is_file().then(|| LocalText::load(model_dir)).transpose()?;
         let (device, dtype) = compute.resolve();
+        let format = PolicyFormat { dtype, weights: engine.weights };
         let mut policy = match naming {
-            Naming::None => PackedPolicy::load(&device, &config, &reader, dtype)?,
+            Naming::None => PackedPolicy::load(&device, &config, &reader, format)?,
             Naming::Hash => {
                 let masters = ParamStore::load(&*device, &config, &reader)?;
-                let mut policy = PackedPolicy::new(&device, &masters, &config, dtype);
+                let mut policy = PackedPolicy::new(&device, &masters, &config, format);
                 policy.version = PolicyVersion { number: 0, hash: masters.content_hash(&*device) };
                 policy
             }
@@ -91,7 +95,7 @@ impl Generator {
         let table = Arc::new(TokenByteTable(bytes));
         let service = LocalRolloutService::new(Arc::clone(&device), policy, engine.clone(), table)?;
         let service = draft_model::attach(service, (&device, dtype), text.as_ref(), engine)?;
-        Ok(Generator { service, text, version, dtype, end_ids })
+        Ok(Generator { service, text, version, dtype, weights: engine.weights, end_ids })
     }
 
     /// Sampling parameters from flags.
@@ -218,6 +222,21 @@ impl Generator {
     }
 }
 
+/// Write samples that weights of this form drew as a dataset that `datasets.load_from_disk` reads.
+///
+/// # Errors
+/// A directory that holds something already (exit code 2), or cannot be written.
+pub fn write_dataset(dir: &Path, run: &str, (samples, weights): (&[Sample], WeightFormat)) -> Result<()> {
+    if dir.read_dir().is_ok_and(|mut entries| entries.next().is_some()) {
+        return Err(usage(format!("--output {}: the directory is not empty", dir.display())));
+    }
+    let mut writer = temper_data::trajectories::DatasetWriter::open(dir, run)?;
+    if let Some(note) = weights.dataset_note() {
+        writer.describe(note)?;
+    }
+    Ok(writer.write_step(Step(0), samples)?)
+}
+
 /// Text prompts as one user message each, for the chat template; other prompts stay.
 pub fn as_chat(rows: &mut [PromptRow]) {
     for row in rows {
@@ -226,15 +245,4 @@ pub fn as_chat(rows: &mut [PromptRow]) {
             row.prompt = PromptContent::Messages(vec![message]);
         }
     }
-}
-
-/// Write samples as a dataset that `datasets.load_from_disk` reads.
-///
-/// # Errors
-/// A directory that holds something already (exit code 2), or cannot be written.
-pub fn write_dataset(dir: &Path, run: &str, samples: &[Sample]) -> Result<()> {
-    if dir.read_dir().is_ok_and(|mut entries| entries.next().is_some()) {
-        return Err(usage(format!("--output {}: the directory is not empty", dir.display())));
-    }
-    Ok(temper_data::trajectories::DatasetWriter::open(dir, run)?.write_step(Step(0), samples)?)
 }

@@ -36,6 +36,16 @@ fn every_column_survives_a_round_trip() {
     assert_eq!(read_dataset(dir.path()).expect("the dataset is whole"), samples);
 }
 
+#[test]
+fn what_is_said_of_a_dataset_stays_when_it_is_opened_again() {
+    let dir = temporary();
+    writer(dir.path()).describe("drawn by \"another\" policy").expect("the dataset is writable");
+    drop(writer(dir.path()));
+    let info = std::fs::read_to_string(dir.path().join("dataset_info.json")).expect("written");
+    let info: serde_json::Value = serde_json::from_str(&info).expect("an object");
+    assert_eq!(info["description"], "drawn by \"another\" policy");
+}
+
 /// `full` really fills every column: a column that decoding ignored could otherwise be lost unseen.
 #[test]
 fn a_full_sample_leaves_only_the_error_columns_null() {

@@ -14,6 +14,9 @@ use temper_types::{Sample, Step};
 /// Rows of one record batch: keeps 32-bit list offsets far from overflow and readers' memory small.
 const ROWS_PER_BATCH: usize = 1024;
 
+/// What `datasets` knows of a dataset besides its rows.
+const INFO_FILE: &str = "dataset_info.json";
+
 /// Ending of a file that is being written; what carries it after a crash is left over.
 const UNFINISHED: &str = ".tmp";
 
@@ -37,7 +40,7 @@ impl DatasetWriter {
     /// Names the directory or file that cannot be made or read, and a `state.json` that lists foreign files.
     pub fn open(dir: &Path, run: &str) -> Result<Self, Error> {
         std::fs::create_dir_all(dir).map_err(Error::io("create the directory", dir))?;
-        let info = dir.join("dataset_info.json");
+        let info = dir.join(INFO_FILE);
         if !info.exists() {
             write_atomically(&info, b"{}\n")?;
         }
@@ -45,6 +48,15 @@ impl DatasetWriter {
         let names: Vec<String> = steps.iter().map(|step| shard_name(*step)).collect();
         let fingerprint = fingerprint(&[run.as_bytes(), names.join(" ").as_bytes()]);
         Ok(DatasetWriter { dir: dir.to_owned(), run: run.to_owned(), steps, fingerprint })
+    }
+
+    /// Say something of the whole dataset, in `description` of its `dataset_info.json`; replaces what was said before.
+    ///
+    /// # Errors
+    /// Names the file that cannot be written.
+    pub fn describe(&self, description: &str) -> Result<(), Error> {
+        let info = json!({ "description": description });
+        write_atomically(&self.dir.join(INFO_FILE), format!("{info:#}\n").as_bytes())
     }
 
     /// Steps that have a shard, ascending.

@@ -17,6 +17,7 @@ const MAPPED_BYTES: usize = 32 << 20;
 /// Plain numbers for which all-zero bytes are a value.
 pub(crate) trait Zeroable: Copy {}
 impl Zeroable for f32 {}
+impl Zeroable for i8 {}
 impl Zeroable for u16 {}
 impl Zeroable for u32 {}
 

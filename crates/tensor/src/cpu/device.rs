@@ -122,6 +122,11 @@ impl Device for CpuDevice {
         PackedLinear { shape, dtype, reduction, panels }
     }
 
+    fn pack_int8(&self, weight: View<'_>, shape: LinearShape) -> PackedLinear {
+        let panels = gemm::pack_int8(self, weight.data, shape);
+        PackedLinear { shape, dtype: DType::F32, reduction: Reduction::Chain, panels }
+    }
+
     fn repack(&self, weight: View<'_>, packed: &mut PackedLinear) {
         gemm::repack(self, weight.data, packed);
     }

@@ -36,7 +36,7 @@ pub use value_hash::ValueHasher;
 pub(crate) use aligned::AlignedVec;
 #[cfg(target_os = "linux")]
 pub(crate) use aligned::HUGE_PAGE_BYTES;
-pub(crate) use gemm::{PackedPanels, peak_probe};
+pub(crate) use gemm::{Panels, peak_probe};
 pub(crate) use kv::CpuKvPool;
 pub(crate) use read_probe::read_probe;
 pub(crate) use rope::CpuRopeTable;

@@ -40,6 +40,12 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn load_bf16(ptr: *const u16) -> Self::V;
     /// 16 pairs of bf16: lane i holds numbers 2i (first) and 2i + 1 (second), widened.
     unsafe fn load_bf16_pairs(ptr: *const u16) -> (Self::V, Self::V);
+    /// 16 signed bytes as numbers.
+    #[inline(always)]
+    unsafe fn load_i8(ptr: *const i8) -> Self::V {
+        // SAFETY: the caller's bytes; the array holds 16 lanes.
+        unsafe { Self::load(std::array::from_fn::<f32, 16, _>(|i| f32::from(*ptr.add(i))).as_ptr()) }
+    }
     /// [`round_bf16`], lane by lane.
     #[inline(always)]
     unsafe fn round_bf16(a: Self::V) -> Self::V {

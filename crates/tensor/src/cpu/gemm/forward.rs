@@ -4,7 +4,7 @@ use super::block::{Block, Layout, Left, Output, PanelSource};
 use super::split::Grid;
 use super::tile::{Ahead, PANEL};
 use super::words::Format;
-use super::{Body, operand_format, rows_to_words, run_block, scratch};
+use super::{Body, PackedPanels, Panels, int8, operand_format, rows_to_words, run_block, scratch};
 use crate::cpu::CpuDevice;
 use crate::cpu::parallel::SharedMut;
 use crate::{PackedLinear, Store};
@@ -31,6 +31,10 @@ pub(crate) fn linear(
     bias: Option<&[f32]>,
     (out, store): (&mut [f32], Store),
 ) {
+    let panels = match &w.panels {
+        Panels::Words(panels) => panels,
+        Panels::Int8(panels) => return int8::linear(dev, x, (panels, bias), (out, store)),
+    };
     let (n, k) = (w.shape.n, w.shape.k);
     if out.is_empty() {
         return;
@@ -40,7 +44,7 @@ pub(crate) fn linear(
     assert!(bias.is_none_or(|b| b.len() == n), "linear: a bias for {n} outputs");
     let format = operand_format(dev, w.dtype);
     if format == Format::Exact || k == 0 {
-        linear_words(dev, x, (w, bias), (out, store));
+        linear_words(dev, x, (w, panels, bias), (out, store));
         return;
     }
     let words = format.num_words(k);
@@ -48,7 +52,7 @@ pub(crate) fn linear(
     for (x, out) in x.chunks(turn * k).zip(out.chunks_mut(turn * n)) {
         scratch::with_left(x.len() / k * words, |left| {
             rows_to_words(dev, x, k, format, left);
-            linear_words(dev, left, (w, bias), (out, store));
+            linear_words(dev, left, (w, panels, bias), (out, store));
         });
     }
 }
@@ -57,21 +61,21 @@ pub(crate) fn linear(
 fn linear_words(
     dev: &CpuDevice,
     x: &[f32],
-    (w, bias): (&PackedLinear, Option<&[f32]>),
+    (w, panels, bias): (&PackedLinear, &PackedPanels, Option<&[f32]>),
     (out, store): (&mut [f32], Store),
 ) {
     let (n, k) = (w.shape.n, w.shape.k);
     let row_words = operand_format(dev, w.dtype).num_words(k);
     let grid = Grid::new(out.len() / n, n.div_ceil(PANEL), MAX_BLOCK_ROWS, dev.pool.num_threads());
     let (x, out) = (SharedX(x.as_ptr()), SharedMut::new(out));
-    let fetches_ahead = w.panels.words.len() > LARGE_WEIGHT_WORDS;
+    let fetches_ahead = panels.words.len() > LARGE_WEIGHT_WORDS;
     dev.pool.run(grid.num_tasks(), &|task| {
         grid.for_pieces(task, |rows, panel, next| {
             let column = panel * PANEL;
-            let next = next.filter(|_| fetches_ahead || rows.len() <= MAX_AHEAD_ROWS).map(|next| w.panels.panel(next));
+            let next = next.filter(|_| fetches_ahead || rows.len() <= MAX_AHEAD_ROWS).map(|next| panels.panel(next));
             let ahead = next.map_or(Ahead::NONE, |words| Ahead { ptr: words.as_ptr(), len: words.len() });
             let (body, words_per_step) = forward_body(dev, w.dtype, rows.len());
-            let words = w.panels.panel(panel).as_ptr();
+            let words = panels.panel(panel).as_ptr();
             let widen = w.dtype == DType::Bf16 && body == Body::Single;
             let block = Block {
                 rows: rows.len(),

@@ -8,6 +8,7 @@
 mod block;
 mod forward;
 mod grad;
+mod int8;
 mod native;
 mod peak;
 mod scratch;
@@ -27,6 +28,14 @@ use words::{Format, RowWords, WeightPanel};
 pub(crate) use forward::linear;
 pub(crate) use grad::{input_grad, weight_grad};
 pub(crate) use peak::peak_probe;
+
+/// A packed weight.
+pub(crate) enum Panels {
+    /// The numbers that were given, in the dtype of the products.
+    Words(PackedPanels),
+    /// Bytes and scales.
+    Int8(int8::Int8Panels),
+}
 
 /// Words of a packed weight: `[panel][step][32]`, a panel being 32 output rows of the weight, padded with zeros. A word
 /// is one f32, or the bf16 pair of two consecutive inputs (the even one in the low half), padded to whole pairs.
@@ -51,17 +60,25 @@ const fn resident_format(dtype: DType) -> Format {
 }
 
 /// Pack a weight `[n, k]`.
-pub(crate) fn pack(dev: &CpuDevice, weight: &[f32], shape: LinearShape, dtype: DType) -> PackedPanels {
+pub(crate) fn pack(dev: &CpuDevice, weight: &[f32], shape: LinearShape, dtype: DType) -> Panels {
     let panel_len = resident_format(dtype).num_words(shape.k) * PANEL;
     let words = AlignedVec::zeroed(shape.n.div_ceil(PANEL) * panel_len);
     let mut panels = PackedPanels { words, panel_len };
     fill(dev, weight, (shape, dtype), &mut panels);
-    panels
+    Panels::Words(panels)
+}
+
+/// Quantise a weight `[n, k]`.
+pub(crate) fn pack_int8(dev: &CpuDevice, weight: &[f32], shape: LinearShape) -> Panels {
+    Panels::Int8(int8::pack(dev, weight, shape))
 }
 
 /// Pack new values of the same shape.
 pub(crate) fn repack(dev: &CpuDevice, weight: &[f32], packed: &mut PackedLinear) {
-    fill(dev, weight, (packed.shape, packed.dtype), &mut packed.panels);
+    match &mut packed.panels {
+        Panels::Words(panels) => fill(dev, weight, (packed.shape, packed.dtype), panels),
+        Panels::Int8(panels) => int8::repack(dev, weight, panels),
+    }
 }
 
 fn fill(dev: &CpuDevice, weight: &[f32], (shape, dtype): (LinearShape, DType), panels: &mut PackedPanels) {

@@ -105,6 +105,13 @@ impl Simd for Avx2 {
             (first, second)
         }
     }
+    #[inline(always)]
+    unsafe fn load_i8(ptr: *const i8) -> Self::V {
+        unsafe {
+            let widen = |p: *const i8| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast())));
+            [widen(ptr), widen(ptr.add(8))]
+        }
+    }
     lanewise! {
         add(a, b) = _mm256_add_ps;
         sub(a, b) = _mm256_sub_ps;

@@ -60,6 +60,10 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn load_i8(ptr: *const i8) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(ptr.cast()))) }
+    }
+    #[inline(always)]
     unsafe fn round_bf16(a: __m512) -> __m512 {
         unsafe {
             let bits = _mm512_castps_si512(a);
