@@ -9,7 +9,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use temper_proto::{
-    Fate, FleetCounts, GroupRequest, GroupResult, RolloutService, RolloutStats, ServiceError, ServiceResult, Settled,
+    Fate, FleetCounts, GeneratedSample, GroupRequest, GroupResult, RolloutService, RolloutStats, ServiceError,
+    ServiceResult, Settled,
 };
 use temper_types::{ErrorCode, GroupId, PolicyVersion};
 
@@ -451,8 +452,7 @@ impl Server {
             check_answer(request, &result)
                 .map_err(|problem| self.shared.error(ErrorCode::Internal, "next_group", problem))?;
         }
-        let mut versions: Vec<PolicyVersion> =
-            result.samples.iter().flat_map(|s| s.policy_versions.iter().map(|(version, _)| *version)).collect();
+        let mut versions: Vec<PolicyVersion> = result.samples.iter().flat_map(drawn_versions).collect();
         versions.sort_unstable();
         versions.dedup();
         let num_tokens = result.samples.iter().map(|s| s.token_ids.len() as u64).sum();
@@ -462,6 +462,13 @@ impl Server {
         }
         Ok(())
     }
+}
+
+/// Versions of the tokens that the worker drew itself; a reused token has that of whoever drew it first.
+fn drawn_versions(sample: &GeneratedSample) -> impl Iterator<Item = PolicyVersion> {
+    let versions = sample.policy_versions.iter().flat_map(|(version, n)| std::iter::repeat_n(*version, *n as usize));
+    let is_drawn = |index: usize| sample.reused.get(index) != Some(&1);
+    versions.enumerate().filter(move |(index, _)| is_drawn(*index)).map(|(_, version)| version)
 }
 
 /// True where `result` goes on where the responses of `request` stand.
