@@ -35,7 +35,7 @@ pub struct EngineConfig {
     pub weights: WeightFormat,
     /// Which drafters guess tokens ahead; every guess is verified, so no choice changes a response.
     pub speculative: Speculative,
-    /// What a later pass over a prompt has of the pass before: see [`Replay`]. With `lenience` part of a run's identity.
+    /// What a later pass over a prompt has of the pass before: see [`Replay`]. With `lenience` part of what a run is.
     pub replay: Replay,
     /// l of `replay = "lenient"`: an earlier token is taken again with probability min(1, l p_new / p_old); from 1 on,
     /// where more reuses more.
