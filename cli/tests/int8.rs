@@ -1,10 +1,12 @@
 //! Engines of int8 weights end to end: off-policy and said so, and the same run wherever and however it goes.
 
 mod common;
+mod finished;
 mod run;
 
 use common::{SMALL, recipe, stderr, temper};
-use run::{Outcome, outcome, train};
+use finished::finish;
+use run::{Outcome, train};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 
@@ -14,21 +16,6 @@ fn corrected() -> String {
     let (from, to) = ("entropy_coeff = 0.001", "rollout_correction = { rollout_is = \"token\" }");
     assert!(SMALL.contains(from));
     SMALL.replace(from, to)
-}
-
-/// What equal runs have in common; how much was guessed is the clock's.
-fn numbers(run_dir: &Path) -> Outcome {
-    let mut outcome = outcome(run_dir);
-    for sample in &mut outcome.samples {
-        (sample.num_drafted, sample.num_accepted) = (0, 0);
-    }
-    outcome
-}
-
-fn finish(recipe: &Path, run_dir: &Path, args: &[&str]) -> Outcome {
-    let output = train(recipe, run_dir, args, None);
-    assert!(output.status.success(), "{}", stderr(&output));
-    numbers(run_dir)
 }
 
 /// Numbers of a column, step by step.

@@ -1,10 +1,12 @@
 //! Partial rollouts end to end: whatever is cut, killed or spread over processes, the run is the same.
 
 mod common;
+mod finished;
 mod run;
 
 use common::{SMALL, recipe, stderr};
-use run::{Outcome, outcome, train};
+use finished::finish;
+use run::{Outcome, train};
 use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
@@ -37,21 +39,6 @@ fn with_sampling(sampling: &str) -> String {
         assert!(text.contains(from), "{from}");
         text.replace(from, to)
     })
-}
-
-/// What two equal runs have in common; how much was guessed is the clock's.
-fn numbers(run_dir: &Path) -> Outcome {
-    let mut outcome = outcome(run_dir);
-    for sample in &mut outcome.samples {
-        (sample.num_drafted, sample.num_accepted) = (0, 0);
-    }
-    outcome
-}
-
-fn finish(recipe: &Path, run_dir: &Path, args: &[&str]) -> Outcome {
-    let output = train(recipe, run_dir, args, None);
-    assert!(output.status.success(), "{}", stderr(&output));
-    numbers(run_dir)
 }
 
 /// Sum of a column over the run.

@@ -1,10 +1,12 @@
 //! Replay across passes end to end: coupled noise with and without drafts, lenient reuse of batches that are ahead.
 
 mod common;
+mod finished;
 mod run;
 
 use common::{SMALL, recipe, stderr};
-use run::{NUM_STEPS, Outcome, outcome, train};
+use finished::{finish, numbers};
+use run::{NUM_STEPS, Outcome, train};
 use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
@@ -22,20 +24,10 @@ fn three_passes() -> String {
     })
 }
 
-/// A run and what equal runs have in common of it; how much was guessed is the clock's.
-fn finish(recipe: &Path, run_dir: &Path, sets: &[&str]) -> Outcome {
+/// A run under these settings, and what equal runs have in common of it.
+fn finish_with(recipe: &Path, run_dir: &Path, sets: &[&str]) -> Outcome {
     let args: Vec<&str> = sets.iter().flat_map(|set| ["--set", *set]).collect();
-    let output = train(recipe, run_dir, &args, None);
-    assert!(output.status.success(), "{}", stderr(&output));
-    without_guesses(run_dir)
-}
-
-fn without_guesses(run_dir: &Path) -> Outcome {
-    let mut outcome = outcome(run_dir);
-    for sample in &mut outcome.samples {
-        (sample.num_drafted, sample.num_accepted) = (0, 0);
-    }
-    outcome
+    finish(recipe, run_dir, &args)
 }
 
 /// Seeds of each (prompt, sample), pass by pass.
@@ -51,7 +43,7 @@ fn seeds(samples: &[Sample]) -> BTreeMap<(u64, u32), Vec<u64>> {
 fn coupled_noise_gives_one_run_with_and_without_drafts() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let recipe = recipe(dir.path(), &three_passes());
-    let run = |name: &str, sets: &[&str]| finish(&recipe, &dir.path().join(name), sets);
+    let run = |name: &str, sets: &[&str]| finish_with(&recipe, &dir.path().join(name), sets);
     let plain = run("plain", &["engine.replay=coupled"]);
     assert_eq!(run("drafts", &["engine.replay=coupled", "engine.speculative=replay"]), plain, "drafts of replay");
     let cut = ["engine.replay=coupled", "engine.speculative=auto", "engine.prefill_chunk=5", "engine.max_num_seqs=3"];
@@ -107,7 +99,7 @@ fn lenient_reuse_goes_with_batches_that_are_ahead() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let recipe = recipe(dir.path(), &three_passes());
     let sets = ["engine.replay=lenient", "engine.speculative=replay", "placement.staleness=1"];
-    let expected = finish(&recipe, &dir.path().join("straight"), &sets);
+    let expected = finish_with(&recipe, &dir.path().join("straight"), &sets);
     check_reuse(&expected);
 
     let killed = dir.path().join("killed");
@@ -120,5 +112,5 @@ fn lenient_reuse_goes_with_batches_that_are_ahead() {
     }
     let output = train(&recipe, &killed, &resume, None);
     assert!(output.status.success(), "{}", stderr(&output));
-    assert_eq!(without_guesses(&killed), expected);
+    assert_eq!(numbers(&killed), expected);
 }

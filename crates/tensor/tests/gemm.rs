@@ -3,19 +3,10 @@
 //! The reference spells out the order of every sum (docs/numerics.md); the fast kernels must give its bits on every
 //! instruction family, for every number of rows and threads.
 
-use temper_tensor::{CpuConfig, CpuDevice, DType, Device, Isa, LinearShape, PackedLinear, Reduction, Store};
+mod common;
 
-/// Numbers in -1..1 from a seed.
-fn numbers(len: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / 8_388_608.0 - 1.0
-    };
-    (0..len).map(|_| next()).collect()
-}
+use common::{assert_bits, bits, devices, host, numbers};
+use temper_tensor::{CpuConfig, CpuDevice, DType, Device, Isa, LinearShape, PackedLinear, Reduction, Store};
 
 /// Nearest bf16, subnormals flushed.
 fn rounded(x: f32) -> f32 {
@@ -106,14 +97,6 @@ impl Case {
     }
 }
 
-fn devices() -> Vec<CpuDevice> {
-    [Isa::Avx512, Isa::Avx2, Isa::Portable]
-        .into_iter()
-        .filter(|isa| isa.is_available())
-        .map(|isa| CpuDevice::new(CpuConfig { num_threads: 2, isa: Some(isa) }))
-        .collect()
-}
-
 fn pack(dev: &CpuDevice, w: &[f32], shape: LinearShape, how: (DType, Reduction)) -> PackedLinear {
     dev.pack(dev.upload(w).all(), shape, how.0, how.1)
 }
@@ -125,23 +108,6 @@ fn linear(dev: &CpuDevice, x: &[f32], packed: &PackedLinear, bias: Option<&[f32]
     let bias = bias.as_ref().map(temper_tensor::Buffer::all);
     dev.linear(dev.upload(x).all(), packed, bias, out.all_mut(), Store::Write);
     host(dev, &out)
-}
-
-fn host(dev: &CpuDevice, buffer: &temper_tensor::Buffer) -> Vec<f32> {
-    let mut data = vec![0.0; buffer.len()];
-    dev.read(buffer.all(), &mut data);
-    data
-}
-
-fn bits(data: &[f32]) -> Vec<u32> {
-    data.iter().map(|x| x.to_bits()).collect()
-}
-
-fn assert_bits(got: &[f32], want: &[f32], what: &str) {
-    assert_eq!(got.len(), want.len(), "{what}");
-    for (i, (a, b)) in got.iter().zip(want).enumerate() {
-        assert_eq!(a.to_bits(), b.to_bits(), "{what}: element {i} is {a}, the reference says {b}");
-    }
 }
 
 const SHAPES: [(usize, usize, usize); 9] = [

@@ -3,22 +3,13 @@
 //! The reference spells out how a weight is quantised and in which order a sum runs (docs/numerics.md); the kernels
 //! must give its bits on every instruction family, for every number of rows and threads.
 
+mod common;
+
+use common::{assert_bits, bits, devices, host, numbers};
 use temper_tensor::{CpuConfig, CpuDevice, DType, Device, Isa, LinearShape, PackedLinear, Store, WeightFormat};
 
 /// Inputs that share a scale.
 const GROUP: usize = 64;
-
-/// Numbers in -1..1 from a seed.
-fn numbers(len: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / 8_388_608.0 - 1.0
-    };
-    (0..len).map(|_| next()).collect()
-}
 
 /// The bytes of a group as numbers, and its scale.
 fn quantized(group: &[f32]) -> (Vec<f32>, f32) {
@@ -92,11 +83,6 @@ fn device(num_threads: usize, isa: Option<Isa>) -> CpuDevice {
     CpuDevice::new(CpuConfig { num_threads, isa })
 }
 
-fn devices() -> Vec<CpuDevice> {
-    let families = [Isa::Avx512, Isa::Avx2, Isa::Portable].into_iter().filter(|isa| isa.is_available());
-    families.map(|isa| device(2, Some(isa))).collect()
-}
-
 /// `x W^T + bias`, on top of `before` where it is given.
 fn linear(dev: &CpuDevice, x: &[f32], packed: &PackedLinear, bias: Option<&[f32]>, before: Option<&[f32]>) -> Vec<f32> {
     let len = x.len() / packed.shape().k * packed.shape().n;
@@ -104,20 +90,7 @@ fn linear(dev: &CpuDevice, x: &[f32], packed: &PackedLinear, bias: Option<&[f32]
     let store = if before.is_some() { Store::Add } else { Store::Write };
     let bias = bias.map(|b| dev.upload(b));
     dev.linear(dev.upload(x).all(), packed, bias.as_ref().map(temper_tensor::Buffer::all), out.all_mut(), store);
-    let mut data = vec![0.0; len];
-    dev.read(out.all(), &mut data);
-    data
-}
-
-fn bits(data: &[f32]) -> Vec<u32> {
-    data.iter().map(|x| x.to_bits()).collect()
-}
-
-fn assert_bits(got: &[f32], want: &[f32], what: &str) {
-    assert_eq!(got.len(), want.len(), "{what}");
-    for (i, (a, b)) in got.iter().zip(want).enumerate() {
-        assert_eq!(a.to_bits(), b.to_bits(), "{what}: element {i} is {a}, the reference says {b}");
-    }
+    host(dev, &out)
 }
 
 #[test]
