@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # A run over two network namespaces as two hosts, joined by a virtual cable: the controller and the trainer in one, two
-# engines and a reward worker in the other. New weights take the cable too. The cable is cut for CUT seconds (default 20: longer than a lease) and healed
-# while the run goes on. The final weights must be those of the run in one process.
+# engines and a reward worker in the other. New weights take the cable too. The cable is cut for CUT seconds (default 20:
+# longer than a lease) and healed while the run goes on. The final weights must be those of the run in one process.
 #
-# usage, as root: scripts/two-hosts.sh PATH-TO-TEMPER [RECIPE]     (CUT=seconds, STEPS="--set ..." to shorten it)
+# usage, as root: scripts/two-hosts.sh PATH-TO-TEMPER [RECIPE]     (CUT=seconds, STEPS="--set ..." to shorten it,
+# RANKS=2 for a second trainer rank at the other end, TLS=1 for certificates)
 set -euo pipefail
 temper=$(realpath "$1")
 recipe=${2:-recipes/quickstart.toml}
 cut=${CUT:-20}
-read -r -a steps <<<"${STEPS:-}"
+ranks=${RANKS:-1}
+read -r -a steps <<<"${STEPS:-} --set placement.trainer_ranks=$ranks"
 dir=$(mktemp -d)
 a=temper-a-$$ b=temper-b-$$
 cleanup() {
@@ -33,14 +35,28 @@ done
 echo "reference: one process"
 "$temper" train "$recipe" --run-dir "$dir/one" "${steps[@]}" >"$dir/one.log" 2>&1
 
+run_tls=() a_tls=() b_tls=()
+if [ "${TLS:-0}" = 1 ]; then
+    "$temper" certs "$dir/tls" 10.77.0.1 10.77.0.2 >/dev/null
+    files() { echo "$dir/tls/ca.pem" "$dir/tls/10.77.0.$1.pem" "$dir/tls/10.77.0.$1-key.pem"; }
+    read -r ca cert key <<<"$(files 1)"
+    run_tls=(--set "placement.tls.ca=$ca" --set "placement.tls.cert=$cert" --set "placement.tls.key=$key")
+    a_tls=(--tls-ca "$ca" --tls-cert "$cert" --tls-key "$key")
+    read -r ca cert key <<<"$(files 2)"
+    b_tls=(--tls-ca "$ca" --tls-cert "$cert" --tls-key "$key")
+fi
+
 echo "two hosts"
 ip netns exec "$a" "$temper" train "$recipe" --run-dir "$dir/two" "${steps[@]}" \
     --set placement.mode=processes --set placement.spawn_workers=false --set placement.listen=10.77.0.1:7070 \
-    --set placement.rollout_workers=2 --set placement.weight_transport=grpc >"$dir/two.log" 2>&1 &
+    --set placement.rollout_workers=2 --set placement.weight_transport=grpc "${run_tls[@]}" >"$dir/two.log" 2>&1 &
 run=$!
-ip netns exec "$a" "$temper" serve trainer --join 10.77.0.1:7070 --listen 10.77.0.1:0 2>"$dir/trainer.log" &
-for role in rollout rollout reward; do
-    ip netns exec "$b" "$temper" serve "$role" --join 10.77.0.1:7070 --listen 10.77.0.2:0 2>>"$dir/workers.log" &
+ip netns exec "$a" "$temper" serve trainer --join 10.77.0.1:7070 --listen 10.77.0.1:0 "${a_tls[@]}" 2>"$dir/trainer.log" &
+there=(rollout rollout reward)
+for _ in $(seq 2 "$ranks"); do there+=(trainer); done
+for role in "${there[@]}"; do
+    ip netns exec "$b" "$temper" serve "$role" --join 10.77.0.1:7070 --listen 10.77.0.2:0 "${b_tls[@]}" \
+        2>>"$dir/workers.log" &
 done
 
 steps_done() { cat "$dir/two/metrics.jsonl" 2>/dev/null | wc -l; }

@@ -1,6 +1,7 @@
 //! Collective operations between the ranks of a trainer, and what moves when a layout of weights becomes another.
 //!
-//! Owns: the operations ([`Collective`]) over threads of one process and over sockets between processes, the rule that
+//! Owns: the operations ([`Collective`]) over threads of one process and over sockets between processes
+//! (under TLS where they have certificates), the rule that
 //! cuts a flat unit into shards ([`shard_ranges`]), and layouts with their plans ([`reshard`]). Knows nothing of
 //! models, devices or optimizers: it moves slices of host memory.
 //!
