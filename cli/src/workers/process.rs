@@ -20,8 +20,8 @@ use temper_proto::grpc::{
     TransportConfig, WeightClient, WeightServer, WorkerRegistryClient, serve,
 };
 use temper_proto::{
-    Assignment, ScalarModelService, ServiceResult, TrainerService, WeightService, WorkerHello, WorkerRegistry,
-    WorkerRole,
+    Assignment, ScalarModelService, ServiceError, ServiceResult, TrainerService, WeightService, WorkerHello,
+    WorkerRegistry, WorkerRole,
 };
 use temper_rollout::{LocalRolloutService, RankGroup, SyncedRolloutService};
 use temper_tensor::Device;
@@ -86,6 +86,15 @@ enum Ended {
     Failed(anyhow::Error),
 }
 
+impl Ended {
+    /// How an error after the registration ends the life: the controller may believe that it is over already.
+    fn by(error: anyhow::Error) -> Self {
+        let is_over = |cause: &ServiceError| cause.code == ErrorCode::Cancelled;
+        let is_over = error.chain().any(|cause| cause.downcast_ref().is_some_and(is_over));
+        if is_over { Ended::Lost(error) } else { Ended::Failed(error) }
+    }
+}
+
 impl<E: Into<anyhow::Error>> From<E> for Ended {
     fn from(error: E) -> Self {
         Ended::Failed(error.into())
@@ -109,12 +118,12 @@ fn live(options: &ServeOptions, listener: &TcpListener) -> Result<(), Ended> {
     let failure = Failure::default();
     let beats = Heartbeats::start(Arc::clone(&registry), &assignment, &failure)?;
     let joined = Joined { runtime: &runtime, registry: &registry, assignment: &assignment, ranks: &ranks };
-    let (services, engine_ranks) = joined.build(options.role, &failure)?;
+    let (services, engine_ranks) = joined.build(options.role, &failure).map_err(Ended::by)?;
     let config = TransportConfig::default();
     let services = services.of_life(assignment.id.incarnation);
     let server = serve(&runtime, listener.try_clone()?, services, config).context("serving")?;
     tracing::info!(worker = assignment.id.name, address = %server.address(), "serving");
-    registry.ready(&assignment.id)?;
+    registry.ready(&assignment.id).map_err(|error| Ended::by(error.into()))?;
     let ended = beats.wait();
     // Ahead of the engine, which tells them that it is over: from here on it is no loss when they end.
     drop(engine_ranks);
