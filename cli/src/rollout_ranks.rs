@@ -87,15 +87,16 @@ impl EngineSetting<'_> {
         &self,
         (version, holders): (PolicyVersion, Vec<Arc<dyn WeightService>>),
     ) -> Result<SyncedRolloutService<LocalRolloutService>> {
-        let sources = (holders, WeightTransport::Grpc);
-        if self.recipe.placement.rollout_tensor_parallel == 1 {
-            return self.start(version.number, sources, None);
-        }
-        let config = ModelConfig::load(self.model_dir)?;
         let placement = &self.recipe.placement;
-        let (num_ranks, timeout) = (placement.rollout_tensor_parallel, timeout(placement));
-        let group = RankGroup::of_threads(self.device, (&config, self.dtype), num_ranks, timeout)?;
-        self.start(version.number, sources, Some(Arc::new(group)))
+        let group = match placement.rollout_tensor_parallel {
+            1 => None,
+            num_ranks => {
+                let config = ModelConfig::load(self.model_dir)?;
+                let model = (&config, self.dtype);
+                Some(Arc::new(RankGroup::of_threads(self.device, model, num_ranks, timeout(placement))?))
+            }
+        };
+        self.start(version.number, (holders, WeightTransport::Grpc), group)
     }
 }
 

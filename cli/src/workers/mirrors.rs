@@ -46,8 +46,8 @@ struct Survivors {
 }
 
 impl Cluster {
-    /// The ranks again after one was lost, or why that cannot be without a checkpoint. `is_known` says which steps the
-    /// run can go on from; `is_of_trainer`, whether it was a trainer that failed.
+    /// The ranks again after one was lost, or why that cannot be without a checkpoint. `failed` is what failed first;
+    /// `is_known` says which steps the run can go on from.
     ///
     /// # Errors
     /// Why the memory of the ranks is of no use, in words.

@@ -58,27 +58,15 @@ pub(crate) struct Link {
 impl Link {
     /// The connecting side.
     pub(crate) fn dial(stream: TcpStream, tls: Option<&LinkTls>) -> std::io::Result<Self> {
-        let session = match tls {
-            None => None,
-            Some(tls) => {
-                let name = ServerName::from(stream.peer_addr()?.ip());
-                let session = ClientConnection::new(Arc::clone(&tls.client), name).map_err(std::io::Error::other)?;
-                Some(Box::new(Connection::from(session)))
-            }
-        };
-        Ok(Link { stream, session })
+        let name = ServerName::from(stream.peer_addr()?.ip());
+        let session = tls.map(|tls| ClientConnection::new(Arc::clone(&tls.client), name)).transpose();
+        Ok(Link { stream, session: session.map_err(std::io::Error::other)?.map(|client| Box::new(client.into())) })
     }
 
     /// The accepting side.
     pub(crate) fn accept(stream: TcpStream, tls: Option<&LinkTls>) -> std::io::Result<Self> {
-        let session = match tls {
-            None => None,
-            Some(tls) => {
-                let session = ServerConnection::new(Arc::clone(&tls.server)).map_err(std::io::Error::other)?;
-                Some(Box::new(Connection::from(session)))
-            }
-        };
-        Ok(Link { stream, session })
+        let session = tls.map(|tls| ServerConnection::new(Arc::clone(&tls.server))).transpose();
+        Ok(Link { stream, session: session.map_err(std::io::Error::other)?.map(|server| Box::new(server.into())) })
     }
 
     /// Send `ours` and hear as many bytes, each before `deadline`; the handshake is part of it.
@@ -167,7 +155,7 @@ pub(crate) struct TlsReader {
 impl TlsReader {
     /// Decrypt what there is, or wait for more. False where nothing more will come.
     fn fill(&mut self) -> std::io::Result<bool> {
-        (self.taken, self.clear) = (0, std::mem::take(&mut self.clear));
+        self.taken = 0;
         self.clear.clear();
         // What came together with the greeting is in the session already.
         self.decrypt(0)?;

@@ -33,6 +33,14 @@ pub enum GemmWeights {
 }
 
 impl GemmWeights {
+    /// What a policy in `dtype` multiplies whose weights are stored so.
+    pub const fn of(dtype: DType, weights: WeightFormat) -> Self {
+        match weights {
+            WeightFormat::Exact => GemmWeights::Exact(dtype),
+            WeightFormat::Int8 => GemmWeights::Int8,
+        }
+    }
+
     /// Format of the products.
     pub const fn dtype(self) -> DType {
         match self {

@@ -9,6 +9,7 @@ use crate::store::Store;
 use crate::{Error, Ranks, Trainer};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 use temper_proto::HeldShard;
 use temper_tensor::Device;
@@ -188,11 +189,18 @@ fn same_bits(a: &[f32], b: &[f32]) -> bool {
     a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits())
 }
 
-/// This rank's part of every unit.
-fn read(dev: &dyn Device, ranks: &Ranks, store: &Store) -> Vec<f32> {
+/// This rank's part of every unit, and how many numbers they are.
+fn own_parts(ranks: &Ranks, store: &Store) -> (Vec<Range<usize>>, usize) {
     let shapes = store.shapes();
     let parts: Vec<_> = (0..shapes.num_units()).map(|index| ranks.own(shapes.unit_len(index))).collect();
-    let mut values = vec![0.0; parts.iter().map(|part| part.len()).sum()];
+    let len = parts.iter().map(Range::len).sum();
+    (parts, len)
+}
+
+/// This rank's part of every unit.
+fn read(dev: &dyn Device, ranks: &Ranks, store: &Store) -> Vec<f32> {
+    let (parts, len) = own_parts(ranks, store);
+    let mut values = vec![0.0; len];
     let mut rest = &mut values[..];
     for (index, part) in parts.into_iter().enumerate() {
         let (own, tail) = rest.split_at_mut(part.len());
@@ -208,9 +216,7 @@ pub(super) fn write(
     (name, values): (&str, &[f32]),
     store: &mut Store,
 ) -> Result<(), Error> {
-    let shapes = store.shapes();
-    let parts: Vec<_> = (0..shapes.num_units()).map(|index| ranks.own(shapes.unit_len(index))).collect();
-    let expected: usize = parts.iter().map(|part| part.len()).sum();
+    let (parts, expected) = own_parts(ranks, store);
     if values.len() != expected {
         let problem = format!("`{name}` has {} numbers: this rank's part has {expected}", values.len());
         return Err(Error::Mirror { problem });

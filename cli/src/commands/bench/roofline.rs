@@ -4,7 +4,7 @@ use super::samples::round;
 use crate::plan::ModelSizes;
 use serde_json::{Value, json};
 use temper_actor::ModelConfig;
-use temper_tensor::bench::{measure_peak, measure_read_rate};
+use temper_tensor::bench::{GemmWeights, measure_peak, measure_read_rate};
 use temper_tensor::{CpuConfig, CpuDevice};
 use temper_types::{DType, WeightFormat};
 
@@ -26,7 +26,7 @@ impl Roofline {
     pub fn measure(config: &ModelConfig, (dtype, weights): (DType, WeightFormat), threads: usize) -> Roofline {
         let device = CpuDevice::new(CpuConfig { num_threads: threads, isa: None });
         let (read_rate, peak_gflops) =
-            (measure_read_rate(&device), measure_peak(&device, product_dtype(dtype, weights)));
+            (measure_read_rate(&device), measure_peak(&device, GemmWeights::of(dtype, weights).dtype()));
         Roofline { read_rate, peak_gflops, sizes: ModelSizes::of(config), dtype, weights }
     }
 
@@ -60,14 +60,6 @@ impl Roofline {
         let share = decode_tok_s.map_or_else(String::new, |rate| format!(": {:.0} % reached", 100.0 * rate / bound));
         let (read, peak) = (self.read_rate / 1e9, self.peak_gflops);
         format!("memory {read:.1} GB/s and {peak:.0} GFLOP/s let {bound:.0} tokens/s be decoded{share}")
-    }
-}
-
-/// The format that multiplies.
-const fn product_dtype(dtype: DType, weights: WeightFormat) -> DType {
-    match weights {
-        WeightFormat::Exact => dtype,
-        WeightFormat::Int8 => DType::F32,
     }
 }
 
