@@ -5,16 +5,20 @@
 //! tiles, so its numbers do not depend on the block size. Memory that was never written is zero or stale; no kernel
 //! reads a slot behind a row's own.
 
+use super::attention::KvElement;
+use super::math::load_lanes;
 use super::parallel::SharedMut;
-use super::simd::to_bf16;
+use super::simd::{Kernel, Simd};
 use super::{AlignedVec, CpuDevice};
 use crate::{AttnShape, KvCache, KvCacheSpec, SeqSpan};
+use std::ops::Range;
 use temper_types::DType;
 
 /// Slots in a tile.
 pub(crate) const TILE: usize = 16;
-/// Elements of a job below which appending runs on the caller.
-const INLINE_ELEMENTS: usize = 16 * 1024;
+/// Elements of a job below which appending runs on the caller. Slots of different sequences share no cache line, so
+/// that a few of them already take longer than it takes to start a job.
+const INLINE_ELEMENTS: usize = 4 * 1024;
 
 /// The pool's memory in its own format.
 pub(crate) enum KvData {
@@ -106,28 +110,62 @@ pub(crate) fn check_spans(shape: AttnShape, spans: &[SeqSpan<'_>], rows: usize, 
     }
 }
 
-/// Copies one row's keys and values of all heads to its slot.
-fn store_row<T>(
-    data: &SharedMut<'_, T>,
-    layout: &KvLayout,
-    (shape, layer): (AttnShape, usize),
-    (span, offset): (&SeqSpan<'_>, usize),
-    (row, convert): (&[f32], impl Fn(f32) -> T),
-) {
-    let (slot, head_dim) = (span.first_slot + offset, shape.head_dim);
-    let (keys, values) = row[shape.num_heads * head_dim..].split_at(shape.num_kv_heads * head_dim);
-    for kv_head in 0..shape.num_kv_heads {
-        let head = kv_head * head_dim..(kv_head + 1) * head_dim;
-        let base = layout.keys(layer, span.blocks, slot / TILE, kv_head);
-        for (d, x) in keys[head.clone()].iter().enumerate() {
-            // SAFETY: `ptr_at` checks the bound (a valid element, as the slot's row lies inside the tile), and
-            // every slot belongs to one row.
-            unsafe { data.ptr_at(base + d * TILE + slot % TILE).write(convert(*x)) };
+/// Rows of one span whose keys and values, of all heads, go to their slots.
+struct Append<'a, E> {
+    data: SharedMut<'a, E>,
+    layout: &'a KvLayout,
+    shape: &'a AttnShape,
+    layer: usize,
+    span: &'a SeqSpan<'a>,
+    /// Rows of the span.
+    offsets: Range<usize>,
+    /// Fused rows of the batch.
+    qkv: &'a [f32],
+}
+
+impl<E: KvElement> Kernel for Append<'_, E> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let (shape, dim, width) = (self.shape, self.shape.head_dim, self.shape.qkv_dim());
+        for offset in self.offsets.clone() {
+            let row = self.span.row_start + offset;
+            let row = &self.qkv[row * width..(row + 1) * width];
+            let (keys, values) = row[shape.num_heads * dim..].split_at(shape.num_kv_heads * dim);
+            let slot = self.span.first_slot + offset;
+            for kv_head in 0..shape.num_kv_heads {
+                let head = kv_head * dim..(kv_head + 1) * dim;
+                let base = self.layout.keys(self.layer, self.span.blocks, slot / TILE, kv_head);
+                // SAFETY: the lanes' features are the caller's promise; every slot belongs to one row.
+                unsafe { self.store::<S>((&keys[head.clone()], &values[head]), base, slot % TILE) }
+            }
         }
-        let first = base + layout.values_offset() + (slot % TILE) * layout.value_stride;
-        for (d, x) in values[head].iter().enumerate() {
-            // SAFETY: as above.
-            unsafe { data.ptr_at(first + d).write(convert(*x)) };
+    }
+}
+
+impl<E: KvElement> Append<'_, E> {
+    /// One head's key and value to slot `lane` of the tile at `base`.
+    ///
+    /// # Safety
+    /// As every method of [`Simd`]; no other task writes the slot.
+    #[inline(always)]
+    unsafe fn store<S: Simd>(&self, (key, value): (&[f32], &[f32]), base: usize, lane: usize) {
+        let first = base + self.layout.values_offset() + lane * self.layout.value_stride;
+        for d in (0..key.len()).step_by(16) {
+            let lanes = (key.len() - d).min(16);
+            let mut rounded = [E::ZERO; 16];
+            // SAFETY: `lanes` numbers are left in both slices, the array holds 16, and a slot's values have room for
+            // whole vectors, whose last numbers stay 0; `ptr_at` checks the bound of a key's last number.
+            unsafe {
+                E::store::<S>(rounded.as_mut_ptr(), load_lanes::<S>(key.as_ptr().add(d), lanes));
+                self.data.ptr_at(base + (d + lanes - 1) * TILE + lane);
+                let keys = self.data.ptr_at(base + d * TILE + lane);
+                for (i, number) in rounded[..lanes].iter().enumerate() {
+                    keys.add(i * TILE).write(*number);
+                }
+                let values = self.data.range(first + d..first + d + 16);
+                E::store::<S>(values.as_mut_ptr(), load_lanes::<S>(value.as_ptr().add(d), lanes));
+            }
         }
     }
 }
@@ -140,46 +178,37 @@ pub(crate) fn append(
     spans: &[SeqSpan<'_>],
     (cache, layer): (&mut KvCache, usize),
 ) {
-    let width = shape.qkv_dim();
-    check_spans(shape, spans, qkv.len() / width, (cache, layer));
+    check_spans(shape, spans, qkv.len() / shape.qkv_dim(), (cache, layer));
     let layout = cache.pool.layout;
+    match &mut cache.pool.data {
+        KvData::F32(data) => append_rows(dev, qkv, (&shape, spans), (SharedMut::new(data), &layout, layer)),
+        KvData::Bf16(data) => append_rows(dev, qkv, (&shape, spans), (SharedMut::new(data), &layout, layer)),
+    }
+}
+
+fn append_rows<E: KvElement>(
+    dev: &CpuDevice,
+    qkv: &[f32],
+    (shape, spans): (&AttnShape, &[SeqSpan<'_>]),
+    (data, layout, layer): (SharedMut<'_, E>, &KvLayout, usize),
+) {
     // Pieces of at most 16 rows, so that a long prefill is shared among threads.
     let pieces: Vec<(usize, usize)> = spans
         .iter()
         .enumerate()
         .flat_map(|(index, span)| (0..span.num_rows).step_by(TILE).map(move |offset| (index, offset)))
         .collect();
-    let each_row = |piece: usize, store: &dyn Fn(&SeqSpan<'_>, usize, &[f32])| {
+    let job = |piece: usize| {
         let (index, first) = pieces[piece];
         let span = &spans[index];
-        for offset in first..(first + TILE).min(span.num_rows) {
-            let row = span.row_start + offset;
-            store(span, offset, &qkv[row * width..(row + 1) * width]);
-        }
-    };
-    let job: Box<dyn Fn(usize) + Sync + '_> = match &mut cache.pool.data {
-        KvData::F32(data) => {
-            let data = SharedMut::new(data);
-            Box::new(move |piece| {
-                each_row(piece, &|span, offset, row| {
-                    store_row(&data, &layout, (shape, layer), (span, offset), (row, |x| x));
-                });
-            })
-        }
-        KvData::Bf16(data) => {
-            let data = SharedMut::new(data);
-            Box::new(move |piece| {
-                each_row(piece, &|span, offset, row| {
-                    store_row(&data, &layout, (shape, layer), (span, offset), (row, to_bf16));
-                });
-            })
-        }
+        let offsets = first..(first + TILE).min(span.num_rows);
+        dev.isa.run(Append { data, layout, shape, layer, span, offsets, qkv });
     };
     let kv_elements = 2 * shape.num_kv_heads * shape.head_dim * spans.iter().map(|s| s.num_rows).sum::<usize>();
     if kv_elements < INLINE_ELEMENTS {
         (0..pieces.len()).for_each(job);
     } else {
-        dev.pool.run(pieces.len(), &*job);
+        dev.pool.run(pieces.len(), &job);
     }
 }
 

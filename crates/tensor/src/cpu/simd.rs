@@ -56,6 +56,16 @@ pub(crate) trait Simd: Copy + 'static {
             Self::load(lanes.map(round_bf16).as_ptr())
         }
     }
+    /// 16 numbers as bf16, each as [`to_bf16`] gives it.
+    #[inline(always)]
+    unsafe fn store_bf16(ptr: *mut u16, a: Self::V) {
+        let mut lanes = [0f32; 16];
+        // SAFETY: the array holds 16 lanes; the caller's pointer is valid for as many.
+        unsafe {
+            Self::store(lanes.as_mut_ptr(), a);
+            ptr.cast::<[u16; 16]>().write_unaligned(lanes.map(to_bf16));
+        }
+    }
     /// Pairs of bf16, rounded: the bits of lane i hold `even[i]` in the low half and `odd[i]` in the high half.
     #[inline(always)]
     unsafe fn pair_bf16(even: Self::V, odd: Self::V) -> Self::V {
@@ -218,17 +228,18 @@ mod tests {
     struct Roundings<'a>(&'a [f32], &'a [f32]);
 
     impl Kernel for Roundings<'_> {
-        type Output = [u32; 32];
+        type Output = ([u32; 32], [u16; 16]);
         #[inline(always)]
-        unsafe fn run<S: Simd>(self) -> [u32; 32] {
-            let mut out = [0f32; 32];
-            // SAFETY: the slices and the array hold 16 numbers each.
+        unsafe fn run<S: Simd>(self) -> ([u32; 32], [u16; 16]) {
+            let (mut out, mut stored) = ([0f32; 32], [0u16; 16]);
+            // SAFETY: the slices and the arrays hold 16 numbers each.
             unsafe {
                 let (even, odd) = (S::load(self.0.as_ptr()), S::load(self.1.as_ptr()));
                 S::store(out.as_mut_ptr(), S::round_bf16(even));
                 S::store(out.as_mut_ptr().add(16), S::pair_bf16(even, odd));
+                S::store_bf16(stored.as_mut_ptr(), even);
             }
-            out.map(f32::to_bits)
+            (out.map(f32::to_bits), stored)
         }
     }
 
@@ -241,10 +252,11 @@ mod tests {
         for isa in [Isa::Avx512, Isa::Avx2, Isa::Portable].into_iter().filter(|isa| isa.is_available()) {
             for window in numbers.windows(32) {
                 let (even, odd) = window.split_at(16);
-                let got = isa.run(Roundings(even, odd));
+                let (got, stored) = isa.run(Roundings(even, odd));
                 for i in 0..16 {
                     let pair = u32::from(to_bf16(even[i])) | (u32::from(to_bf16(odd[i])) << 16);
                     assert_eq!(got[i], round_bf16(even[i]).to_bits(), "{isa:?}: {:x}", even[i].to_bits());
+                    assert_eq!(stored[i], to_bf16(even[i]), "{isa:?}: {:x}", even[i].to_bits());
                     assert_eq!(got[16 + i], pair, "{isa:?}: {:x}, {:x}", even[i].to_bits(), odd[i].to_bits());
                 }
             }

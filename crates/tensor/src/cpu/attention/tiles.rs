@@ -8,26 +8,45 @@ use super::super::simd::Simd;
 
 /// A number as the cache stores it.
 pub(crate) trait KvElement: Copy + Send + Sync {
+    /// 0.
+    const ZERO: Self;
     /// 16 numbers, widened.
     ///
     /// # Safety
     /// As [`Simd::load`].
     unsafe fn load<S: Simd>(ptr: *const Self) -> S::V;
+    /// 16 numbers, rounded.
+    ///
+    /// # Safety
+    /// As [`Simd::store`].
+    unsafe fn store<S: Simd>(ptr: *mut Self, v: S::V);
 }
 
 impl KvElement for f32 {
+    const ZERO: f32 = 0.0;
     #[inline(always)]
     unsafe fn load<S: Simd>(ptr: *const f32) -> S::V {
         // SAFETY: passed on to the caller.
         unsafe { S::load(ptr) }
     }
+    #[inline(always)]
+    unsafe fn store<S: Simd>(ptr: *mut f32, v: S::V) {
+        // SAFETY: passed on to the caller.
+        unsafe { S::store(ptr, v) }
+    }
 }
 
 impl KvElement for u16 {
+    const ZERO: u16 = 0;
     #[inline(always)]
     unsafe fn load<S: Simd>(ptr: *const u16) -> S::V {
         // SAFETY: passed on to the caller.
         unsafe { S::load_bf16(ptr) }
+    }
+    #[inline(always)]
+    unsafe fn store<S: Simd>(ptr: *mut u16, v: S::V) {
+        // SAFETY: passed on to the caller.
+        unsafe { S::store_bf16(ptr, v) }
     }
 }
 

@@ -285,7 +285,14 @@ impl Kernel for RowWords<'_> {
                     }
                 }
                 Format::Pairs => {
-                    for (numbers, out) in row.chunks(2).zip(out.iter_mut()) {
+                    let (whole, tail) = row.as_chunks::<16>();
+                    let (pairs, tail_pairs) = out.split_at_mut(whole.len() * 8);
+                    for (numbers, out) in whole.iter().zip(pairs.chunks_exact_mut(8)) {
+                        // SAFETY: sixteen numbers, and room for as many in eight words. The words are those of a
+                        // little-endian machine, as `Simd::load_bf16_pairs` reads them.
+                        unsafe { S::store_bf16(out.as_mut_ptr().cast(), S::load(numbers.as_ptr())) }
+                    }
+                    for (numbers, out) in tail.chunks(2).zip(tail_pairs) {
                         *out = pair_word(numbers[0], numbers.get(1).copied().unwrap_or(0.0));
                     }
                 }

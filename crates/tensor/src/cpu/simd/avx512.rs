@@ -80,6 +80,13 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn store_bf16(ptr: *mut u16, a: __m512) {
+        unsafe {
+            let high = _mm512_srli_epi32::<16>(_mm512_castps_si512(Self::round_bf16(a)));
+            _mm256_storeu_si256(ptr.cast(), _mm512_cvtepi32_epi16(high));
+        }
+    }
+    #[inline(always)]
     unsafe fn pair_bf16(even: __m512, odd: __m512) -> __m512 {
         unsafe {
             let low = _mm512_srli_epi32::<16>(_mm512_castps_si512(Self::round_bf16(even)));
