@@ -174,7 +174,7 @@ impl Controller {
     fn run_from(&mut self, start: Start<'_>) -> Result<RunOutcome, Error> {
         let result = self.run_stages(start).and_then(|outcome| self.check_accounts().map(|()| outcome));
         if let Err(error) = &result {
-            tracing::error!(step = self.place.step, phase = self.place.phase().name(), %error, "the run failed");
+            tracing::error!(step = self.place.step, phase = self.place.phase().name(), %error, "stopped in this step");
             let fields = [("step", json!(self.state.step)), ("error", json!(error.to_string()))];
             self.record.event("failed", &fields)?;
         }

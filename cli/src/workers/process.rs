@@ -392,3 +392,23 @@ pub fn end_with_stdin() -> anyhow::Result<()> {
     std::thread::Builder::new().name("stdin".to_owned()).spawn(wait)?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_is_told_that_its_life_is_over_registers_again_and_whoever_cannot_work_ends() {
+        let refusal = |code| ServiceError::new(code, "controller", "ready", "trainer-0 has another life");
+        for code in [ErrorCode::Cancelled, ErrorCode::InvalidArgument, ErrorCode::Unavailable, ErrorCode::Internal] {
+            let bare = Ended::by(refusal(code).into());
+            let within = Ended::by(anyhow::Error::from(refusal(code)).context("linking the ranks"));
+            for ended in [bare, within] {
+                assert_eq!(matches!(ended, Ended::Lost(_)), code == ErrorCode::Cancelled, "{code:?}");
+            }
+        }
+        assert!(matches!(Ended::by(anyhow::anyhow!("no such model")), Ended::Failed(_)));
+        // Before a worker is registered there is no life that could be over.
+        assert!(matches!(Ended::from(refusal(ErrorCode::Cancelled)), Ended::Failed(_)));
+    }
+}
