@@ -9,6 +9,7 @@ use common::{SMALL, recipe, stderr, temper};
 use ranks::without_communication;
 use run::{outcome, train};
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -366,4 +367,70 @@ fn a_worker_without_a_controller_says_so() {
     assert!(stderr(&output).contains("'no address'") && stderr(&output).contains("expected HOST:PORT"), "{output:?}");
     let output = temper().args(["status", "--run-dir", "nowhere"]).output().expect("the binary starts");
     assert!(stderr(&output).contains("not a run that is controlled over the network"), "{}", stderr(&output));
+}
+
+/// A process that ends with the test.
+struct Joined(Child);
+
+impl Joined {
+    fn join(address: &str, role: &str) -> Self {
+        let mut command = temper();
+        command.args(["serve", role, "--join", address]).stdout(Stdio::null()).stderr(Stdio::null());
+        Joined(command.spawn().expect("the binary starts"))
+    }
+}
+
+impl Drop for Joined {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+/// An address that nobody listened at a moment ago.
+fn free_address() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener.local_addr().expect("bound").to_string()
+}
+
+/// Process and life of the worker `name`, while `is_held` says whether the run holds on to it.
+fn life_of(run_dir: &Path, name: &str, is_held: bool) -> Option<(u64, u64)> {
+    let workers = control_json(run_dir, &["workers"])?;
+    let found = workers.as_array()?.iter().find(|worker| worker["name"] == name)?;
+    let life = (found["process_id"].as_u64()?, found["incarnation"].as_u64()?);
+    ((found["state"] != "lost") == is_held).then_some(life)
+}
+
+/// One rank stands still for longer than its lease; so does the other, once it is there again and waits for the first.
+/// Both are told that their life is over, the second while it gets ready for the next, and the run goes on with them.
+#[test]
+fn ranks_that_were_given_up_one_after_the_other_join_again() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let recipe = recipe(dir.path(), &longer().replace("steps = 40", "steps = 120"));
+    let (reference, run_dir) = (dir.path().join("reference"), dir.path().join("joined"));
+    assert!(train(&recipe, &reference, &["--set", "placement.trainer_ranks=2"], None).status.success());
+
+    let address = free_address();
+    let listen = format!("placement.listen={address}");
+    let run = start(&recipe, &run_dir, &["placement.spawn_workers=false", "placement.trainer_ranks=2", &listen]);
+    let _workers = ["trainer", "trainer", "rollout", "reward"].map(|role| Joined::join(&address, role));
+
+    until("steps", || (control_json(&run_dir, &["status"])?["step"].as_u64()? > 5).then_some(()));
+    let [(first, life), (second, _)] =
+        ["trainer-0", "trainer-1"].map(|name| until(name, || life_of(&run_dir, name, true)));
+    signal(second, "STOP");
+    let next = until("the first rank again", || {
+        life_of(&run_dir, "trainer-0", true).filter(|next| next.0 == first && next.1 != life)
+    });
+    signal(first, "STOP");
+    until("the first rank given up again", || life_of(&run_dir, "trainer-0", false).filter(|lost| *lost == next));
+    signal(first, "CONT");
+    signal(second, "CONT");
+
+    finish(run);
+    assert_eq!(
+        without_communication(run::whole_outcome(&run_dir)),
+        without_communication(run::whole_outcome(&reference))
+    );
 }
