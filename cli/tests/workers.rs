@@ -53,10 +53,14 @@ fn control_json(run_dir: &Path, args: &[&str]) -> Option<serde_json::Value> {
 
 /// Process of the worker `name`, once it serves in a life other than `before`.
 fn worker(run_dir: &Path, name: &str, before: u64) -> Option<(u64, u64)> {
+    life_in(run_dir, name, |state| state == "ready").filter(|(_, life)| *life != before)
+}
+
+/// Process and life of the worker `name`, while it is in such a state.
+fn life_in(run_dir: &Path, name: &str, is_such: impl Fn(&str) -> bool) -> Option<(u64, u64)> {
     let workers = control_json(run_dir, &["workers"])?;
-    let found = workers.as_array()?.iter().find(|w| w["name"] == name && w["state"] == "ready")?;
-    let (pid, life) = (found["process_id"].as_u64()?, found["incarnation"].as_u64()?);
-    (life != before).then_some((pid, life))
+    let found = workers.as_array()?.iter().find(|w| w["name"] == name && w["state"].as_str().is_some_and(&is_such))?;
+    Some((found["process_id"].as_u64()?, found["incarnation"].as_u64()?))
 }
 
 fn signal(pid: u64, name: &str) {
@@ -394,14 +398,6 @@ fn free_address() -> String {
     listener.local_addr().expect("bound").to_string()
 }
 
-/// Process and life of the worker `name`, while `is_held` says whether the run holds on to it.
-fn life_of(run_dir: &Path, name: &str, is_held: bool) -> Option<(u64, u64)> {
-    let workers = control_json(run_dir, &["workers"])?;
-    let found = workers.as_array()?.iter().find(|worker| worker["name"] == name)?;
-    let life = (found["process_id"].as_u64()?, found["incarnation"].as_u64()?);
-    ((found["state"] != "lost") == is_held).then_some(life)
-}
-
 /// One rank stands still for longer than its lease; so does the other, once it is there again and waits for the first.
 /// Both are told that their life is over, the second while it gets ready for the next, and the run goes on with them.
 #[test]
@@ -417,14 +413,15 @@ fn ranks_that_were_given_up_one_after_the_other_join_again() {
     let _workers = ["trainer", "trainer", "rollout", "reward"].map(|role| Joined::join(&address, role));
 
     until("steps", || (control_json(&run_dir, &["status"])?["step"].as_u64()? > 5).then_some(()));
-    let [(first, life), (second, _)] =
-        ["trainer-0", "trainer-1"].map(|name| until(name, || life_of(&run_dir, name, true)));
+    let [(first, life), (second, _)] = ["trainer-0", "trainer-1"].map(|name| until(name, || worker(&run_dir, name, 0)));
     signal(second, "STOP");
     let next = until("the first rank again", || {
-        life_of(&run_dir, "trainer-0", true).filter(|next| next.0 == first && next.1 != life)
+        life_in(&run_dir, "trainer-0", |state| state != "lost").filter(|next| next.0 == first && next.1 != life)
     });
     signal(first, "STOP");
-    until("the first rank given up again", || life_of(&run_dir, "trainer-0", false).filter(|lost| *lost == next));
+    until("the first rank given up again", || {
+        life_in(&run_dir, "trainer-0", |state| state == "lost").filter(|lost| *lost == next)
+    });
     signal(first, "CONT");
     signal(second, "CONT");
 

@@ -1,9 +1,8 @@
 //! Collective operations between the ranks of a trainer, and what moves when a layout of weights becomes another.
 //!
 //! Owns: the operations ([`Collective`]) over threads of one process and over sockets between processes
-//! (under TLS where they have certificates), the rule that
-//! cuts a flat unit into shards ([`shard_ranges`]), and layouts with their plans ([`reshard`]). Knows nothing of
-//! models, devices or optimizers: it moves slices of host memory.
+//! (under TLS where they have certificates), the rule that cuts a flat unit into shards ([`shard_ranges`]), and layouts
+//! with their plans ([`reshard`]). Knows nothing of models, devices or optimizers: it moves slices of host memory.
 //!
 //! Invariants: a sum adds contributions in rank order, so that timing reaches no bit, and both transports give the same
 //! bits · every wait has a deadline · a rank that is gone or late is named in the error on all others · ranks that

@@ -58,9 +58,12 @@ pub(crate) struct Link {
 impl Link {
     /// The connecting side.
     pub(crate) fn dial(stream: TcpStream, tls: Option<&LinkTls>) -> std::io::Result<Self> {
-        let name = ServerName::from(stream.peer_addr()?.ip());
-        let session = tls.map(|tls| ClientConnection::new(Arc::clone(&tls.client), name)).transpose();
-        Ok(Link { stream, session: session.map_err(std::io::Error::other)?.map(|client| Box::new(client.into())) })
+        let connect = |tls: &LinkTls| {
+            let name = ServerName::from(stream.peer_addr()?.ip());
+            ClientConnection::new(Arc::clone(&tls.client), name).map_err(std::io::Error::other)
+        };
+        let session = tls.map(connect).transpose()?.map(|client| Box::new(client.into()));
+        Ok(Link { stream, session })
     }
 
     /// The accepting side.

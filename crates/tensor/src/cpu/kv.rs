@@ -153,7 +153,7 @@ impl<E: KvElement> Append<'_, E> {
         let first = base + self.layout.values_offset() + lane * self.layout.value_stride;
         for d in (0..key.len()).step_by(16) {
             let lanes = (key.len() - d).min(16);
-            let mut rounded = [E::ZERO; 16];
+            let mut rounded = [E::default(); 16];
             // SAFETY: `lanes` numbers are left in both slices, the array holds 16, and a slot's values have room for
             // whole vectors, whose last numbers stay 0; `ptr_at` checks the bound of a key's last number.
             unsafe {

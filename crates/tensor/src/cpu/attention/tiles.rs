@@ -7,9 +7,7 @@ use super::super::kv::TILE;
 use super::super::simd::Simd;
 
 /// A number as the cache stores it.
-pub(crate) trait KvElement: Copy + Send + Sync {
-    /// 0.
-    const ZERO: Self;
+pub(crate) trait KvElement: Copy + Default + Send + Sync {
     /// 16 numbers, widened.
     ///
     /// # Safety
@@ -23,7 +21,6 @@ pub(crate) trait KvElement: Copy + Send + Sync {
 }
 
 impl KvElement for f32 {
-    const ZERO: f32 = 0.0;
     #[inline(always)]
     unsafe fn load<S: Simd>(ptr: *const f32) -> S::V {
         // SAFETY: passed on to the caller.
@@ -37,7 +34,6 @@ impl KvElement for f32 {
 }
 
 impl KvElement for u16 {
-    const ZERO: u16 = 0;
     #[inline(always)]
     unsafe fn load<S: Simd>(ptr: *const u16) -> S::V {
         // SAFETY: passed on to the caller.
