@@ -1,11 +1,11 @@
 //! A step of generation: rows of many sequences through all layers, and one drawn token per chosen row.
 
-use super::layer::{AttendBuffers, ExpandBuffers, Rows};
+use super::layer::{AttendBuffers, Rows};
 use super::packed::PackedPolicy;
 use super::part_forward::SumBuffers;
 use super::scratch::GrowBuffer;
 use super::sequence::Turned;
-use temper_tensor::{KvCache, LmHead, SampleRow, Sampled, SeqSpan, TokenStats, View};
+use temper_tensor::{KvCache, LmHead, SampleRow, Sampled, SeqSpan, Store, TokenStats, View};
 
 /// Rows of one step, of any mix of sequences: decodes (one row), chunks of prompts, drafts to verify.
 #[derive(Debug, Clone, Copy)]
@@ -115,8 +115,7 @@ impl PackedPolicy {
         self.attend_rows(index, rows, kv, ws);
         self.add_attention(layer, ws.attn.view(t * dims.attn), ws.x.view_mut(t * dims.model));
         self.expand_rows(index, t, ws);
-        let (gate_up, act) = (ws.gate_up.view(t * 2 * dims.ffn), ws.act.view_mut(t * dims.ffn));
-        self.add_mlp(layer, gate_up, act, ws.x.view_mut(t * dims.model));
+        self.project(&layer.down, ws.act.view(t * dims.ffn), ws.x.view_mut(t * dims.model), Store::Add);
     }
 
     /// [`PackedPolicy::attend`] over the workspace.
@@ -134,15 +133,14 @@ impl PackedPolicy {
         self.attend(&self.layers[index], ws.x.view(t * dims.model), rows, kv, attend);
     }
 
-    /// [`PackedPolicy::expand`] over the workspace.
+    /// The inner rows of the feed-forward block, `silu(gate) * up`, over the workspace.
     pub(super) fn expand_rows(&self, index: usize, t: usize, ws: &mut Workspace) {
-        let dims = self.dims;
-        let expand = ExpandBuffers {
-            normed: ws.normed.view_mut(t * dims.model),
-            rstd: None,
-            gate_up: ws.gate_up.view_mut(t * 2 * dims.ffn),
-        };
-        self.expand(&self.layers[index], ws.x.view(t * dims.model), expand);
+        let (dev, layer, dims) = (&*self.dev, &self.layers[index], self.dims);
+        let (x, mut normed) = (ws.x.view(t * dims.model), ws.normed.view_mut(t * dims.model));
+        dev.rms_norm(x, layer.mlp_norm.all(), self.norm_shape(t), normed.reborrow(), None);
+        let (weight, bias) = (&layer.gate_up.weight, layer.gate_up.bias.as_ref().map(|b| b.all()));
+        let (gate_up, act) = (ws.gate_up.view_mut(t * 2 * dims.ffn), ws.act.view_mut(t * dims.ffn));
+        dev.linear_swiglu(normed.as_view(), weight, bias, gate_up, act);
     }
 
     /// Draw one token for each of `rows`, rows of the last [`PackedPolicy::forward`] over this workspace.

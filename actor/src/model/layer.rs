@@ -51,8 +51,8 @@ pub(super) struct AttendBuffers<'a> {
 pub(super) struct ExpandBuffers<'a> {
     /// Normed input, `[T, D]`.
     pub normed: ViewMut<'a>,
-    /// Reciprocal root mean squares of the input, `[T]`, where the backward needs them.
-    pub rstd: Option<ViewMut<'a>>,
+    /// Reciprocal root mean squares of the input, `[T]`.
+    pub rstd: ViewMut<'a>,
     /// Fused gate and up projections, `[T, 2F]`.
     pub gate_up: ViewMut<'a>,
 }
@@ -107,7 +107,7 @@ impl PackedPolicy {
     /// Second half of a layer up to the fused gate and up projections.
     pub(super) fn expand(&self, layer: &PackedLayer, x: View<'_>, mut buffers: ExpandBuffers<'_>) {
         let norm = self.norm_shape(x.len() / self.dims.model);
-        self.dev.rms_norm(x, layer.mlp_norm.all(), norm, buffers.normed.reborrow(), buffers.rstd);
+        self.dev.rms_norm(x, layer.mlp_norm.all(), norm, buffers.normed.reborrow(), Some(buffers.rstd));
         self.project(&layer.gate_up, buffers.normed.as_view(), buffers.gate_up, Store::Write);
     }
 
@@ -118,7 +118,7 @@ impl PackedPolicy {
     }
 
     /// One linear layer.
-    fn project(&self, projection: &PackedProjection, x: View<'_>, out: ViewMut<'_>, store: Store) {
+    pub(super) fn project(&self, projection: &PackedProjection, x: View<'_>, out: ViewMut<'_>, store: Store) {
         let bias = projection.bias.as_ref().map(|b| b.all());
         self.dev.linear(x, &projection.weight, bias, out, store);
     }

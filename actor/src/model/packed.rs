@@ -284,6 +284,17 @@ impl PackedPolicy {
         self.format.weights
     }
 
+    /// Bytes of all packed matrices, which a step reads once: a layer's four, and the head's.
+    pub fn matrix_bytes(&self) -> usize {
+        let layers = self.layers.iter().flat_map(|layer| [&layer.qkv, &layer.o, &layer.gate_up, &layer.down]);
+        let head = match &self.head {
+            PackedHead::Lm(head) => head.size_bytes(),
+            PackedHead::Scalar(head) => head.weight.size_bytes(),
+            PackedHead::Elsewhere => 0,
+        };
+        layers.map(|projection| projection.weight.size_bytes()).sum::<usize>() + head
+    }
+
     /// Ids that are never drawn and get no mass, ascending: those that the tokenizer does not have.
     pub fn masked_ids(&self) -> &[u32] {
         &self.masked_ids

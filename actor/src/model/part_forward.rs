@@ -50,9 +50,7 @@ impl PackedPolicy {
             let (attn, x) = (ws.attn.view(t * self.dims.attn), ws.x.view_mut(t * d));
             self.add_sums((&layer.o, attn), x, (&mut ws.sums, ranks))?;
             self.expand_rows(index, t, ws);
-            let (gate_up, ffn) = (ws.gate_up.view(t * 2 * self.dims.ffn), self.dims.ffn);
-            self.dev.swiglu(gate_up, ffn, ws.act.view_mut(t * ffn));
-            let (act, x) = (ws.act.view(t * ffn), ws.x.view_mut(t * d));
+            let (act, x) = (ws.act.view(t * self.dims.ffn), ws.x.view_mut(t * d));
             self.add_sums((&layer.down, act), x, (&mut ws.sums, ranks))?;
         }
         Ok(self.finish_rows(t, workspace))

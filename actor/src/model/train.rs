@@ -80,7 +80,7 @@ impl PackedPolicy {
         self.dev.copy(ws.x.view(t * dims.model), saved.mid.view_mut(t * dims.model));
         let expand = ExpandBuffers {
             normed: ws.normed.view_mut(t * dims.model),
-            rstd: Some(saved.mlp_rstd.view_mut(t)),
+            rstd: saved.mlp_rstd.view_mut(t),
             gate_up: saved.gate_up.view_mut(t * 2 * dims.ffn),
         };
         self.expand(layer, ws.x.view(t * dims.model), expand);

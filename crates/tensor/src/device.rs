@@ -86,6 +86,16 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     fn head_norm_grad(&self, args: HeadNorm<'_>, rstd: View<'_>, grad: HeadNormGrad<'_>);
     /// `out[T, F] = silu(gate) * up` of rows `[gate F | up F]`.
     fn swiglu(&self, gate_up: View<'_>, ffn_dim: usize, out: ViewMut<'_>);
+    /// [`Device::swiglu`] of the rows that a linear layer gives, to the same bits: `out[T, F] = silu(gate) * up` of
+    /// `[gate F | up F] = x[T, k] W^T + bias`. `gate_up[T, 2F]` is room for them; what is in it afterwards is arbitrary.
+    fn linear_swiglu(
+        &self,
+        x: View<'_>,
+        w: &PackedLinear,
+        bias: Option<View<'_>>,
+        gate_up: ViewMut<'_>,
+        out: ViewMut<'_>,
+    );
     /// Gradient of [`Device::swiglu`] with respect to the fused rows, written.
     fn swiglu_grad(&self, gate_up: View<'_>, ffn_dim: usize, dout: View<'_>, dgate_up: ViewMut<'_>);
 

@@ -89,6 +89,14 @@ impl PackedLinear {
         }
     }
 
+    /// Bytes of memory that it takes. A weight in f32 takes half where all of its numbers are ones of bf16.
+    pub fn size_bytes(&self) -> usize {
+        match &self.panels {
+            Panels::Words(panels) => panels.size_bytes(),
+            Panels::Int8(panels) => panels.size_bytes(),
+        }
+    }
+
     /// Order of summation.
     pub fn reduction(&self) -> Reduction {
         self.reduction

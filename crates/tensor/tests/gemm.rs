@@ -139,6 +139,67 @@ fn a_linear_layer_has_the_bits_of_the_scalar_reference_on_every_family() {
     }
 }
 
+/// Weights of which every number is one of bf16, as those of a model that was published in it.
+fn published(w: &[f32]) -> Vec<f32> {
+    w.iter().map(|x| rounded(*x)).collect()
+}
+
+/// Blocks that widen the weights in registers, and ones that share words widened once, in one and in many segments.
+#[test]
+fn f32_weights_that_bf16_holds_take_half_the_memory_and_keep_every_bit() {
+    for (m, n, k) in [(1, 1, 2), (7, 64, 16), (13, 70, 34), (31, 130, 200), (70, 33, 66), (65, 5, 2600), (300, 3, 18)] {
+        let mut case = Case::new(m, n, k);
+        let full = pack(&devices()[0], &case.w, case.shape, (DType::F32, Reduction::Chain)).size_bytes();
+        case.w = published(&case.w);
+        for reduction in REDUCTIONS {
+            let how = (DType::F32, reduction);
+            let want = case.reference((how.0, how.1, Order::Promised));
+            for dev in devices() {
+                let packed = pack(&dev, &case.w, case.shape, how);
+                assert_eq!(packed.size_bytes() * 2, full, "{m}x{n}x{k} {dev:?}");
+                let got = linear(&dev, &case.x, &packed, Some(&case.bias));
+                assert_bits(&got, &want, &format!("linear {m}x{n}x{k} {reduction:?} {dev:?}"));
+            }
+        }
+    }
+}
+
+/// A number that rounding to bf16 would change, if only by flushing it, keeps the whole weight as it was given.
+#[test]
+fn an_f32_weight_with_one_number_that_bf16_lacks_is_kept_whole() {
+    let (m, n, k) = (9, 65, 48);
+    let case = Case::new(m, n, k);
+    for odd_one in [1.0 + f32::EPSILON, f32::from_bits(1 << 16), f32::MIN_POSITIVE / 2.0] {
+        let mut case =
+            Case { w: published(&case.w), x: case.x.clone(), bias: case.bias.clone(), dy: Vec::new(), ..case };
+        case.w[n * k - 2] = odd_one;
+        let want = case.reference((DType::F32, Reduction::Chain, Order::Promised));
+        for dev in devices() {
+            let packed = pack(&dev, &case.w, case.shape, (DType::F32, Reduction::Chain));
+            assert_eq!(packed.size_bytes(), n.next_multiple_of(32) * k * size_of::<f32>());
+            assert_bits(&linear(&dev, &case.x, &packed, Some(&case.bias)), &want, &format!("{odd_one:e} {dev:?}"));
+        }
+    }
+}
+
+#[test]
+fn a_packed_weight_takes_the_memory_of_the_values_that_it_is_given_anew() {
+    let (m, n, k) = (5, 70, 48);
+    let trained = Case::new(m, n, k);
+    let published = Case { w: published(&trained.w), ..Case::new(m, n, k) };
+    for dev in devices() {
+        let how = (DType::F32, Reduction::Groups8);
+        let mut packed = pack(&dev, &published.w, published.shape, how);
+        for case in [&trained, &published, &trained] {
+            dev.repack(dev.upload(&case.w).all(), &mut packed);
+            let fresh = pack(&dev, &case.w, case.shape, how);
+            assert_eq!(packed.size_bytes(), fresh.size_bytes());
+            let want = case.reference((how.0, how.1, Order::Promised));
+            assert_bits(&linear(&dev, &case.x, &packed, Some(&case.bias)), &want, &format!("{dev:?}"));
+        }
+    }
+}
+
 #[test]
 fn gradients_have_the_bits_of_the_scalar_reference_on_every_family() {
     for (m, n, k) in SHAPES {
@@ -426,6 +487,29 @@ fn rates_are_measured_for_every_product() {
         for kind in [GemmKind::Forward, GemmKind::InputGrad, GemmKind::WeightGrad] {
             let rate = measure_linear(&dev, dtype, kind, 16, 64, 64);
             assert!(rate.is_finite() && rate > 0.0, "{dtype} {kind:?}: {rate}");
+        }
+    }
+}
+
+/// Widths that panels divide and ones that they do not, blocks of few and many rows, with and without biases.
+#[test]
+fn a_fused_activation_has_the_bits_of_a_layer_and_an_activation() {
+    for (m, ffn, k) in [(1, 32, 18), (7, 64, 33), (13, 70, 34), (31, 96, 130), (250, 32, 40), (3, 64, 1030)] {
+        let case = Case::new(m, 2 * ffn, k);
+        for dev in devices() {
+            let mut forms = Vec::from(DTYPES.map(|dtype| pack(&dev, &case.w, case.shape, (dtype, Reduction::Chain))));
+            forms.push(dev.pack_int8(dev.upload(&case.w).all(), case.shape));
+            for packed in forms {
+                for bias in [None, Some(&case.bias[..])] {
+                    let rows = linear(&dev, &case.x, &packed, bias);
+                    let (mut want, mut got) = (dev.zeros(m * ffn), dev.zeros(m * ffn));
+                    dev.swiglu(dev.upload(&rows).all(), ffn, want.all_mut());
+                    let (bias, mut room) = (bias.map(|b| dev.upload(b)), dev.zeros(rows.len()));
+                    let bias = bias.as_ref().map(temper_tensor::Buffer::all);
+                    dev.linear_swiglu(dev.upload(&case.x).all(), &packed, bias, room.all_mut(), got.all_mut());
+                    assert_bits(&host(&dev, &got), &host(&dev, &want), &format!("{m}x{ffn}x{k} {packed:?} {dev:?}"));
+                }
+            }
         }
     }
 }

@@ -75,7 +75,7 @@ impl Rollout {
         let whole = timed(self.new_tokens, 1 + self.runs as u64)?;
         let lens = (vocab_size, self.prompt_len);
         let group = self.group.map(|n| GroupTimes::measure(&generator, n, lens, self.runs)).transpose()?;
-        let roofline = Roofline::measure(&config, (generator.dtype, generator.weights), self.compute.threads);
+        let roofline = Roofline::measure(&config, &generator, self.compute.threads);
         self.report(&generator, (&short, &whole), (&roofline, group.as_ref()))
     }
 

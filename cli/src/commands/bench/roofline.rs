@@ -1,33 +1,36 @@
 //! What memory and arithmetic of the machine let decoding reach.
 
 use super::samples::round;
+use crate::commands::common::engine::Generator;
 use crate::plan::ModelSizes;
 use serde_json::{Value, json};
 use temper_actor::ModelConfig;
 use temper_tensor::bench::{GemmWeights, measure_peak, measure_read_rate};
 use temper_tensor::{CpuConfig, CpuDevice};
-use temper_types::{DType, WeightFormat};
+use temper_types::DType;
 
 /// Rates of the machine, measured.
 pub struct Roofline {
     read_rate: f64,
     peak_gflops: f64,
     sizes: ModelSizes,
+    /// Number format of keys and values.
     dtype: DType,
-    weights: WeightFormat,
+    matrix_bytes: f64,
 }
 
-/// Bytes of a scale, which so many int8 weights share.
-const SCALE_BYTES: f64 = 4.0;
-const WEIGHTS_PER_SCALE: f64 = 64.0;
-
 impl Roofline {
-    /// Measure `threads` threads (0: one per core).
-    pub fn measure(config: &ModelConfig, (dtype, weights): (DType, WeightFormat), threads: usize) -> Roofline {
+    /// Measure `threads` threads (0: one per core) for the model of a generator.
+    pub fn measure(config: &ModelConfig, generator: &Generator, threads: usize) -> Roofline {
         let device = CpuDevice::new(CpuConfig { num_threads: threads, isa: None });
-        let (read_rate, peak_gflops) =
-            (measure_read_rate(&device), measure_peak(&device, GemmWeights::of(dtype, weights).dtype()));
-        Roofline { read_rate, peak_gflops, sizes: ModelSizes::of(config), dtype, weights }
+        let products = GemmWeights::of(generator.dtype, generator.weights).dtype();
+        Roofline {
+            read_rate: measure_read_rate(&device),
+            peak_gflops: measure_peak(&device, products),
+            sizes: ModelSizes::of(config),
+            dtype: generator.dtype,
+            matrix_bytes: generator.matrix_bytes as f64,
+        }
     }
 
     /// Tokens a second where a step of `batch` rows, each after `context` tokens, reads every weight and every key and
@@ -37,12 +40,7 @@ impl Roofline {
         let weights = sizes.layer_weights() + sizes.head_weights();
         let per_slot = (2 * sizes.num_hidden_layers * sizes.num_key_value_heads * sizes.head_dim) as f64;
         let scores = (2 * sizes.num_hidden_layers * sizes.num_attention_heads * sizes.head_dim) as f64;
-        let stored = self.dtype.size_bytes() as f64;
-        let weight_bytes = match self.weights {
-            WeightFormat::Exact => stored,
-            WeightFormat::Int8 => 1.0 + SCALE_BYTES / WEIGHTS_PER_SCALE,
-        };
-        let bytes = weights * weight_bytes + batch * context * per_slot * stored;
+        let bytes = self.matrix_bytes + batch * context * per_slot * self.dtype.size_bytes() as f64;
         let operations = 2.0 * batch * (weights + context * scores);
         batch / (bytes / self.read_rate).max(operations / (self.peak_gflops * 1e9))
     }
@@ -78,7 +76,7 @@ mod tests {
             vocab_size: 10,
             tie_word_embeddings: true,
         };
-        Roofline { read_rate, peak_gflops, sizes, dtype: DType::F32, weights: WeightFormat::Exact }
+        Roofline { read_rate, peak_gflops, sizes, dtype: DType::F32, matrix_bytes: 1000.0 }
     }
 
     #[test]
@@ -88,10 +86,8 @@ mod tests {
         let (weights, slot, scores) = (5.0 * 30.0 + 20.0, 10.0, 20.0);
         let assert_near = |got: f64, want: f64| assert!((got - want).abs() < 1e-9 * want, "{got}, not {want}");
         let slow_memory = roofline(1e3, 1e9);
-        assert_near(slow_memory.decode_tok_s(1.0, 0.0), 1e3 / (4.0 * weights));
-        assert_near(slow_memory.decode_tok_s(4.0, 7.0), 4e3 / (4.0 * (weights + 4.0 * 7.0 * slot)));
-        let bytes = Roofline { weights: WeightFormat::Int8, ..roofline(1e3, 1e9) };
-        assert_near(bytes.decode_tok_s(4.0, 7.0), 4e3 / (1.0625 * weights + 4.0 * (4.0 * 7.0 * slot)));
+        assert_near(slow_memory.decode_tok_s(1.0, 0.0), 1e3 / 1000.0);
+        assert_near(slow_memory.decode_tok_s(4.0, 7.0), 4e3 / (1000.0 + 4.0 * (4.0 * 7.0 * slot)));
         let slow_arithmetic = roofline(1e12, 1e-6);
         assert_near(slow_arithmetic.decode_tok_s(4.0, 7.0), 1e3 / (2.0 * (weights + 7.0 * scores)));
     }

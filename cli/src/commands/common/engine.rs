@@ -34,6 +34,8 @@ pub struct Generator {
     pub dtype: DType,
     /// Form of the matrices.
     pub weights: WeightFormat,
+    /// Bytes of the matrices.
+    pub matrix_bytes: usize,
     /// Ids that end a response by default.
     pub end_ids: Vec<u32>,
 }
@@ -91,11 +93,12 @@ impl Generator {
             }
         }
         let end_ids = text.as_ref().map_or_else(|| config.eos_token_ids.clone(), LocalText::stop_token_ids);
+        let matrix_bytes = policy.matrix_bytes();
         let policy = Arc::new(RwLock::new(policy));
         let table = Arc::new(TokenByteTable(bytes));
         let service = LocalRolloutService::new(Arc::clone(&device), policy, engine.clone(), table)?;
         let service = draft_model::attach(service, (&device, dtype), text.as_ref(), engine)?;
-        Ok(Generator { service, text, version, dtype, weights: engine.weights, end_ids })
+        Ok(Generator { service, text, version, dtype, weights: engine.weights, matrix_bytes, end_ids })
     }
 
     /// Sampling parameters from flags.

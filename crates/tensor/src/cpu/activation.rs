@@ -5,6 +5,41 @@ use super::math::{load_lanes, sigmoid, store_lanes};
 use super::parallel::{SharedMut, for_ranges, rows_per_task};
 use super::simd::{Kernel, Simd};
 
+/// `silu(gate) * up`.
+#[inline(always)]
+unsafe fn gated<S: Simd>(gate: S::V, up: S::V) -> S::V {
+    // SAFETY: the caller's CPU has the lanes.
+    unsafe { S::mul(S::mul(gate, sigmoid::<S>(gate)), up) }
+}
+
+/// `silu(gate) * up` of rows `[gate width | up width]` that follow one another; `width` is a multiple of 16.
+pub(super) struct Gated {
+    /// `[num_rows, 2 width]`.
+    pub(super) fused: *const f32,
+    pub(super) width: usize,
+    pub(super) num_rows: usize,
+    /// `width` numbers of each row, rows `ld` apart.
+    pub(super) out: *mut f32,
+    pub(super) ld: usize,
+}
+
+impl Kernel for Gated {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        for row in 0..self.num_rows {
+            for column in (0..self.width).step_by(16) {
+                // SAFETY: the caller's pointers are valid for the rows.
+                unsafe {
+                    let gate = self.fused.add(row * 2 * self.width + column);
+                    let out = gated::<S>(S::load(gate), S::load(gate.add(self.width)));
+                    S::store(self.out.add(row * self.ld + column), out);
+                }
+            }
+        }
+    }
+}
+
 /// One range of columns of one row: `out = silu(gate) * up`.
 struct Forward<'a> {
     gate: &'a [f32],
@@ -22,8 +57,7 @@ impl Kernel for Forward<'_> {
             unsafe {
                 let gate = load_lanes::<S>(self.gate.as_ptr().add(start), lanes);
                 let up = load_lanes::<S>(self.up.as_ptr().add(start), lanes);
-                let silu = S::mul(gate, sigmoid::<S>(gate));
-                store_lanes::<S>(self.out.as_mut_ptr().add(start), lanes, S::mul(silu, up));
+                store_lanes::<S>(self.out.as_mut_ptr().add(start), lanes, gated::<S>(gate, up));
             }
         }
     }

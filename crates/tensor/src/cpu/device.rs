@@ -181,6 +181,22 @@ impl Device for CpuDevice {
         activation::swiglu(self, gate_up.data, ffn_dim, out.data);
     }
 
+    fn linear_swiglu(
+        &self,
+        x: View<'_>,
+        w: &PackedLinear,
+        bias: Option<View<'_>>,
+        gate_up: ViewMut<'_>,
+        out: ViewMut<'_>,
+    ) {
+        let bias = bias.map(|b| b.data);
+        if gemm::fuses_swiglu(w) {
+            return gemm::linear_swiglu(self, x.data, w, bias, out.data);
+        }
+        gemm::linear(self, x.data, w, bias, (&mut *gate_up.data, Store::Write));
+        activation::swiglu(self, gate_up.data, w.shape().n / 2, out.data);
+    }
+
     fn swiglu_grad(&self, gate_up: View<'_>, ffn_dim: usize, dout: View<'_>, dgate_up: ViewMut<'_>) {
         activation::swiglu_grad(self, gate_up.data, ffn_dim, dout.data, dgate_up.data);
     }

@@ -9,7 +9,7 @@ use super::tile::{
     Ahead, GROUP_ROWS, MAX_TILE_ROWS, PANEL, Product, Single, Tile, WidenedPair, chain_groups, chain_rows, load_tile,
     store_tile,
 };
-use super::words::{self, Gather};
+use super::words::{self, Gather, PairOrder};
 use crate::Reduction;
 use crate::cpu::simd::{Kernel, Simd};
 use std::ops::Range;
@@ -46,8 +46,8 @@ pub(super) enum Layout {
 pub(super) enum PanelSource {
     /// Words of the kernel, `[steps][32]`, read in place.
     Resident(*const f32),
-    /// bf16 pairs `[steps / 2][32]`, widened into scratch as f32, odd number first.
-    Widen(*const f32),
+    /// bf16 pairs `[steps / 2][32]`, widened into scratch as f32.
+    Widen(*const f32, PairOrder),
     /// Columns of a row-major f32 matrix whose rows are the summed dimension, packed into scratch as a whole.
     Gather(Gather),
 }
@@ -158,14 +158,14 @@ impl Kernel for SingleBlock {
 }
 
 /// A block over resident bf16 pairs, widened in registers.
-pub(super) struct WidenedBlock(pub(super) Block);
+pub(super) struct WidenedBlock<const ODD_FIRST: bool>(pub(super) Block);
 
-impl Kernel for WidenedBlock {
+impl<const ODD_FIRST: bool> Kernel for WidenedBlock<ODD_FIRST> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         // SAFETY: the caller's contract.
-        unsafe { self.0.run::<WidenedPair<S>>() }
+        unsafe { self.0.run::<WidenedPair<S, ODD_FIRST>>() }
     }
 }
 
@@ -244,8 +244,9 @@ impl Block {
         unsafe {
             match self.panel {
                 PanelSource::Resident(ptr) => return ptr,
-                PanelSource::Widen(pairs) => {
-                    words::widen_pairs::<S>(pairs.add(steps.start / 2 * PANEL), steps.len() / 2, buffer);
+                PanelSource::Widen(pairs, order) => {
+                    let pairs = pairs.add(steps.start / 2 * PANEL);
+                    words::widen_pairs::<S>((pairs, order), steps.len() / 2, buffer);
                 }
                 PanelSource::Gather(gather) => gather.pack::<S>(buffer),
             }

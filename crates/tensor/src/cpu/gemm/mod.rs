@@ -19,13 +19,15 @@ mod words;
 use super::CpuDevice;
 use super::aligned::AlignedVec;
 use super::parallel::SharedMut;
+use super::simd::round_bf16;
 use crate::{LinearShape, PackedLinear};
 use block::{Block, SingleBlock, WidenedBlock};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use temper_types::DType;
 use tile::PANEL;
-use words::{Format, RowWords, WeightPanel};
+use words::{Format, PairOrder, RowWords, WeightPanel};
 
-pub(crate) use forward::linear;
+pub(crate) use forward::{fuses_swiglu, linear, linear_swiglu};
 pub(crate) use grad::{input_grad, weight_grad};
 pub(crate) use peak::peak_probe;
 
@@ -43,28 +45,62 @@ pub(crate) struct PackedPanels {
     words: AlignedVec<f32>,
     /// Words of one panel.
     panel_len: usize,
+    /// [`Format::Exact`] or [`Format::Pairs`].
+    format: Format,
 }
 
 impl PackedPanels {
+    fn zeroed(shape: LinearShape, format: Format) -> PackedPanels {
+        let panel_len = format.num_words(shape.k) * PANEL;
+        PackedPanels { words: AlignedVec::zeroed(shape.n.div_ceil(PANEL) * panel_len), panel_len, format }
+    }
+
+    /// Bytes of memory.
+    pub(crate) fn size_bytes(&self) -> usize {
+        size_of_val(&*self.words)
+    }
+
     fn panel(&self, index: usize) -> &[f32] {
         &self.words[index * self.panel_len..(index + 1) * self.panel_len]
     }
 }
 
-/// The layout in which a packed weight rests in memory.
-const fn resident_format(dtype: DType) -> Format {
+/// The layout in which a packed weight rests in memory: the smallest that holds its numbers. An f32 weight of which
+/// every number is one of bf16, as of a model that was published in it and not trained since, takes half the memory, and
+/// its products, which widen it again, keep their bits.
+fn resident_format(dev: &CpuDevice, weight: &[f32], k: usize, dtype: DType) -> Format {
     match dtype {
+        DType::F32 if k.is_multiple_of(2) && is_bf16(dev, weight) => Format::Pairs,
         DType::F32 => Format::Exact,
         DType::Bf16 => Format::Pairs,
     }
 }
 
+/// Whether rounding to bf16, which flushes subnormals, changes none of these numbers. Stops at the first that it does.
+fn is_bf16(dev: &CpuDevice, numbers: &[f32]) -> bool {
+    /// Numbers that are looked at before the answer is asked for.
+    const CHUNK: usize = 4 << 10;
+    /// Numbers of a task.
+    const TASK: usize = 64 * CHUNK;
+    let all = AtomicBool::new(true);
+    dev.pool.run(numbers.len().div_ceil(TASK), &|task| {
+        let numbers = &numbers[task * TASK..((task + 1) * TASK).min(numbers.len())];
+        for chunk in numbers.chunks(CHUNK) {
+            if !all.load(Relaxed) {
+                return;
+            }
+            if chunk.iter().fold(false, |lost, x| lost | (round_bf16(*x).to_bits() != x.to_bits())) {
+                all.store(false, Relaxed);
+            }
+        }
+    });
+    all.into_inner()
+}
+
 /// Pack a weight `[n, k]`.
 pub(crate) fn pack(dev: &CpuDevice, weight: &[f32], shape: LinearShape, dtype: DType) -> Panels {
-    let panel_len = resident_format(dtype).num_words(shape.k) * PANEL;
-    let words = AlignedVec::zeroed(shape.n.div_ceil(PANEL) * panel_len);
-    let mut panels = PackedPanels { words, panel_len };
-    fill(dev, weight, (shape, dtype), &mut panels);
+    let mut panels = PackedPanels::zeroed(shape, resident_format(dev, weight, shape.k, dtype));
+    fill(dev, weight, shape, &mut panels);
     Panels::Words(panels)
 }
 
@@ -76,14 +112,20 @@ pub(crate) fn pack_int8(dev: &CpuDevice, weight: &[f32], shape: LinearShape) -> 
 /// Pack new values of the same shape.
 pub(crate) fn repack(dev: &CpuDevice, weight: &[f32], packed: &mut PackedLinear) {
     match &mut packed.panels {
-        Panels::Words(panels) => fill(dev, weight, (packed.shape, packed.dtype), panels),
+        Panels::Words(panels) => {
+            let format = resident_format(dev, weight, packed.shape.k, packed.dtype);
+            if format != panels.format {
+                *panels = PackedPanels::zeroed(packed.shape, format);
+            }
+            fill(dev, weight, packed.shape, panels);
+        }
         Panels::Int8(panels) => int8::repack(dev, weight, panels),
     }
 }
 
-fn fill(dev: &CpuDevice, weight: &[f32], (shape, dtype): (LinearShape, DType), panels: &mut PackedPanels) {
+fn fill(dev: &CpuDevice, weight: &[f32], shape: LinearShape, panels: &mut PackedPanels) {
     assert_eq!(weight.len(), shape.len(), "pack: a weight of {} numbers for {shape:?}", weight.len());
-    let (panel_len, k) = (panels.panel_len, shape.k);
+    let (panel_len, format, k) = (panels.panel_len, panels.format, shape.k);
     if shape.is_empty() {
         return;
     }
@@ -92,7 +134,7 @@ fn fill(dev: &CpuDevice, weight: &[f32], (shape, dtype): (LinearShape, DType), p
         let rows = &weight[panel * PANEL * k..((panel + 1) * PANEL).min(shape.n) * k];
         // SAFETY: every task has a panel of its own.
         let out = unsafe { words.range(panel * panel_len..(panel + 1) * panel_len) };
-        dev.isa.run(WeightPanel { rows, k, format: resident_format(dtype), out });
+        dev.isa.run(WeightPanel { rows, k, format, out });
     });
 }
 
@@ -111,7 +153,7 @@ enum Body {
     /// f32 words.
     Single,
     /// bf16 pairs in the panel, widened in registers.
-    Widened,
+    Widened(PairOrder),
     /// bf16 pairs on both sides.
     Native,
 }
@@ -135,7 +177,8 @@ unsafe fn run_block(dev: &CpuDevice, body: Body, block: Block) {
         let block = Block { scratch, ..block };
         match body {
             Body::Single => dev.isa.run(SingleBlock(block)),
-            Body::Widened => dev.isa.run(WidenedBlock(block)),
+            Body::Widened(PairOrder::EvenFirst) => dev.isa.run(WidenedBlock::<false>(block)),
+            Body::Widened(PairOrder::OddFirst) => dev.isa.run(WidenedBlock::<true>(block)),
             Body::Native => {
                 assert!(dev.native_bf16, "native pairs need a CPU that multiplies bf16");
                 #[cfg(test)]

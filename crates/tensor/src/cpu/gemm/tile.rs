@@ -77,12 +77,13 @@ impl<S: Simd> Product for Single<S> {
     }
 }
 
-/// bf16 pairs in the panel, widened in registers, times two f32 words that hold rounded numbers, odd one first.
-pub(super) struct WidenedPair<S>(std::marker::PhantomData<S>);
+/// bf16 pairs in the panel, widened in registers, times two f32 words in the order of the pair that is multiplied: with
+/// `ODD_FIRST` rounded numbers, as [`PairOrder::OddFirst`](super::words::PairOrder), else the numbers that were given.
+pub(super) struct WidenedPair<S, const ODD_FIRST: bool>(std::marker::PhantomData<S>);
 
 // SAFETY of every block below: the trait's contract is that of the lanes.
 #[allow(clippy::undocumented_unsafe_blocks, reason = "one contract for all methods, stated on the trait")]
-impl<S: Simd> Product for WidenedPair<S> {
+impl<S: Simd, const ODD_FIRST: bool> Product for WidenedPair<S, ODD_FIRST> {
     type S = S;
     const LEFT_WORDS: usize = 2;
     const MAX_ROWS: usize = if S::TILE_VECTORS > 1 { WIDENED_TILE_ROWS } else { 4 };
@@ -98,8 +99,9 @@ impl<S: Simd> Product for WidenedPair<S> {
         unsafe { S::load_bf16_pairs(ptr.cast()) }
     }
     #[inline(always)]
-    unsafe fn mac((a_odd, a_even): Self::A, (b_even, b_odd): Self::B, acc: S::V) -> S::V {
-        unsafe { S::fma(a_even, b_even, S::fma(a_odd, b_odd, acc)) }
+    unsafe fn mac((a_first, a_second): Self::A, (b_even, b_odd): Self::B, acc: S::V) -> S::V {
+        let (b_first, b_second) = if ODD_FIRST { (b_odd, b_even) } else { (b_even, b_odd) };
+        unsafe { S::fma(a_second, b_second, S::fma(a_first, b_first, acc)) }
     }
 }
 

@@ -44,19 +44,32 @@ fn pair_word(even: f32, odd: f32) -> f32 {
     f32::from_bits(u32::from(to_bf16(even)) | (u32::from(to_bf16(odd)) << 16))
 }
 
-/// Widen pairs `[num_pairs][32]` to words `[2 num_pairs][32]`, odd number first.
+/// Which number of a pair is multiplied first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum PairOrder {
+    /// The chain of f32 numbers.
+    EvenFirst,
+    /// The chain of `vdpbf16ps`.
+    OddFirst,
+}
+
+/// Widen pairs `[num_pairs][32]` to words `[2 num_pairs][32]`.
 ///
 /// # Safety
 /// Pointers are valid for those words.
 #[inline(always)]
-pub(super) unsafe fn widen_pairs<S: Simd>(pairs: *const f32, num_pairs: usize, out: *mut f32) {
+pub(super) unsafe fn widen_pairs<S: Simd>((pairs, order): (*const f32, PairOrder), num_pairs: usize, out: *mut f32) {
     for pair in 0..num_pairs {
         for vector in 0..PANEL / 16 {
             // SAFETY: the caller's contract.
             unsafe {
                 let (even, odd) = S::load_bf16_pairs(pairs.add(pair * PANEL + vector * 16).cast());
-                S::store(out.add(2 * pair * PANEL + vector * 16), odd);
-                S::store(out.add((2 * pair + 1) * PANEL + vector * 16), even);
+                let (first, second) = match order {
+                    PairOrder::EvenFirst => (even, odd),
+                    PairOrder::OddFirst => (odd, even),
+                };
+                S::store(out.add(2 * pair * PANEL + vector * 16), first);
+                S::store(out.add((2 * pair + 1) * PANEL + vector * 16), second);
             }
         }
     }

@@ -38,6 +38,11 @@ impl Int8Panels {
     fn num_groups(&self) -> usize {
         self.shape.k.div_ceil(GROUP)
     }
+
+    /// Bytes of memory.
+    pub(crate) fn size_bytes(&self) -> usize {
+        size_of_val(&*self.bytes) + size_of_val(&*self.scales)
+    }
 }
 
 /// Quantise a weight.
