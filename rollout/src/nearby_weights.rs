@@ -8,10 +8,8 @@
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use temper_proto::{
-    ServiceError, ServiceResult, SharedWeights, WEIGHT_PIECE, WeightManifest, WeightRange, WeightService, WeightSink,
-};
-use temper_tensor::{SharedPlace, SharedReader};
+use temper_proto::{ServiceError, ServiceResult, SharedWeights, WeightManifest, WeightRange, WeightService};
+use temper_tensor::{Incoming, SharedPlace, SharedReader};
 use temper_types::{ErrorCode, PolicyVersion};
 
 /// How new weights come to an engine.
@@ -72,20 +70,22 @@ impl NearbyWeights {
         WeightBytes { shared: count(&self.shared_bytes), streamed: count(&self.streamed_bytes) }
     }
 
-    /// As [`WeightService::pull`].
+    /// As [`WeightService::pull`]. What comes in may lie in memory that the holder writes meanwhile.
     pub(crate) fn pull(
         &self,
         version: PolicyVersion,
         ranges: &[WeightRange],
-        sink: WeightSink<'_>,
+        sink: &mut (dyn FnMut(Incoming<'_>) -> ServiceResult<()> + Send),
     ) -> ServiceResult<()> {
         let count = match self.shared(version)? {
             Some((weights, reader)) => {
-                copy(&weights, &reader, ranges, sink)?;
+                for range in ranges {
+                    sink(values(&weights, &reader, range)?)?;
+                }
                 &self.shared_bytes
             }
             None => {
-                self.holder.pull(version, ranges, sink)?;
+                self.holder.pull(version, ranges, &mut |values| sink(values.into()))?;
                 &self.streamed_bytes
             }
         };
@@ -145,24 +145,11 @@ impl NearbyWeights {
     }
 }
 
-/// Hand on the elements of `ranges`. What is handed on is a private copy, so that what is hashed is what is kept.
-fn copy(
-    weights: &SharedWeights,
-    reader: &SharedReader,
-    ranges: &[WeightRange],
-    sink: WeightSink<'_>,
-) -> ServiceResult<()> {
-    let mut values = vec![0.0; WEIGHT_PIECE];
-    for range in ranges {
-        let begin = place_of(weights, range).ok_or_else(|| outside(range))?;
-        for start in (0..range.len).step_by(WEIGHT_PIECE) {
-            let values = &mut values[..(WEIGHT_PIECE as u64).min(range.len - start) as usize];
-            let unreadable = |error| ServiceError::new(ErrorCode::DataLoss, "trainer", "shared", error);
-            reader.read(begin + start * size_of::<f32>() as u64, values).map_err(unreadable)?;
-            sink(values)?;
-        }
-    }
-    Ok(())
+/// The elements of a range.
+fn values<'a>(weights: &SharedWeights, reader: &'a SharedReader, range: &WeightRange) -> ServiceResult<Incoming<'a>> {
+    let begin = place_of(weights, range).ok_or_else(|| outside(range))?;
+    let unreadable = |error| ServiceError::new(ErrorCode::DataLoss, "trainer", "shared", error);
+    reader.values(begin, range.len).map_err(unreadable)
 }
 
 /// Where a range begins in the memory, in bytes.

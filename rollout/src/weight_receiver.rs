@@ -1,8 +1,8 @@
 //! Weights that are trained elsewhere: pulled, proved, and only then served.
 //!
 //! What arrives lies apart from what is served: a transfer that is cut anywhere, or that does not hash to the version
-//! that was announced, leaves the old version serving. Each piece is hashed as it is written, while a near cache has
-//! it; all ranks are asked at once, by as many threads as the device computes with.
+//! that was announced, leaves the old version serving. Each number is hashed as it is copied, from one reading of it; all
+//! ranks are asked at once, by as many threads as the device computes with.
 
 use crate::RankGroup;
 use crate::nearby_weights::{NearbyWeights, WeightBytes, WeightTransport};
@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use temper_actor::{ArrivingHash, PackedPolicy, ParamStore};
 use temper_collective::reshard::{Layout, Receiver, Transfer, Unit, plan};
 use temper_proto::{ServiceError, ServiceResult, WeightRange, WeightService};
-use temper_tensor::{Device, ViewMut};
+use temper_tensor::{Device, Incoming, ViewMut};
 use temper_types::{ContentHash, ErrorCode, PolicyVersion};
 
 /// What errors name.
@@ -290,13 +290,12 @@ struct Writer<'a, 'b> {
 
 impl Writer<'_, '_> {
     /// `None` where nothing is left to fill.
-    fn write(&mut self, mut values: &[f32]) -> Option<()> {
+    fn write(&mut self, mut values: Incoming<'_>) -> Option<()> {
         while !values.is_empty() {
             let Part { unit, start, to } = self.now.take().or_else(|| self.parts.next())?;
             let (now, later) = values.split_at(values.len().min(to.len()));
             let (to, rest) = to.split_at(now.len());
-            self.device.write(to, now);
-            self.arriving.add(unit, start, now);
+            self.arriving.receive(self.device, (unit, start), now, to);
             values = later;
             self.now = (!rest.is_empty()).then_some(Part { unit, start: start + now.len(), to: rest });
         }

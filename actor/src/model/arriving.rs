@@ -1,4 +1,4 @@
-//! The hash of weights that arrive in pieces, computed while each piece is in a near cache.
+//! The hash of weights that arrive in pieces, computed as each number is copied to its place.
 //!
 //! Owns: which part of every leaf has arrived, and its hash so far. What comes in the order of its leaf is hashed once,
 //! as it comes; a leaf that comes otherwise, as where two senders' parts of it meet, is hashed from the store at the
@@ -8,7 +8,7 @@ use super::hash::{LeafHasher, WeightHasher, digest, leaves};
 use super::params::ParamStore;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
-use temper_tensor::Device;
+use temper_tensor::{Device, Incoming, ViewMut};
 use temper_types::ContentHash;
 
 /// Hashes weights as they arrive, from several threads.
@@ -39,20 +39,27 @@ impl ArrivingHash {
         ArrivingHash { units: store.units().iter().map(unit).collect() }
     }
 
-    /// `values` were written to unit `unit` from element `start` on. Padding between tensors is part of no hash.
+    /// Write what comes in to `to`, unit `unit` from element `start` on, and hash it. Padding between tensors is part
+    /// of no hash.
     ///
     /// # Panics
-    /// If there is no such unit.
-    pub fn add(&self, unit: usize, start: usize, values: &[f32]) {
-        let (leaves, end) = (&self.units[unit], start + values.len());
+    /// If there is no such unit, or `to` has another length.
+    pub fn receive(&self, dev: &dyn Device, (unit, start): (usize, usize), from: Incoming<'_>, to: ViewMut<'_>) {
+        let (leaves, end) = (&self.units[unit], start + from.len());
         let first = leaves.partition_point(|leaf| leaf.range.end <= start);
+        let (mut at, mut from, mut to) = (start, from, to);
         for leaf in leaves[first..].iter().take_while(|leaf| leaf.range.start < end) {
-            let from = leaf.range.start.max(start);
-            leaf.add(from - leaf.range.start, &values[from - start..leaf.range.end.min(end) - start]);
+            let (begin, stop) = (leaf.range.start.max(start), leaf.range.end.min(end));
+            let ((padding, values), (room, rest)) = (from.split_at(begin - at), to.split_at(begin - at));
+            dev.receive(padding, room, None);
+            let ((values, later), (room, rest)) = (values.split_at(stop - begin), rest.split_at(stop - begin));
+            leaf.receive(dev, begin - leaf.range.start, values, room);
+            (at, from, to) = (stop, later, rest);
         }
+        dev.receive(from, to, None);
     }
 
-    /// The hash of `store`, into which everything was written that was added.
+    /// The hash of `store`, into which everything was written.
     pub fn finish(&self, dev: &dyn Device, store: &ParamStore) -> ContentHash {
         let mut hasher = WeightHasher::default();
         for (unit, leaves) in store.units().iter().zip(&self.units) {
@@ -71,19 +78,17 @@ impl ArrivingHash {
 
 impl Leaf {
     /// Elements from `at` on.
-    fn add(&self, at: usize, values: &[f32]) {
+    fn receive(&self, dev: &dyn Device, at: usize, from: Incoming<'_>, to: ViewMut<'_>) {
         let mut arrived = self.arrived.lock().unwrap_or_else(PoisonError::into_inner);
-        let (mut hasher, len) = match std::mem::replace(&mut *arrived, Arrived::Mixed) {
-            Arrived::Nothing => (LeafHasher::new(self.range.len()), 0),
-            Arrived::Part(hasher, len) => (hasher, len),
-            Arrived::Whole(_) | Arrived::Mixed => return,
+        let (mut hasher, taken) = match std::mem::replace(&mut *arrived, Arrived::Mixed) {
+            Arrived::Nothing if at == 0 => (LeafHasher::new(self.range.len()), 0),
+            Arrived::Part(hasher, taken) if at == taken => (hasher, taken),
+            _ => return dev.receive(from, to, None),
         };
-        if at != len {
-            return;
-        }
-        hasher.update(values);
-        let len = len + values.len();
-        *arrived = if len == self.range.len() { Arrived::Whole(hasher.finish()) } else { Arrived::Part(hasher, len) };
+        let taken = taken + from.len();
+        hasher.receive(dev, from, to);
+        *arrived =
+            if taken == self.range.len() { Arrived::Whole(hasher.finish()) } else { Arrived::Part(hasher, taken) };
     }
 
     fn whole(&self) -> Option<u128> {

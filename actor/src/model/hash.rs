@@ -4,7 +4,7 @@ use super::layout::TensorSlot;
 use super::params::{ParamStore, Unit};
 use std::collections::BTreeMap;
 use std::ops::Range;
-use temper_tensor::{Device, ValueHasher, View};
+use temper_tensor::{Device, Incoming, ValueHasher, View, ViewMut};
 use temper_types::ContentHash;
 use xxhash_rust::xxh3::Xxh3;
 
@@ -122,6 +122,19 @@ impl LeafHasher {
         match self {
             LeafHasher::Short(hasher) => values.iter().for_each(|value| hasher.update(&value.to_le_bytes())),
             LeafHasher::Long(hasher) => hasher.update(values),
+        }
+    }
+
+    /// The next values, copied to `to`: what is hashed is what is kept.
+    pub(super) fn receive(&mut self, dev: &dyn Device, from: Incoming<'_>, mut to: ViewMut<'_>) {
+        match self {
+            LeafHasher::Short(_) => {
+                let mut values = vec![0.0; to.len()];
+                dev.receive(from, to.reborrow(), None);
+                dev.read(to.as_view(), &mut values);
+                self.update(&values);
+            }
+            LeafHasher::Long(hasher) => dev.receive(from, to, Some(hasher)),
         }
     }
 

@@ -2,8 +2,9 @@
 
 use crate::{
     AdamWStep, AttentionGrad, AttnShape, Buffer, DeviceInfo, DistillHead, DistillStats, HeadNorm, HeadNormGrad,
-    KvCache, KvCacheSpec, LinearShape, LmHead, LmHeadGrad, LmHeadTrain, NormGrad, NormShape, PackedLinear, Reduction,
-    RopeTable, RowLoss, SampleRow, Sampled, SeqSpan, SharedBuffers, Store, TokenStats, View, ViewMut,
+    Incoming, KvCache, KvCacheSpec, LinearShape, LmHead, LmHeadGrad, LmHeadTrain, NormGrad, NormShape, PackedLinear,
+    Reduction, RopeTable, RowLoss, SampleRow, Sampled, SeqSpan, SharedBuffers, Store, TokenStats, ValueHasher, View,
+    ViewMut,
 };
 use std::io;
 use temper_types::DType;
@@ -30,6 +31,9 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     }
     /// Copy host values into `dst`; equal lengths.
     fn write(&self, dst: ViewMut<'_>, src: &[f32]);
+    /// Copy what comes in into `dst`, and take it into `hasher` where there is one: each number is read once, so that
+    /// what is hashed is what is kept. Equal lengths. What is written is not expected to be read soon.
+    fn receive(&self, src: Incoming<'_>, dst: ViewMut<'_>, hasher: Option<&mut ValueHasher>);
     /// Copy device values to the host; equal lengths.
     fn read(&self, src: View<'_>, dst: &mut [f32]);
     /// Set every element.

@@ -19,6 +19,7 @@ pub mod bench;
 mod buffer;
 pub mod cpu;
 mod device;
+mod incoming;
 mod kv;
 mod linear;
 mod shared;
@@ -30,6 +31,7 @@ pub use args::{
 pub use buffer::{Buffer, View, ViewMut};
 pub use cpu::{CpuConfig, CpuDevice, Isa, ValueHasher};
 pub use device::Device;
+pub use incoming::Incoming;
 pub use kv::{KvCache, KvCacheSpec, RopeTable};
 pub use linear::{LinearShape, PackedLinear, Reduction, Store};
 pub use shared::{SharedBuffers, SharedPlace, SharedReader};

@@ -8,8 +8,9 @@ use super::{
 use super::{aligned::AlignedVec, pool::Pool};
 use crate::{
     AdamWStep, AttentionGrad, AttnShape, Buffer, Device, DeviceInfo, DistillHead, DistillStats, HeadNorm, HeadNormGrad,
-    KvCache, KvCacheSpec, LinearShape, LmHead, LmHeadGrad, LmHeadTrain, NormGrad, NormShape, PackedLinear, Reduction,
-    RopeTable, RowLoss, SampleRow, Sampled, SeqSpan, SharedBuffers, Store, TokenStats, View, ViewMut,
+    Incoming, KvCache, KvCacheSpec, LinearShape, LmHead, LmHeadGrad, LmHeadTrain, NormGrad, NormShape, PackedLinear,
+    Reduction, RopeTable, RowLoss, SampleRow, Sampled, SeqSpan, SharedBuffers, Store, TokenStats, ValueHasher, View,
+    ViewMut,
 };
 use temper_types::DType;
 
@@ -83,6 +84,13 @@ impl Device for CpuDevice {
 
     fn write(&self, dst: ViewMut<'_>, src: &[f32]) {
         dst.data.copy_from_slice(src);
+    }
+
+    fn receive(&self, src: Incoming<'_>, dst: ViewMut<'_>, hasher: Option<&mut ValueHasher>) {
+        match hasher {
+            Some(hasher) => hasher.copy(src, dst.data),
+            None => src.copy_to(dst.data),
+        }
     }
 
     fn read(&self, src: View<'_>, dst: &mut [f32]) {

@@ -6,6 +6,7 @@
 //! back but the last block.
 
 use super::simd::Isa;
+use crate::Incoming;
 
 /// Values of a block, after which the accumulators are scrambled: 1024 bytes.
 const BLOCK: usize = 256;
@@ -79,31 +80,52 @@ fn accumulate(acc: &mut Lanes, stripe: &[f32; STRIPE], secret: &Lanes) {
     }
 }
 
-/// Whole blocks that are not the last.
-fn blocks(acc: &mut Lanes, values: &[f32]) {
-    for block in values.as_chunks::<BLOCK>().0 {
-        for (stripe, secret) in block.as_chunks::<STRIPE>().0.iter().zip(&STRIPE_SECRETS) {
-            accumulate(acc, stripe, secret);
-        }
-        for (lane, secret) in acc.iter_mut().zip(&SCRAMBLE_SECRET) {
-            *lane = (*lane ^ (*lane >> 47) ^ secret).wrapping_mul(PRIME32[0]);
-        }
+/// A block that is not the last.
+fn block(acc: &mut Lanes, values: &[f32; BLOCK]) {
+    for (stripe, secret) in values.as_chunks::<STRIPE>().0.iter().zip(&STRIPE_SECRETS) {
+        accumulate(acc, stripe, secret);
+    }
+    for (lane, secret) in acc.iter_mut().zip(&SCRAMBLE_SECRET) {
+        *lane = (*lane ^ (*lane >> 47) ^ secret).wrapping_mul(PRIME32[0]);
     }
 }
 
-/// [`blocks`], with all accumulators in one register.
+/// What becomes of values besides being hashed.
+#[cfg(target_arch = "x86_64")]
+mod keep {
+    /// Nothing.
+    pub(super) const NOWHERE: u8 = 0;
+    /// They are written.
+    pub(super) const WRITE: u8 = 1;
+    /// They are written past the caches, to an address that is a multiple of 64.
+    pub(super) const STREAM: u8 = 2;
+}
+
+/// [`block`]s of values that are read once, with all accumulators in one register.
+///
+/// # Safety
+/// Values can be read for `num_blocks`, and written at `to` where `KEEP` says so.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-fn blocks_avx512(acc: &mut Lanes, values: &[f32]) {
+unsafe fn blocks_avx512<const KEEP: u8>(acc: &mut Lanes, from: *const f32, to: *mut f32, num_blocks: usize) {
     use std::arch::x86_64::*;
     // SAFETY: eight words are 64 bytes; an unaligned load reads as many.
     let load = |words: &Lanes| unsafe { _mm512_loadu_si512(words.as_ptr().cast()) };
     let prime = _mm512_set1_epi64(PRIME32[0] as i64);
     let mut sum = load(acc);
-    for block in values.as_chunks::<BLOCK>().0 {
-        for (stripe, secret) in block.as_chunks::<STRIPE>().0.iter().zip(&STRIPE_SECRETS) {
-            // SAFETY: a stripe is 64 bytes.
-            let data = unsafe { _mm512_loadu_si512(stripe.as_ptr().cast()) };
+    for block in 0..num_blocks {
+        for (stripe, secret) in STRIPE_SECRETS.iter().enumerate() {
+            let at = block * BLOCK + stripe * STRIPE;
+            // SAFETY: a stripe is 64 bytes, and inside of the blocks.
+            let data = unsafe { _mm512_loadu_si512(from.add(at).cast()) };
+            // SAFETY: as above; a streaming store is told that its address is a multiple of 64.
+            unsafe {
+                match KEEP {
+                    keep::WRITE => _mm512_storeu_si512(to.add(at).cast(), data),
+                    keep::STREAM => _mm512_stream_si512(to.add(at).cast(), data),
+                    _ => {}
+                }
+            }
             let key = _mm512_xor_si512(data, load(secret));
             let product = _mm512_mul_epu32(key, _mm512_srli_epi64::<32>(key));
             let swapped = _mm512_shuffle_epi32::<0x4e>(data);
@@ -112,6 +134,10 @@ fn blocks_avx512(acc: &mut Lanes, values: &[f32]) {
         let mixed = _mm512_xor_si512(_mm512_xor_si512(sum, _mm512_srli_epi64::<47>(sum)), load(&SCRAMBLE_SECRET));
         let high = _mm512_mul_epu32(_mm512_srli_epi64::<32>(mixed), prime);
         sum = _mm512_add_epi64(_mm512_mul_epu32(mixed, prime), _mm512_slli_epi64::<32>(high));
+    }
+    if KEEP == keep::STREAM {
+        // Streaming stores are seen in no order by others before this.
+        _mm_sfence();
     }
     // SAFETY: eight words are 64 bytes; an unaligned store writes as many.
     unsafe { _mm512_storeu_si512(acc.as_mut_ptr().cast(), sum) }
@@ -165,39 +191,81 @@ impl ValueHasher {
     ///
     /// # Panics
     /// If there are more than were announced.
-    pub fn update(&mut self, mut values: &[f32]) {
-        assert!(values.len() <= self.len - self.taken, "more values than were announced: {}", self.len);
+    pub fn update(&mut self, values: &[f32]) {
+        self.advance(values.into(), None);
+    }
+
+    /// The next values, copied to `to`: each is read once, so that what is hashed is what is kept.
+    ///
+    /// # Panics
+    /// If there are more than were announced, or `to` has another length.
+    pub fn copy(&mut self, from: Incoming<'_>, to: &mut [f32]) {
+        assert_eq!(from.len(), to.len(), "values that are copied");
+        self.advance(from, Some(to));
+    }
+
+    fn advance(&mut self, mut from: Incoming<'_>, mut to: Option<&mut [f32]>) {
+        assert!(from.len() <= self.len - self.taken, "more values than were announced: {}", self.len);
         // Values of the blocks that are not the last.
         let limit = (self.len * size_of::<f32>() - 1) / (BLOCK * size_of::<f32>()) * BLOCK;
-        while !values.is_empty() {
-            let direct = values.len().min(limit.saturating_sub(self.taken)) / BLOCK * BLOCK;
-            let (now, rest) = if self.filled == 0 && direct > 0 {
-                let (now, rest) = values.split_at(direct);
-                self.blocks(now);
-                (now, rest)
-            } else {
-                let (now, rest) = values.split_at(values.len().min(BLOCK - self.filled));
-                self.block[self.filled..self.filled + now.len()].copy_from_slice(now);
-                self.filled += now.len();
-                (now, rest)
-            };
+        while !from.is_empty() {
+            let direct = from.len().min(limit.saturating_sub(self.taken)) / BLOCK * BLOCK;
+            let is_direct = self.filled == 0 && direct > 0;
+            let (now, rest) = from.split_at(if is_direct { direct } else { from.len().min(BLOCK - self.filled) });
+            let kept = to.take().map(|to| to.split_at_mut(now.len()));
+            let (kept, kept_later) = kept.unzip();
+            (from, to) = (rest, kept_later);
             self.taken += now.len();
+            if is_direct {
+                self.blocks(now, kept);
+                continue;
+            }
+            let taken = &mut self.block[self.filled..self.filled + now.len()];
+            now.copy_to(taken);
+            if let Some(kept) = kept {
+                kept.copy_from_slice(taken);
+            }
+            self.filled += now.len();
             if self.filled == BLOCK && self.taken <= limit {
                 let block = self.block;
-                self.blocks(&block);
+                self.blocks(block[..].into(), None);
                 self.filled = 0;
             }
-            values = rest;
         }
     }
 
-    fn blocks(&mut self, values: &[f32]) {
-        self.before.copy_from_slice(&values[values.len() - STRIPE..]);
+    /// Whole blocks that are not the last, kept where there is a place for them.
+    fn blocks(&mut self, from: Incoming<'_>, mut to: Option<&mut [f32]>) {
+        let whole = from.len() - STRIPE;
         match self.isa {
-            // SAFETY: the family was detected, and AVX-512 F is part of it.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => unsafe { blocks_avx512(&mut self.acc, values) },
-            _ => blocks(&mut self.acc, values),
+            // SAFETY: the family was detected, and AVX-512 F is part of it; both places have as many values.
+            Isa::Avx512 => unsafe {
+                let (acc, ptr, num_blocks) = (&mut self.acc, from.as_ptr(), from.len() / BLOCK);
+                match &mut to {
+                    None => blocks_avx512::<{ keep::NOWHERE }>(acc, ptr, std::ptr::null_mut(), num_blocks),
+                    Some(to) if to.as_ptr().addr().is_multiple_of(64) => {
+                        blocks_avx512::<{ keep::STREAM }>(acc, ptr, to.as_mut_ptr(), num_blocks);
+                    }
+                    Some(to) => blocks_avx512::<{ keep::WRITE }>(acc, ptr, to.as_mut_ptr(), num_blocks),
+                }
+            },
+            _ => {
+                let (mut rest, mut values) = (from, [0.0; BLOCK]);
+                for start in (0..from.len()).step_by(BLOCK) {
+                    let (now, later) = rest.split_at(BLOCK);
+                    now.copy_to(&mut values);
+                    block(&mut self.acc, &values);
+                    if let Some(to) = &mut to {
+                        to[start..start + BLOCK].copy_from_slice(&values);
+                    }
+                    rest = later;
+                }
+            }
+        }
+        match to {
+            Some(to) => self.before.copy_from_slice(&to[whole..]),
+            None => from.split_at(whole).1.copy_to(&mut self.before),
         }
     }
 
@@ -244,6 +312,28 @@ mod tests {
             for isa in [Isa::Portable, Isa::Avx2, Isa::Avx512].into_iter().filter(|isa| isa.is_available()) {
                 for piece in [1, 7, 16, 250, 256, 300, 1024, len] {
                     assert_eq!(digest(isa, piece), expected, "{len} values, {isa:?}, pieces of {piece}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_copy_is_hashed_and_whole_wherever_it_lies() {
+        for len in [61, 255, 256, 257, 700, 2048, 4097] {
+            let from = values(len);
+            let mut plain = ValueHasher::new(len);
+            plain.update(&from);
+            for isa in [Isa::Portable, Isa::Avx2, Isa::Avx512].into_iter().filter(|isa| isa.is_available()) {
+                for (piece, offset) in [(len, 0), (len, 3), (300, 0), (300, 1), (7, 0), (256, 16)] {
+                    let mut room = crate::cpu::AlignedVec::zeroed(offset + len);
+                    let to = &mut room[offset..];
+                    let mut hasher = ValueHasher::with_isa(len, isa);
+                    for (from, to) in from.chunks(piece).zip(to.chunks_mut(piece)) {
+                        hasher.copy(from.into(), to);
+                    }
+                    let what = format!("{len} values, {isa:?}, pieces of {piece}, {offset}");
+                    assert_eq!(hasher.finish(), plain.finish(), "{what}");
+                    assert!(to.iter().zip(&from).all(|(a, b)| a.to_bits() == b.to_bits()), "{what}");
                 }
             }
         }

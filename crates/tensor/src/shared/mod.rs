@@ -18,8 +18,8 @@ use elsewhere as os;
 #[cfg(target_os = "linux")]
 use linux as os;
 
-use crate::Buffer;
 use crate::cpu::AlignedVec;
+use crate::{Buffer, Incoming};
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::sync::Arc;
@@ -102,28 +102,25 @@ impl SharedReader {
         Ok(SharedReader { mapping: Mapping::readable(file, num_bytes)? })
     }
 
-    /// Copy the elements that begin `offset` bytes into the memory.
+    /// `len` elements that begin `offset` bytes into the memory.
     ///
     /// # Errors
     /// A range that is not all inside of the memory.
-    pub fn read(&self, offset: u64, values: &mut [f32]) -> io::Result<()> {
-        let num_bytes = size_of_val(values);
-        let start = usize::try_from(offset).ok();
-        let end = start.and_then(|start| start.checked_add(num_bytes));
-        let Some((start, _)) = start.zip(end.filter(|end| *end <= self.mapping.num_bytes())) else {
-            let (held, asked) = (self.mapping.num_bytes(), format!("{num_bytes} bytes from {offset} on"));
-            return Err(io::Error::new(
-                ErrorKind::InvalidInput,
-                format!("shared memory of {held} bytes has no {asked}"),
-            ));
+    pub fn values(&self, offset: u64, len: u64) -> io::Result<Incoming<'_>> {
+        let outside = || {
+            let held = self.mapping.num_bytes();
+            let problem = format!("shared memory of {held} bytes has no {len} elements from byte {offset} on");
+            io::Error::new(ErrorKind::InvalidInput, problem)
         };
+        let start = usize::try_from(offset).map_err(|_| outside())?;
+        let len = usize::try_from(len).map_err(|_| outside())?;
+        let end = len.checked_mul(size_of::<f32>()).and_then(|bytes| start.checked_add(bytes));
+        if end.is_none_or(|end| end > self.mapping.num_bytes()) {
+            return Err(outside());
+        }
         // SAFETY: the range is inside of the mapping, whose file is sealed against shrinking, so that every byte can be
-        // read; `values` is other memory. The owner may write at the same time: bytes are copied by address, without a
-        // reference to them, and any bits are an f32.
-        unsafe { self.mapping.at(start).as_ptr().copy_to_nonoverlapping(values.as_mut_ptr().cast(), num_bytes) };
-        // What is hashed and kept is this copy: it is never read again from where others write.
-        std::hint::black_box(values);
-        Ok(())
+        // read for as long as this value lives.
+        Ok(unsafe { Incoming::at(self.mapping.at(start).as_ptr().cast(), len) })
     }
 }
 

@@ -28,14 +28,14 @@ fn a_reader_sees_what_the_owner_writes_and_nothing_outside() {
             let written: Vec<f32> = (0..LENS[index]).map(value).collect();
             dev.write(buffer.all_mut(), &written);
             let mut read = vec![-1.0; LENS[index]];
-            reader.read(shared.offsets[index], &mut read).unwrap();
+            reader.values(shared.offsets[index], LENS[index] as u64).unwrap().copy_to(&mut read);
             assert_eq!(read, written);
         }
     }
     let end = shared.offsets[3] + 4 * 33;
-    let problem = reader.read(end.next_multiple_of(64) - 4, &mut [0.0; 2]).unwrap_err().to_string();
-    assert!(problem.contains("has no 8 bytes from"), "{problem}");
-    assert!(reader.read(u64::MAX - 2, &mut [0.0; 2]).is_err());
+    let problem = reader.values(end.next_multiple_of(64) - 4, 2).unwrap_err().to_string();
+    assert!(problem.contains("has no 2 elements from byte"), "{problem}");
+    assert!(reader.values(u64::MAX - 2, 2).is_err() && reader.values(64, u64::MAX / 4).is_err());
 }
 
 #[test]
@@ -47,7 +47,7 @@ fn what_was_opened_outlives_its_owner_and_cannot_be_opened_any_more() {
     let reader = SharedReader::open(&place).unwrap();
     drop(shared);
     let mut read = [0.0; 3];
-    reader.read(offset, &mut read).unwrap();
+    reader.values(offset, 3).unwrap().copy_to(&mut read);
     assert_eq!(read, [1.0, 2.0, 3.0]);
     SharedReader::open(&place).unwrap_err();
 }

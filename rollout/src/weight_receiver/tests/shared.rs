@@ -11,7 +11,7 @@ use temper_collective::reshard::Layout;
 use temper_proto::{
     ServiceError, ServiceResult, SharedUnit, SharedWeights, WeightManifest, WeightRange, WeightService, WeightSink,
 };
-use temper_tensor::{Buffer, SharedBuffers};
+use temper_tensor::{Buffer, Incoming, SharedBuffers};
 use temper_types::{ContentHash, ErrorCode, PolicyVersion};
 
 /// The weights of seed 2 in shared memory of this process.
@@ -259,14 +259,16 @@ fn a_trainer_killed_during_a_sync_leaves_what_was_opened_and_the_old_version_ser
     let announced = PolicyVersion { number: 2, hash: ContentHash([9; 16]) };
     assert_eq!(other.receive(announced).unwrap_err().code, ErrorCode::VersionMismatch);
     assert_eq!((other.version(), other.bytes()), (old, all));
-    // The process is killed when the first piece has arrived: the others arrive too.
+    // The process is killed before the first range is copied: all arrive.
     let nearby = NearbyWeights::new(elsewhere.clone(), 0, WeightTransport::Auto);
     let range = |(unit, held): (usize, &SharedUnit)| WeightRange { unit: unit as u32, start: 0, len: held.len };
     let ranges: Vec<WeightRange> = elsewhere.offer.units.iter().enumerate().map(range).collect();
     let mut arrived = Vec::new();
-    let mut keep = |values: &[f32]| {
+    let mut keep = |values: Incoming<'_>| {
         elsewhere.kill();
-        arrived.extend_from_slice(values);
+        let start = arrived.len();
+        arrived.resize(start + values.len(), 0.0);
+        values.copy_to(&mut arrived[start..]);
         Ok(())
     };
     nearby.pull(version, &ranges, &mut keep).unwrap();
