@@ -18,16 +18,16 @@ use temper_proto::grpc::{
     Endpoint, GrpcRuntime, ServedServices, ServerHandle, TransportConfig, WeightClient, WeightServer, serve,
 };
 use temper_rollout::{Sources, WeightBytes, WeightReceiver, WeightTransport};
-use temper_tensor::Device;
+use temper_tensor::{Buffer, Device};
 use temper_trainer::{LocalTrainerService, Sharding, Trainer, load_local_ranks};
 use temper_types::{DType, PolicyVersion};
 
 /// How long a rank waits for the others while the model is loaded.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// Seconds in which engines pull, hash and prove the weights of trainer ranks: within one process, by gRPC over
-/// loopback, and through shared memory as between processes of one host. Beside each stands a plain copy of as many
-/// bytes by as many threads, timed in turn with it.
+/// Seconds in which engines pull, hash and prove the weights of trainer ranks: by gRPC over loopback, and through shared
+/// memory as between processes of one host. Beside each stands a plain copy of as many bytes by as many threads, timed
+/// in turn with it.
 #[derive(clap::Args)]
 pub struct WeightSync {
     /// Hugging Face model directory.
@@ -103,8 +103,6 @@ impl Ranks {
 /// How weights come to an engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Route {
-    /// From an object of the same process.
-    Memory,
     /// By gRPC over loopback.
     Grpc,
     /// By gRPC where they are, and from there as another process of the host reads them.
@@ -114,23 +112,21 @@ enum Route {
 impl Route {
     fn name(self) -> &'static str {
         match self {
-            Route::Memory => "memory",
             Route::Grpc => "grpc",
             Route::Shared => "shared",
         }
     }
 
     fn sources(self, ranks: &Ranks, wire: &Wire) -> Sources {
-        let (ranks, layout) = (if self == Route::Memory { ranks.here() } else { wire.clients.clone() }, ranks.layout);
         let transport = if self == Route::Shared { WeightTransport::Auto } else { WeightTransport::Grpc };
-        Sources { ranks, layout, transport }
+        Sources { ranks: wire.clients.clone(), layout: ranks.layout, transport }
     }
 
     /// What moved, all of it by this route.
     fn moved(self, bytes: WeightBytes) -> Result<u64> {
         let (moved, otherwise) = match self {
             Route::Shared => (bytes.shared, bytes.streamed),
-            Route::Memory | Route::Grpc => (bytes.streamed, bytes.shared),
+            Route::Grpc => (bytes.streamed, bytes.shared),
         };
         ensure!(otherwise == 0, "{otherwise} bytes came by another route than {}", self.name());
         Ok(moved)
@@ -173,8 +169,10 @@ struct Row {
 }
 
 impl Row {
+    /// The median of what each sync took of the copy behind it: a machine that changes its pace takes both along.
     fn ratio(&self) -> f64 {
-        median(&self.seconds) / median(&self.copy_seconds)
+        let ratios: Vec<f64> = self.seconds.iter().zip(&self.copy_seconds).map(|(sync, copy)| sync / copy).collect();
+        median(&ratios)
     }
 
     fn to_json(&self) -> Value {
@@ -187,26 +185,33 @@ impl Row {
     }
 }
 
-/// Host memory that is copied for comparison, warm.
+/// Memory of the device that is copied for comparison, warm: pages of the size that weights lie in.
 struct PlainCopy {
-    from: Vec<f32>,
-    to: Vec<f32>,
-    num_threads: usize,
+    device: Arc<dyn Device>,
+    from: Buffer,
+    to: Buffer,
 }
 
 impl PlainCopy {
-    fn new(len: usize, num_threads: usize) -> Self {
-        PlainCopy { from: vec![1.0; len], to: vec![2.0; len], num_threads }
+    fn new(device: &Arc<dyn Device>, len: usize) -> Self {
+        let mut from = device.zeros(len);
+        device.fill(from.all_mut(), 1.0);
+        PlainCopy { device: Arc::clone(device), from, to: device.zeros(len) }
     }
 
     /// Seconds of `times` copies, one after the other.
     fn seconds(&mut self, times: usize) -> f64 {
-        let part = self.from.len().div_ceil(self.num_threads).max(1);
+        let (device, from) = (&*self.device, self.from.all());
+        let part = from.len().div_ceil(device.info().num_threads).max(1);
         let begin = Instant::now();
         for _ in 0..times {
             std::thread::scope(|scope| {
-                for (to, from) in self.to.chunks_mut(part).zip(self.from.chunks(part)) {
-                    scope.spawn(|| to.copy_from_slice(from));
+                let mut to = self.to.all_mut();
+                for start in (0..from.len()).step_by(part) {
+                    let from = from.slice(start..from.len().min(start + part));
+                    let (now, later) = to.split_at(from.len());
+                    scope.spawn(move || device.copy(from, now));
+                    to = later;
                 }
             });
         }
@@ -229,12 +234,12 @@ impl WeightSync {
         let (device, dtype) = self.compute.resolve();
         let config = ModelConfig::load(&self.model)?;
         let len = ParamStore::zeros(&*device, &config).units().iter().map(|unit| unit.buffer().len()).sum();
-        let mut copy = PlainCopy::new(len, device.info().num_threads);
+        let mut copy = PlainCopy::new(&device, len);
         let mut rows = Vec::new();
         for (name, from) in self.from.iter().zip(layouts) {
             let ranks = self.load((&device, dtype), from).with_context(|| format!("loading {name}"))?;
             let wire = Wire::start(&ranks.here())?;
-            for route in [Route::Memory, Route::Grpc, Route::Shared] {
+            for route in [Route::Grpc, Route::Shared] {
                 if route == Route::Shared {
                     ranks.share()?;
                 }
