@@ -1,8 +1,8 @@
 //! From a recipe to the work that is planned for it: its stage, its model's sizes, its prompts' lengths.
 
-use crate::plan::{Expected, Workload, policy_stage};
-use crate::recipe::{Recipe, RecipeError, Source, config_error};
-use crate::usage;
+use crate::plan::{Divisions, Expected, Workload, policy_stage};
+use crate::recipe::{Placement, Recipe, RecipeError, Source, check_teachers, config_error};
+use crate::{rollout_ranks, trainer_ranks, usage};
 use anyhow::{Context, Result};
 use std::path::Path;
 use temper_actor::{ModelConfig, Tokenizer};
@@ -52,7 +52,7 @@ impl Planned {
             let problem = "engines of other weights than those that train are not planned: expected \"exact\" here";
             return Err(usage(source.error("engine.weights", problem)));
         }
-        crate::trainer_ranks::check(&recipe.placement, &source).map_err(usage)?;
+        trainer_ranks::check(&recipe.placement, &source).map_err(usage)?;
         let config = recipe.model_config(&source).map_err(usage)?;
         let expected = expect(&recipe, &source, policy, lengths)?;
         let longest = config.max_position_embeddings as f64;
@@ -62,15 +62,33 @@ impl Planned {
             return Err(usage(source.error(&format!("stage.{index}"), problem)));
         }
         let dtype = recipe.dtype.resolve(crate::runtime::device(1).info().native_bf16);
-        let work =
-            Workload::new(&recipe.stages[index], (&config, dtype), (&recipe.engine, &recipe.placement), expected)
-                .context("a stage that learns from samples")?;
+        let (divisions, setting) = (divisions(&recipe, &source), (&recipe.engine, &recipe.placement));
+        let work = Workload::new(&recipe.stages[index], (&config, dtype), divisions, setting, expected)
+            .context("a stage that learns from samples")?;
         Ok(Planned { stage: index, config, dtype, work, recipe })
     }
 
     /// The stage.
     pub fn policy(&self) -> Result<&PolicyStage> {
         policy_stage(&self.recipe.stages[self.stage]).context("a stage that learns from samples")
+    }
+}
+
+/// The numbers of ranks that `temper check` accepts of this recipe's models.
+pub(crate) fn divisions(recipe: &Recipe, source: &Source) -> Divisions {
+    let with = |change: &dyn Fn(&mut Placement)| {
+        let mut other = recipe.clone();
+        change(&mut other.placement);
+        other
+    };
+    let tensor = |n: &usize| rollout_ranks::check(&with(&|to| to.rollout_tensor_parallel = *n), source).is_ok();
+    let sequence = |n: &usize| {
+        let other = with(&|to| to.sequence_parallel = *n);
+        *n == 1 || trainer_ranks::check_heads(&other, source).and_then(|()| check_teachers(&other, source)).is_ok()
+    };
+    Divisions {
+        tensor_parallel: rollout_ranks::NUM_RANKS.into_iter().filter(tensor).collect(),
+        sequence_parallel: (1..=trainer_ranks::MAX_RANKS).filter(sequence).collect(),
     }
 }
 

@@ -15,6 +15,8 @@ use temper_tensor::Device;
 use temper_types::{DType, PolicyVersion, WeightFormat};
 
 const KEY: &str = "placement.rollout_tensor_parallel";
+/// Numbers of ranks that a recipe can say; [`check`] tells which of them fit its model.
+pub const NUM_RANKS: [usize; 4] = [1, 2, 4, 8];
 
 /// What an engine is made with.
 pub struct EngineSetting<'a> {
@@ -116,7 +118,7 @@ pub fn timeout(placement: &Placement) -> Duration {
 /// A number of ranks that none can be, or one that does not fit the model, by key.
 pub fn check(recipe: &Recipe, source: &Source) -> Result<(), RecipeError> {
     let num_ranks = recipe.placement.rollout_tensor_parallel;
-    if ![1, 2, 4, 8].contains(&num_ranks) {
+    if !NUM_RANKS.contains(&num_ranks) {
         return Err(source.error(KEY, format!("{num_ranks} is out of range: expected 1, 2, 4 or 8")));
     }
     if num_ranks == 1 {

@@ -167,8 +167,8 @@ pub fn check_heads(recipe: &Recipe, source: &Source) -> Result<(), RecipeError> 
     }
 }
 
-/// Most ranks of one process.
-const MAX_RANKS: usize = 64;
+/// Most ranks of a run.
+pub const MAX_RANKS: usize = 64;
 
 /// What `temper check` says of the ranks; nothing of a trainer that is alone.
 pub fn summary(placement: &Placement) -> Option<String> {

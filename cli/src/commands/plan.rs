@@ -12,8 +12,9 @@ use std::path::PathBuf;
 /// the --set flags that select it.
 ///
 /// What is searched: one process, or processes with so many rollout workers and trainer ranks on the same or on other
-/// hosts; what the ranks divide (zero1, zero2, zero3, hybrid); tokens of a micro-batch; recomputation; staleness. What
-/// does not fit into memory is dropped, with the reason. The seconds come from a measurement of this machine with the
+/// hosts; tensor-parallel ranks of an engine; what trainer ranks divide (zero1, zero2, zero3, hybrid) and how many of
+/// them share sequences; tokens of a micro-batch; recomputation; staleness. What does not fit into memory is dropped,
+/// with the reason. The seconds come from a measurement of this machine with the
 /// recipe's model, of less than a minute: it is made where --calibration names no file. Without --cluster the plan is
 /// for this machine.
 #[derive(clap::Args)]

@@ -6,7 +6,7 @@ use temper_actor::ModelConfig;
 use temper_types::DType;
 
 /// Format of calibration files that this binary reads and writes.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// Seconds that something of a size took.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -144,10 +144,17 @@ pub struct Calibration {
     pub threads: Link,
     /// Between trainer ranks in processes of this machine.
     pub sockets: Link,
+    /// Between the tensor-parallel ranks of an engine that are threads of one process: what a step over two ranks takes
+    /// longer than on one, by the rounds and bytes of its exchanges.
+    pub tensor_threads: Link,
+    /// The same of ranks in processes of this machine.
+    pub tensor_sockets: Link,
     /// Time that two engines take together on all cores, as a multiple of what they take one after the other.
     pub engine_crowding: f64,
-    /// The same of two trainers.
+    /// The same of two trainers in processes of their own.
     pub trainer_crowding: f64,
+    /// The same of two trainers that share the compute threads of one process.
+    pub thread_crowding: f64,
 }
 
 impl Calibration {
@@ -157,6 +164,12 @@ impl Calibration {
     /// A file that cannot be read, is of another format, or says what cannot be: by key.
     pub fn read(path: &Path) -> Result<Self, String> {
         let text = std::fs::read_to_string(path).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
+        // A file of another format has other keys: it is refused before they are.
+        if let Ok(Head { format }) = serde_json::from_str(&text)
+            && format != FORMAT
+        {
+            return Err(format!("{}: `format`: {}", path.display(), wrong_format(format)));
+        }
         let mut reader = serde_json::Deserializer::from_str(&text);
         let fail = |key: &str, problem: String| format!("{}: `{key}`: {problem}", path.display());
         let parsed: Result<Calibration, _> = serde_path_to_error::deserialize(&mut reader);
@@ -174,15 +187,18 @@ impl Calibration {
     /// The first key that cannot be, and why.
     pub fn check(&mut self) -> Result<(), (&'static str, String)> {
         if self.format != FORMAT {
-            return Err(("format", format!("{}: this binary reads {FORMAT}; measure again", self.format)));
+            return Err(("format", wrong_format(self.format)));
         }
         let positive = [
             ("peak_gflops", self.peak_gflops),
             ("memory_bytes_per_second", self.memory_bytes_per_second),
             ("threads.bytes_per_second", self.threads.bytes_per_second),
             ("sockets.bytes_per_second", self.sockets.bytes_per_second),
+            ("tensor_threads.bytes_per_second", self.tensor_threads.bytes_per_second),
+            ("tensor_sockets.bytes_per_second", self.tensor_sockets.bytes_per_second),
             ("engine_crowding", self.engine_crowding),
             ("trainer_crowding", self.trainer_crowding),
+            ("thread_crowding", self.thread_crowding),
             ("cores", self.cores as f64),
             ("group_size", self.group_size as f64),
         ];
@@ -198,6 +214,8 @@ impl Calibration {
             ("message_seconds", self.message_seconds),
             ("threads.latency_seconds", self.threads.latency_seconds),
             ("sockets.latency_seconds", self.sockets.latency_seconds),
+            ("tensor_threads.latency_seconds", self.tensor_threads.latency_seconds),
+            ("tensor_sockets.latency_seconds", self.tensor_sockets.latency_seconds),
         ];
         if let Some((key, value)) = seconds.into_iter().find(|(_, value)| !(*value >= 0.0 && value.is_finite())) {
             return Err((key, format!("{value} is out of range: expected 0 or more")));
@@ -208,6 +226,16 @@ impl Calibration {
         check_table("train", &mut self.train)?;
         check_table("train_recompute", &mut self.train_recompute)
     }
+}
+
+/// The key that every format has.
+#[derive(Deserialize)]
+struct Head {
+    format: u32,
+}
+
+fn wrong_format(format: u32) -> String {
+    format!("{format}: this binary reads {FORMAT}; measure again")
 }
 
 fn check_table(key: &'static str, table: &mut [Point]) -> Result<(), (&'static str, String)> {

@@ -1,7 +1,7 @@
 //! Bytes that the processes of a placement hold. Masters, gradients and moments are those of
 //! [`temper_trainer::Memory`]; the rest follows the buffers that trainer and engine allocate.
 
-use super::layout::{Layout, Mode};
+use super::layout::{EngineShare, Layout, Mode};
 use super::{Calibration, Cluster, Workload};
 use temper_trainer::Memory;
 
@@ -14,8 +14,10 @@ pub struct MemoryNeed {
     pub rank: Memory,
     /// All that a trainer process of one rank has, models besides the policy, packed weights and activations included.
     pub trainer: u64,
-    /// All that an engine has that is a process of its own; its cache alone where it shares the trainer's.
+    /// All that an engine's rank 0 has that is a process of its own; what it adds where it is in the trainer's process.
     pub engine: u64,
+    /// The same of each of its other ranks; 0 where there are none.
+    pub follower: u64,
     /// Bytes on every place, in the cluster's order. Places of one host's cores share its memory.
     pub places: Vec<u64>,
 }
@@ -28,20 +30,21 @@ impl MemoryNeed {
         let trainer = trainer_bytes(work, layout, rank);
         let (ranks, engines) = (layout.ranks_at(cluster), layout.engines_at(cluster));
         let is_embedded = layout.mode == Mode::Embedded;
-        let engine = kv_bytes(work) + workspace_bytes(work, work.engine.max_batch_tokens as u64);
-        // Packed and as f32 units, into which new weights arrive.
-        let own = engine + shared + whole_bytes(work) + cal.process_bytes;
-        let at = |(ranks, engines): (&usize, &usize)| {
-            let (ranks, engines) = (*ranks as u64, *engines as u64);
+        let process = if is_embedded { 0 } else { cal.process_bytes };
+        let (engine, follower) = engine_bytes(work, layout);
+        let (engine, follower) = (engine + process, if layout.tensor_parallel > 1 { follower + process } else { 0 });
+        let models = packed_sets(work) * shared;
+        let at = |(ranks, share): (&usize, &EngineShare)| {
+            let (ranks, leaders, followers) = (*ranks as u64, share.leaders as u64, share.ranks - share.leaders);
+            let engines = leaders * engine + followers as u64 * follower;
             match (is_embedded, ranks + engines) {
                 (_, 0) => 0,
-                (true, _) => ranks * trainer + packed_sets(work) * shared + engines * engine + cal.process_bytes,
-                (false, _) => ranks * (trainer + packed_sets(work) * shared + cal.process_bytes) + engines * own,
+                (true, _) => ranks * trainer + models + engines + cal.process_bytes,
+                (false, _) => ranks * (trainer + models + process) + engines,
             }
         };
         let places = ranks.iter().zip(&engines).map(at).collect();
-        let trainer = trainer + packed_sets(work) * shared + cal.process_bytes;
-        MemoryNeed { rank, trainer, engine: if is_embedded { engine } else { own }, places }
+        MemoryNeed { rank, trainer: trainer + models + cal.process_bytes, engine, follower, places }
     }
 
     /// The first host or device that it does not fit: its name, what it would need and what it has.
@@ -102,18 +105,41 @@ fn whole_bytes(work: &Workload) -> u64 {
     (0..work.shapes.num_units()).map(|unit| F32 * work.shapes.unit_len(unit) as u64).sum()
 }
 
+/// What rank 0 of an engine has, and each of its other ranks: a cache and buffers, and, unless it is whole and in the
+/// trainer's process, weights of its own. Rank 0 has the LM head beside its part of the layers, and everything as f32
+/// units, into which new weights arrive.
+fn engine_bytes(work: &Workload, layout: &Layout) -> (u64, u64) {
+    let num_ranks = layout.tensor_parallel as u64;
+    let (kv, rows) = (kv_bytes(work, layout.tensor_parallel), work.engine.max_batch_tokens as u64);
+    let buffers = kv + workspace_bytes(work, rows, num_ranks);
+    if layout.mode == Mode::Embedded && num_ranks == 1 {
+        return (buffers, 0);
+    }
+    // Of rows' sums: everybody's, and a copy for the exchange.
+    let sums = if num_ranks > 1 { (num_ranks + 1) * F32 * rows * work.model.hidden_size as u64 } else { 0 };
+    let size = work.dtype.size_bytes() as u64;
+    let (head, layers) = (work.model.head_weights() as u64, work.model.layer_weights() as u64);
+    let own = buffers + sums + layers * size / num_ranks + F32 * head;
+    (own + head * size + whole_bytes(work), own)
+}
+
 /// Matrices in the compute format, and the embedding table once more in f32.
 fn packed_bytes(work: &Workload) -> u64 {
     let matrices = (work.model.layer_weights() + work.model.head_weights()) as u64;
     matrices * work.dtype.size_bytes() as u64 + F32 * work.model.head_weights() as u64
 }
 
-/// The pool of keys and values, as the engine's limits resolve it.
-pub fn kv_bytes(work: &Workload) -> u64 {
-    let (engine, model) = (&work.engine, &work.model);
+/// Bytes of a block of keys and values on one of `num_ranks` tensor-parallel ranks, which divide the heads.
+fn block_bytes(work: &Workload, num_ranks: usize) -> u64 {
+    let model = &work.model;
     let row = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * work.dtype.size_bytes();
-    let block = (row * engine.block_size) as u64;
-    let useful = (engine.max_num_seqs * work.max_positions.div_ceil(engine.block_size)) as u64;
+    (row * work.engine.block_size / num_ranks) as u64
+}
+
+/// The pool of keys and values of a rank, as the engine's limits resolve it.
+pub fn kv_bytes(work: &Workload, num_ranks: usize) -> u64 {
+    let (engine, block) = (&work.engine, block_bytes(work, num_ranks));
+    let useful = (engine.max_num_seqs * work.max_positions().div_ceil(engine.block_size)) as u64;
     let blocks = match engine.num_blocks {
         0 => (engine.kv_cache_bytes / block.max(1)).min(useful),
         fixed => fixed as u64,
@@ -121,44 +147,41 @@ pub fn kv_bytes(work: &Workload) -> u64 {
     blocks * block
 }
 
-/// Sequences of the expected length that run at once in one engine.
-pub fn concurrency(work: &Workload, samples: usize) -> usize {
-    let model = &work.model;
-    let row = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * work.dtype.size_bytes();
-    let block = (row * work.engine.block_size) as u64;
+/// Sequences of the expected length that run at once in one engine over `num_ranks` ranks.
+pub fn concurrency(work: &Workload, num_ranks: usize, samples: usize) -> usize {
     let tokens = work.expected.prompt_tokens / work.samples as f64 + work.expected.response_tokens;
     let blocks = (tokens / work.engine.block_size as f64).ceil().max(1.0) as u64;
-    let fit = kv_bytes(work) / (block * blocks).max(1);
+    let fit = kv_bytes(work, num_ranks) / (block_bytes(work, num_ranks) * blocks).max(1);
     samples.min(work.engine.max_num_seqs).min(usize::try_from(fit).unwrap_or(usize::MAX)).max(1)
 }
 
-/// Buffers of the layer that runs.
-fn workspace_bytes(work: &Workload, rows: u64) -> u64 {
+/// Buffers of the layer that runs, of which each of `num_ranks` ranks has a part.
+fn workspace_bytes(work: &Workload, rows: u64, num_ranks: u64) -> u64 {
     let m = &work.model;
     let qkv = (m.num_attention_heads + 2 * m.num_key_value_heads) * m.head_dim;
     let attn = m.num_attention_heads * m.head_dim;
-    F32 * rows * (4 * m.hidden_size + 2 * qkv + attn + 3 * m.intermediate_size) as u64
+    F32 * rows * (4 * m.hidden_size as u64 + (2 * qkv + attn + 3 * m.intermediate_size) as u64 / num_ranks)
 }
 
-/// What a micro-batch keeps for its backward, its keys and values, and the gradients on their way back.
-fn activation_bytes(work: &Workload, layout: &Layout) -> u64 {
-    let m = &work.model;
-    let groups = work.prompts.div_ceil(work.mini_batches).div_ceil(layout.ranks);
-    let own = groups * (longest(work) + (work.trained_samples - 1) * work.max_response_tokens);
-    let rows = layout.max_micro_batch_tokens.max(longest(work)).min(own) as u64;
+/// What a rank's rows of a micro-batch keep for their backward, its keys and values, and the gradients on their way
+/// back. Where ranks share rows, what attention reads and gives is there by rows and by heads, but for projections that
+/// no head norm reads again.
+pub fn activation_bytes(work: &Workload, layout: &Layout) -> u64 {
+    let (m, size) = (&work.model, layout.sequence_parallel);
+    let limit = layout.max_micro_batch_tokens.saturating_mul(size).max(work.longest());
+    let rows = limit.min(work.most_tokens(layout.row_groups())).div_ceil(size) as u64;
     let (d, layers) = (m.hidden_size, m.num_hidden_layers);
-    let qkv = (m.num_attention_heads + 2 * m.num_key_value_heads) * m.head_dim;
     let attn = m.num_attention_heads * m.head_dim;
-    let saved = 2 + qkv + attn + m.num_attention_heads + d + 2 * m.intermediate_size;
+    let qkv = attn + 2 * m.num_key_value_heads * m.head_dim;
+    // Neighbours that share a key/value head have it each.
+    let kv_heads = m.num_key_value_heads.max(size);
+    let turned = if size > 1 { 2 * attn + 2 * kv_heads * m.head_dim } else { 0 };
+    let by_rows = if size == 1 || work.config.qk_norm { qkv } else { 0 };
+    let saved = 2 + by_rows + attn + turned + m.num_attention_heads + d + 2 * m.intermediate_size;
     let num_saved = if layout.recompute { 1 } else { layers };
-    let grads = 2 * d + attn + qkv + 3 * m.intermediate_size;
+    let grads = 2 * d + attn + qkv + turned + 3 * m.intermediate_size;
     let targets = 4 * d;
-    let kv = 2 * layers * m.num_key_value_heads * m.head_dim * work.dtype.size_bytes();
-    let floats = layers * d + num_saved * saved + grads + targets;
-    workspace_bytes(work, rows) + rows * (F32 * floats as u64 + kv as u64)
-}
-
-/// Tokens of the longest sequence: one that exceeds the limit goes alone.
-fn longest(work: &Workload) -> usize {
-    (work.expected.prompt_tokens.ceil() as usize + work.max_response_tokens).min(work.max_positions)
+    let kv = 2 * layers * kv_heads * m.head_dim * work.dtype.size_bytes();
+    let floats = layers * d + num_saved * saved + grads + turned + targets;
+    workspace_bytes(work, rows, 1) + rows * (F32 * floats as u64 + kv as u64)
 }

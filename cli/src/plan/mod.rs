@@ -26,4 +26,5 @@ pub use calibration::{Calibration, FORMAT, Link, ModelSizes, Point};
 pub use cluster::Cluster;
 pub use report::{Detail, Subject, to_json, to_text};
 pub use search::{Search, search};
-pub use workload::{Expected, Workload, policy_stage};
+pub use time::tensor_exchange;
+pub use workload::{Divisions, Expected, Workload, policy_stage};

@@ -54,7 +54,7 @@ pub fn to_text(subject: &Subject<'_>, detail: Detail) -> String {
         let shown = kinds.min(most);
         let _ = writeln!(
             text,
-            "\n{shown} of {kinds} kinds of placement, each with its best sharding and micro-batches; --all lists {all}"
+            "\n{shown} of {kinds} kinds of placement, each with its best division of models and micro-batches; --all lists {all}"
         );
     }
     for line in reasons(subject) {
@@ -137,11 +137,17 @@ pub fn name(layout: &Layout) -> String {
     if layout.mode != Mode::Embedded {
         words.push(format!("{} rollout", layout.engines));
     }
+    if layout.tensor_parallel > 1 {
+        words.push(format!("engines over {} ranks", layout.tensor_parallel));
+    }
     words.push(match (layout.ranks, layout.sharding) {
         (1, _) => "1 trainer rank".to_owned(),
         (n, Sharding::Hybrid { shard_size }) => format!("{n} trainer ranks hybrid({shard_size})"),
         (n, sharding) => format!("{n} trainer ranks {}", sharding_name(sharding)),
     });
+    if layout.sequence_parallel > 1 {
+        words.push(format!("{} of them sharing sequences", layout.sequence_parallel));
+    }
     if let Mode::Disaggregated { trainer_places } = layout.mode {
         words.push(format!("trainers on the first {trainer_places} place(s)"));
     }
@@ -175,10 +181,11 @@ fn reasons(subject: &Subject<'_>) -> Vec<String> {
                 name(&choice.layout)
             )
         });
-        let what = if best.layout.staleness != subject.work.staleness {
-            "staleness"
-        } else {
-            "another number of trainer ranks"
+        let now = &subject.work.placement;
+        let what = match best.layout {
+            layout if layout.staleness != subject.work.staleness => "staleness",
+            layout if layout.ranks != now.trainer_ranks => "another number of trainer ranks",
+            _ => "another number of ranks that share sequences",
         };
         lines.push(format!("note: {what} changes the numbers of a run{instead}"));
     }
@@ -198,7 +205,9 @@ fn reasons(subject: &Subject<'_>) -> Vec<String> {
 
 /// Whether a run would get other numbers than by the recipe as it stands.
 fn changes_numbers(layout: &Layout, work: &Workload) -> bool {
-    layout.staleness != work.staleness || layout.ranks != work.placement.trainer_ranks
+    let now = &work.placement;
+    let ranks = (layout.ranks, layout.sequence_parallel);
+    layout.staleness != work.staleness || ranks != (now.trainer_ranks, now.sequence_parallel)
 }
 
 fn parts(s: &Seconds) -> [(&'static str, f64); 4] {
@@ -291,7 +300,8 @@ fn choice_json(number: usize, choice: &Choice, subject: &Subject<'_>) -> Value {
     let (s, memory) = (&estimate.seconds, &estimate.memory);
     json!({
         "number": number, "placement": layout.mode.name(), "rollout_workers": layout.engines,
-        "trainer_ranks": layout.ranks, "sharding": sharding_name(layout.sharding),
+        "rollout_tensor_parallel": layout.tensor_parallel, "trainer_ranks": layout.ranks,
+        "sequence_parallel": layout.sequence_parallel, "sharding": sharding_name(layout.sharding),
         "shard_size": layout.sharding.num_shards(layout.ranks),
         "max_micro_batch_tokens": layout.max_micro_batch_tokens, "recompute": layout.recompute,
         "staleness": layout.staleness, "on_paper": estimate.on_paper,
@@ -301,7 +311,7 @@ fn choice_json(number: usize, choice: &Choice, subject: &Subject<'_>) -> Value {
         "micro_batches": estimate.micro_batches, "micro_batch_tokens": estimate.micro_batch_tokens,
         "memory": {
             "masters": memory.rank.masters, "gradients": memory.rank.gradients, "moments": memory.rank.moments,
-            "trainer": memory.trainer, "engine": memory.engine, "places": memory.places,
+            "trainer": memory.trainer, "engine": memory.engine, "engine_rank": memory.follower, "places": memory.places,
         },
         "set": layout.assignments(subject.work, subject.cluster),
     })

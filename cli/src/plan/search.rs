@@ -82,7 +82,8 @@ fn order(choice: &Choice) -> impl Ord + use<> {
     let layout = &choice.layout;
     (
         choice.estimate.memory.largest(),
-        (layout.staleness, layout.ranks, layout.mode, layout.engines),
+        (layout.staleness, layout.ranks, layout.sequence_parallel),
+        (layout.mode, layout.engines, layout.tensor_parallel),
         (sharding_name(layout.sharding), layout.max_micro_batch_tokens, layout.recompute),
         layout.sharding.num_shards(layout.ranks),
     )
@@ -91,9 +92,9 @@ fn order(choice: &Choice) -> impl Ord + use<> {
 /// Why a layout has a part with nothing to do.
 fn idle_part(work: &Workload, layout: &Layout) -> Option<&'static str> {
     let rows = work.num_rows() / work.mini_batches;
-    match (layout.engines > work.prompts, layout.ranks > rows) {
+    match (layout.engines > work.prompts, layout.row_groups() > rows) {
         (true, _) => Some("more engines than prompts in a step"),
-        (_, true) => Some("more trainer ranks than rows in a mini-batch"),
+        (_, true) => Some("more trainer ranks, or groups of them that share rows, than rows in a mini-batch"),
         (false, false) => None,
     }
 }

@@ -3,6 +3,7 @@
 use super::ModelSizes;
 use crate::recipe::Placement;
 use temper_actor::{ModelConfig, UnitShapes};
+use temper_algos::Scope;
 use temper_controller::{PolicyStage, Stage};
 use temper_proto::Backbone;
 use temper_rollout::EngineConfig;
@@ -17,6 +18,15 @@ pub struct Expected {
     pub response_tokens: f64,
 }
 
+/// Numbers of ranks over which the recipe's models can be divided, ascending, 1 among them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Divisions {
+    /// Of an engine's model.
+    pub tensor_parallel: Vec<usize>,
+    /// Of the rows of a micro-batch; only those that divide the number of trainer ranks can be said of them.
+    pub sequence_parallel: Vec<usize>,
+}
+
 /// A step of a stage that learns from samples.
 #[derive(Debug, Clone)]
 pub struct Workload {
@@ -24,10 +34,12 @@ pub struct Workload {
     pub stage: String,
     /// The model's sizes.
     pub model: ModelSizes,
+    /// All that is said of it.
+    pub config: ModelConfig,
+    /// How it can be divided.
+    pub divisions: Divisions,
     /// Its tensors, as trainer ranks divide them.
     pub shapes: UnitShapes,
-    /// Longest text of the model.
-    pub max_positions: usize,
     /// Number format of matrix products and of the cache.
     pub dtype: DType,
     /// Prompts of a step.
@@ -48,6 +60,8 @@ pub struct Workload {
     pub forwards: f64,
     /// Updates of a model of the policy's size besides each of the policy's.
     pub critic_updates: f64,
+    /// Whether the logits of an update are computed once for the loss and once for its gradient, on one rank too.
+    pub logits_twice: bool,
     /// Whether a reference policy is kept.
     pub has_reference: bool,
     /// Whether a critic of the policy's size is kept.
@@ -69,6 +83,7 @@ impl Workload {
     pub fn new(
         stage: &Stage,
         (model, dtype): (&ModelConfig, DType),
+        divisions: Divisions,
         (engine, placement): (&EngineConfig, &Placement),
         expected: Expected,
     ) -> Option<Self> {
@@ -87,8 +102,9 @@ impl Workload {
         Some(Workload {
             stage: policy.name.clone(),
             model: ModelSizes::of(model),
+            config: model.clone(),
+            divisions,
             shapes: UnitShapes::new(model),
-            max_positions: model.max_position_embeddings,
             dtype,
             prompts: policy.prompts_per_step,
             samples: policy.num_generations + usize::from(plan.greedy_baseline),
@@ -99,6 +115,7 @@ impl Workload {
             epochs: policy.epochs,
             forwards: old + counted(plan.ref_log_probs) + counted(has_critic),
             critic_updates: critic_epochs as f64 / policy.epochs as f64,
+            logits_twice: !is_fused(stage, policy),
             has_reference: plan.ref_log_probs,
             has_critic,
             engine: engine.clone(),
@@ -119,10 +136,38 @@ impl Workload {
         self.prompts * self.trained_samples
     }
 
+    /// Longest text of the model.
+    pub fn max_positions(&self) -> usize {
+        self.config.max_position_embeddings
+    }
+
+    /// Tokens of the longest sequence: one that exceeds the limit of a micro-batch goes alone.
+    pub fn longest(&self) -> usize {
+        (self.expected.prompt_tokens.ceil() as usize + self.max_response_tokens).min(self.max_positions())
+    }
+
+    /// Most tokens of one update of one of `owners` that the rows are divided over.
+    pub fn most_tokens(&self, owners: usize) -> usize {
+        let groups = self.prompts.div_ceil(self.mini_batches).div_ceil(owners);
+        groups * (self.longest() + (self.trained_samples - 1) * self.max_response_tokens)
+    }
+
+    /// Share of a group's tokens that have a target, whose logits are computed.
+    pub fn target_share(&self) -> f64 {
+        self.trained_samples as f64 * self.expected.response_tokens / self.group_tokens()
+    }
+
     /// Tokens that pass through the model for the samples of one prompt, which runs once.
     pub fn group_tokens(&self) -> f64 {
         self.expected.prompt_tokens + self.trained_samples as f64 * self.expected.response_tokens
     }
+}
+
+/// Whether a rank of its own computes every logit of an update once: where the gradient at a token depends on no other
+/// token, and no value head stands on the trunk.
+fn is_fused(stage: &Stage, policy: &PolicyStage) -> bool {
+    let of_tokens = matches!(stage, Stage::Policy(_)) && policy.algorithm.policy_loss.scope() == Scope::Token;
+    of_tokens && policy.critic.as_ref().is_none_or(|critic| critic.backbone != Backbone::Shared)
 }
 
 /// The value of `placement.staleness`; 0 where there is none.

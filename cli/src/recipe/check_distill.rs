@@ -3,8 +3,9 @@
 use super::check::{check_lengths, check_model_dir};
 use super::{Recipe, RecipeError, Source};
 use crate::teachers::same_tokenizer;
+use std::path::Path;
 use temper_actor::{ModelConfig, sequence_parallel_problem};
-use temper_controller::DistillStage;
+use temper_controller::{DistillStage, Stage};
 use temper_types::PromptRow;
 
 /// A teacher that can be loaded and reads the policy's ids, and completions where the policy does not answer itself.
@@ -18,10 +19,7 @@ pub(super) fn check(
     let (teacher, teacher_key) = (&stage.teacher.path, format!("{key}.teacher.path"));
     check_model_dir(teacher).map_err(|problem| source.error(&teacher_key, problem))?;
     let config = ModelConfig::load(teacher).map_err(|e| source.error(&teacher_key, e))?;
-    if let Some(problem) = sequence_parallel_problem(&config, recipe.placement.sequence_parallel) {
-        let problem = format!("{problem}, of the teacher in {}", teacher.display());
-        return Err(source.error("placement.sequence_parallel", problem));
-    }
+    check_heads(recipe, source, (&config, teacher))?;
     if let Some(policy) = &recipe.model.path {
         same_tokenizer(teacher, policy).map_err(|e| source.error(&teacher_key, format!("{e:#}")))?;
         let expected = ModelConfig::load(policy).map_err(|e| source.error(&teacher_key, e))?.vocab_size;
@@ -44,6 +42,35 @@ pub(super) fn check(
         }
         _ => Ok(()),
     }
+}
+
+/// Check that the heads of a teacher can be divided over the ranks that share rows.
+///
+/// # Errors
+/// That they cannot, by key.
+fn check_heads(recipe: &Recipe, source: &Source, (config, dir): (&ModelConfig, &Path)) -> Result<(), RecipeError> {
+    match sequence_parallel_problem(config, recipe.placement.sequence_parallel) {
+        Some(problem) => {
+            let problem = format!("{problem}, of the teacher in {}", dir.display());
+            Err(source.error("placement.sequence_parallel", problem))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Check the heads of every stage's teacher, as [`check`] does.
+///
+/// # Errors
+/// A teacher that cannot be read, or whose heads cannot be divided, by key.
+pub fn check_teachers(recipe: &Recipe, source: &Source) -> Result<(), RecipeError> {
+    for (index, stage) in recipe.stages.iter().enumerate() {
+        let Stage::Distill(stage) = stage else { continue };
+        let teacher = &stage.teacher.path;
+        let read = ModelConfig::load(teacher);
+        let config = read.map_err(|e| source.error(&format!("stage.{index}.teacher.path"), e))?;
+        check_heads(recipe, source, (&config, teacher))?;
+    }
+    Ok(())
 }
 
 /// What the stage does, in words.

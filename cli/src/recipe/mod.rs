@@ -20,6 +20,7 @@ mod stage;
 mod typed;
 
 pub use check::{CheckReport, check, config_error};
+pub use check_distill::check_teachers;
 pub use error::RecipeError;
 pub use render::render;
 pub use source::Source;

@@ -108,7 +108,7 @@ fn broken_calibrations_and_flags_say_what_would_be_right() {
     let dir = tempfile::tempdir().unwrap();
     let text = std::fs::read_to_string(data("calibration.json")).unwrap();
     let cases = [
-        ("\"format\": 1", "\"format\": 7", &["`format`", "measure again"][..]),
+        ("\"format\": 2", "\"format\": 7", &["`format`", "measure again"][..]),
         ("\"engine_crowding\": 1.2", "\"engine_crowding\": 0", &["`engine_crowding`", "more than 0"]),
         ("\"size\": 256.0", "\"size\": 2.0", &["`start`", "ascending"]),
         ("\"hash_seconds\"", "\"hash_second\"", &["hash_second"]),
@@ -118,6 +118,15 @@ fn broken_calibrations_and_flags_say_what_would_be_right() {
         let path = write(dir.path(), "cal.json", &text.replacen(from, to, 1));
         fail(&["plan", &data("recipe.toml"), "--calibration", &path], 2, parts);
     }
+    // Of another format: that is what is said, not that keys are missing.
+    let mut older: Value = serde_json::from_str(&text).unwrap();
+    older["format"] = 1.into();
+    for key in ["tensor_threads", "tensor_sockets", "thread_crowding"] {
+        older.as_object_mut().unwrap().remove(key).unwrap();
+    }
+    let path = write(dir.path(), "older.json", &older.to_string());
+    let parts = ["`format`", "1: this binary reads 2; measure again"];
+    fail(&["plan", &data("recipe.toml"), "--calibration", &path], 2, &parts);
     fail(&["plan", &data("recipe.toml"), "--calibration", "nowhere.json"], 2, &["cannot read nowhere.json"]);
     fail(&words(&plan(&["--stage", "nope"])), 2, &["nope", "grpo"]);
     fail(&words(&plan(&["--stage", "sft"])), 2, &["sft", "nothing to place"]);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use temper_proto::{GroupRequest, RolloutService};
-use temper_rollout::LocalRolloutService;
+use temper_rollout::{LocalRolloutService, RankGroup};
 use temper_tensor::Device;
 use temper_trainer::{SharedPolicy, Trainer};
 use temper_types::{GroupId, PromptId, SamplingParams, derive_seed};
@@ -25,7 +25,7 @@ pub(super) struct Generation {
 
 pub(super) fn measure(bench: &Bench<'_>, trainer: &Trainer) -> Result<Generation> {
     let work = &bench.planned.work;
-    let engine = Engine::new(bench, Arc::clone(&bench.device), trainer.policy())?;
+    let engine = Engine::new(bench, (Arc::clone(&bench.device), trainer.policy()), None)?;
     let largest = work.num_samples().min(work.engine.max_num_seqs);
     let (mut start, mut decode) = (Vec::new(), Vec::new());
     for rows in sizes(work.samples.min(largest), largest) {
@@ -46,7 +46,7 @@ pub(super) fn measure(bench: &Bench<'_>, trainer: &Trainer) -> Result<Generation
 /// Two engines with all cores each, at once, against one after the other.
 fn crowding(bench: &Bench<'_>, trainer: &Trainer, engine: &Engine, rows: usize) -> Result<f64> {
     let other_device = crate::runtime::device(bench.planned.recipe.placement.threads);
-    let other = Engine::new(bench, other_device, trainer.policy())?;
+    let other = Engine::new(bench, (other_device, trainer.policy()), None)?;
     let run = |engine: &Engine| engine.run(bench, rows, engine.new_tokens);
     let alone = median_seconds(|| run(engine))?;
     let together = median_seconds(|| {
@@ -59,18 +59,27 @@ fn crowding(bench: &Bench<'_>, trainer: &Trainer, engine: &Engine, rows: usize) 
     Ok((together / (2.0 * alone)).max(0.5))
 }
 
-/// An engine of its own over the trainer's weights.
-struct Engine {
+/// An engine of its own.
+pub(super) struct Engine {
     service: LocalRolloutService,
-    new_tokens: usize,
+    /// Tokens of a response.
+    pub(super) new_tokens: usize,
     next_group: AtomicU64,
 }
 
 impl Engine {
-    fn new(bench: &Bench<'_>, device: Arc<dyn Device>, policy: SharedPolicy) -> Result<Self> {
+    /// Over the weights of `policy`, with the other ranks of `ranks` where it is divided.
+    pub(super) fn new(
+        bench: &Bench<'_>,
+        (device, policy): (Arc<dyn Device>, SharedPolicy),
+        ranks: Option<Arc<RankGroup>>,
+    ) -> Result<Self> {
         let work = &bench.planned.work;
         let bytes = Arc::new(bench.text.token_byte_table(bench.planned.config.vocab_size));
-        let service = LocalRolloutService::new(device, policy, work.engine.clone(), bytes)?;
+        let mut service = LocalRolloutService::new(device, policy, work.engine.clone(), bytes)?;
+        if let Some(ranks) = ranks {
+            service = service.with_ranks(ranks);
+        }
         // At least two tokens, so that there is a step to time.
         let new_tokens = bench.lengths.1.clamp(2, STEPS);
         Ok(Engine { service, new_tokens, next_group: AtomicU64::new(0) })
@@ -78,7 +87,7 @@ impl Engine {
 
     /// `rows` samples in groups of the recipe's size, each of exactly `new_tokens` tokens, at about the mean length of
     /// a response under way.
-    fn run(&self, bench: &Bench<'_>, rows: usize, new_tokens: usize) -> Result<()> {
+    pub(super) fn run(&self, bench: &Bench<'_>, rows: usize, new_tokens: usize) -> Result<()> {
         let (prompt, response) = bench.lengths;
         let context = prompt + response.saturating_sub(new_tokens.max(self.new_tokens)) / 2;
         let sampling = SamplingParams { max_new_tokens: new_tokens as u32, ..SamplingParams::default() };

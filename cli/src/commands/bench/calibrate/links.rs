@@ -30,6 +30,11 @@ pub(super) fn threads(shapes: &UnitShapes) -> Result<Link> {
 
 /// Between ranks in two processes of this machine.
 pub(super) fn sockets(shapes: &UnitShapes) -> Result<Link> {
+    link(&two_processes()?, shapes)
+}
+
+/// Two ranks as they are joined in two processes of this machine.
+pub(super) fn two_processes() -> Result<[Collective; 2]> {
     let listen = || TcpListener::bind("127.0.0.1:0").context("listening");
     let listeners = [listen()?, listen()?];
     let addresses = listeners.iter().map(TcpListener::local_addr).collect::<std::io::Result<Vec<_>>>()?;
@@ -41,13 +46,12 @@ pub(super) fn sockets(shapes: &UnitShapes) -> Result<Link> {
         connect_timeout: TIMEOUT,
         timeout: TIMEOUT,
     };
-    let world = std::thread::scope(|scope| {
+    std::thread::scope(|scope| {
         let other = scope.spawn(|| connect(&config(1), &listeners[1]));
         let first = connect(&config(0), &listeners[0])?;
         let other = other.join().map_err(|_| anyhow::anyhow!("a rank panicked"))??;
-        anyhow::Ok(vec![first, other])
-    })?;
-    link(&world, shapes)
+        Ok([first, other])
+    })
 }
 
 /// Latency from small operations, bytes in a second from those of a unit's size.

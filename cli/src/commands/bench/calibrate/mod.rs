@@ -3,6 +3,7 @@
 mod around;
 mod engine;
 mod links;
+mod tensor;
 mod training;
 
 use crate::commands::bench::samples::median;
@@ -21,7 +22,8 @@ use temper_trainer::{LocalTrainerService, Trainer};
 use temper_types::DType;
 
 /// Measure on this machine, with the recipe's model and lengths, what `temper plan` predicts from: generation by rows,
-/// training by tokens, updates, weight sync, messages, and the links between trainer ranks. Takes less than a minute.
+/// training by tokens, updates, weight sync, messages, and the links between trainer ranks and between the ranks of an
+/// engine. Takes less than a minute.
 ///
 /// Nothing is written but the file; a model that the recipe makes itself is made in a temporary directory. Other work
 /// on the machine makes the figures worse: measure it as the run will find it.
@@ -154,6 +156,8 @@ pub fn calibrate(planned: &Planned) -> Result<Calibration> {
     let mut trainer = Trainer::load(Arc::clone(&bench.device), &model_dir, dtype, bench.masked_ids())?;
     let training = training::measure(&bench, &mut trainer)?;
     let generation = engine::measure(&bench, &trainer)?;
+    let (threads, sockets) = (links::threads(&planned.work.shapes)?, links::sockets(&planned.work.shapes)?);
+    let (tensor_threads, tensor_sockets) = tensor::measure(&bench, &trainer, &generation.decode, (threads, sockets))?;
     let trainer = Arc::new(LocalTrainerService::new(trainer));
     let (hash_seconds, pull_seconds) = links::sync(&bench, &trainer)?;
     let (sample_seconds, remote_sample_seconds) = around::sample_seconds(&bench, &trainer)?;
@@ -180,10 +184,13 @@ pub fn calibrate(planned: &Planned) -> Result<Calibration> {
         sample_seconds,
         remote_sample_seconds,
         message_seconds: around::message_seconds(&bench)?,
-        threads: links::threads(&planned.work.shapes)?,
-        sockets: links::sockets(&planned.work.shapes)?,
+        threads,
+        sockets,
+        tensor_threads,
+        tensor_sockets,
         engine_crowding: generation.crowding,
-        trainer_crowding: training.crowding,
+        trainer_crowding: training.crowding[0],
+        thread_crowding: training.crowding[1],
     };
     cal.check().map_err(|(key, problem)| anyhow::anyhow!("measured `{key}`: {problem}"))?;
     eprintln!("measured in {:.0} s", begin.elapsed().as_secs_f64());

@@ -3,8 +3,10 @@
 use super::{Bench, is_too_long, median_seconds, point};
 use crate::plan::Point;
 use anyhow::Result;
+use std::sync::Arc;
 use temper_algos::{Objective, PolicyLossConfig};
 use temper_proto::{GlobalCounts, MiniBatch, OptimizerConfig, PolicyRole, StageSpec, TokenSequence, TrainRow};
+use temper_tensor::Device;
 use temper_trainer::Trainer;
 
 /// Micro-batches of the measurement that tells an update's fixed part from theirs.
@@ -17,7 +19,8 @@ pub(super) struct Training {
     pub(super) train: Vec<Point>,
     pub(super) train_recompute: Vec<Point>,
     pub(super) update_seconds: f64,
-    pub(super) crowding: f64,
+    /// Of two trainers with all cores each, and of two that share compute threads.
+    pub(super) crowding: [f64; 2],
 }
 
 /// Groups and rows of each whose micro-batches are timed, ascending in tokens.
@@ -64,18 +67,20 @@ pub(super) fn measure(bench: &Bench<'_>, trainer: &mut Trainer) -> Result<Traini
         let seconds = median_seconds(|| update(trainer, &batch))?;
         train_recompute.push(point(tokens, seconds - update_seconds));
     }
-    let crowding = crowding(bench, trainer, &train)?;
+    let own = crate::runtime::device(bench.planned.recipe.placement.threads);
+    let (apart, shared) = ((&train[..], own), (&train[..], Arc::clone(&bench.device)));
+    let crowding = [crowding(bench, trainer, apart)?, crowding(bench, trainer, shared)?];
     Ok(Training { forward, train, train_recompute, update_seconds, crowding })
 }
 
-/// Two trainers with all cores each, at once, against one after the other: half of the largest measured micro-batch.
-fn crowding(bench: &Bench<'_>, trainer: &mut Trainer, train: &[Point]) -> Result<f64> {
+/// Two trainers at once, the other one on `device`, against one after the other: half of the largest measured
+/// micro-batch.
+fn crowding(bench: &Bench<'_>, trainer: &mut Trainer, (train, device): (&[Point], Arc<dyn Device>)) -> Result<f64> {
     let (prompt, response) = bench.lengths;
     let largest = train.last().map_or(0.0, |point| point.size) as usize;
     let rows = (largest / 2).saturating_sub(prompt) / response;
     let rows = rows.clamp(1, bench.planned.work.trained_samples);
     let groups = (largest / 2 / (prompt + rows * response)).max(1);
-    let device = crate::runtime::device(bench.planned.recipe.placement.threads);
     let mut other = Trainer::load(device, bench.model_dir, bench.dtype, bench.masked_ids())?;
     let batch = mini_batch(bench.sequences(groups, rows));
     begin(trainer, largest.max(1), false)?;
