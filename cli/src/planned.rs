@@ -74,8 +74,9 @@ impl Planned {
     }
 }
 
-/// The numbers of ranks that `temper check` accepts of this recipe's models.
-pub(crate) fn divisions(recipe: &Recipe, source: &Source) -> Divisions {
+/// The numbers of ranks that `temper check` accepts of this recipe's models. A teacher that cannot be read allows no
+/// ranks that share rows.
+fn divisions(recipe: &Recipe, source: &Source) -> Divisions {
     let with = |change: &dyn Fn(&mut Placement)| {
         let mut other = recipe.clone();
         change(&mut other.placement);

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use temper_actor::{InitConfig, ModelConfig, TensorPart, sequence_parallel_problem};
 use temper_controller::{PolicyStage, Stage};
 use temper_rollout::EngineConfig;
-use temper_trainer::{Memory, Sharding};
+use temper_trainer::{Memory, Passes, Sharding, exchange_bytes_sent};
 use temper_types::DType;
 
 fn model() -> ModelConfig {
@@ -345,6 +345,22 @@ fn on_the_cores_of_a_host_whole_engines_win() {
     }
 }
 
+/// Ranks that share a process's threads take what a whole engine does, and in every layer two rounds of their sums.
+#[test]
+fn ranks_of_an_engine_exchange_their_sums() {
+    let (work, mut cal, cluster) = (workload(8, 4, 1), calibration(1e-5), cluster(1, 4, 4096, 10.0));
+    cal.tensor_threads = Link { bytes_per_second: 1e8, latency_seconds: 1e-4 };
+    let inputs = Inputs { work: &work, cal: &cal, cluster: &cluster };
+    let layouts = super::layout::layouts(&work, &cluster);
+    let divided = layouts.iter().find(|l| l.mode == Mode::Embedded && l.tensor_parallel == 2).unwrap();
+    let seconds = |tensor_parallel| inputs.estimate(&Layout { tensor_parallel, ..*divided }).seconds.generation;
+    // Eight prompts of 20 tokens in one step, then 32 samples of 40 tokens, the longest of them of 64.
+    let (rounds, rows, steps) = (2.0 * 3.0, 8.0 * 20.0 + 32.0 * 39.0, 1.0 + 63.0);
+    let expected = rounds * rows * 4.0 * 64.0 / 1e8 + (rounds + 1.0) * steps * 1e-4;
+    let got = seconds(2) - seconds(1);
+    assert!((got / expected - 1.0).abs() < 1e-9, "{got}, not {expected}");
+}
+
 /// Where a rank has fewer threads than its host has cores, more ranks take more of them, but for the exchanges.
 #[test]
 fn ranks_with_threads_of_their_own_divide_the_layers() {
@@ -398,6 +414,70 @@ fn activations_are_about_those_that_ranks_allocate() {
         let layout = Layout { max_micro_batch_tokens: 1, ..*layouts.iter().find(find).unwrap() };
         let predicted = activation_bytes(&work, &layout) as f64 / f64::from(1 << 20);
         assert!((predicted / measured - 1.0).abs() < 0.1, "{ranks} ranks, recompute {recompute}: {predicted} MiB");
+    }
+}
+
+/// Groups exchange what the trainer counts: here two pairs at once, over a link that takes bytes alone.
+#[test]
+fn groups_exchange_what_the_trainer_predicts() {
+    let (work, mut cal, cluster) = (workload(8, 4, 1), calibration(1e-5), cluster(1, 4, 4096, 10.0));
+    cal.sockets = Link { bytes_per_second: 1e9, latency_seconds: 0.0 };
+    let inputs = Inputs { work: &work, cal: &cal, cluster: &cluster };
+    let layouts = super::layout::layouts(&work, &cluster);
+    for recompute in [false, true] {
+        let find = |l: &&Layout| (l.mode, l.ranks, l.recompute) == (Mode::Colocated, 4, recompute);
+        let alone = Layout { max_micro_batch_tokens: 16384, ..*layouts.iter().find(find).unwrap() };
+        let seconds = |sequence_parallel| {
+            let estimate = inputs.estimate(&Layout { sequence_parallel, ..alone });
+            assert_eq!(estimate.micro_batches, 1);
+            estimate.seconds.communication
+        };
+        let rows = (work.prompts as f64 * work.group_tokens()) as usize;
+        let passes = Passes { forwards: 1 + u64::from(recompute), backwards: 1 };
+        let before = Passes { forwards: 1, backwards: 0 };
+        let bytes = |passes| exchange_bytes_sent(&work.config, (0, 4), rows, passes) as f64;
+        let expected = 2.0 * (bytes(passes) + work.forwards * bytes(before)) / 1e9;
+        let got = seconds(4) - seconds(1);
+        assert!(got > expected && got < 1.1 * expected, "{got}, not {expected} and what is said of targets");
+    }
+}
+
+/// A limit that is not listed gives what a listed one does: nothing is lost.
+#[test]
+fn limits_that_hold_all_rows_are_one_choice() {
+    let (work, cal, cluster) = (workload(8, 4, 2), calibration(1e-5), cluster(2, 4, 4096, 10.0));
+    let inputs = Inputs { work: &work, cal: &cal, cluster: &cluster };
+    let layouts = super::layout::layouts(&work, &cluster);
+    let mut dropped = 0;
+    for layout in layouts.iter().filter(|l| l.max_micro_batch_tokens == 4096 && l.staleness == 0) {
+        for max_micro_batch_tokens in [1024, 2048, 8192, 16384] {
+            let other = Layout { max_micro_batch_tokens, ..*layout };
+            if !layouts.contains(&other) {
+                assert_eq!(inputs.estimate(&other), inputs.estimate(layout), "{other:?}");
+                dropped += 1;
+            }
+        }
+    }
+    assert!(dropped > 0);
+}
+
+/// Rows that exceed the limit of a micro-batch go alone, each once; ranks that share rows have as many times the limit.
+#[test]
+fn long_rows_go_alone() {
+    let (mut work, cal, cluster) = (workload(2, 4, 1), calibration(1e-5), cluster(4, 1, 8192, 10.0));
+    work.expected.response_tokens = 4000.0;
+    work.max_response_tokens = 4000;
+    work.config.max_position_embeddings = 8192;
+    let inputs = Inputs { work: &work, cal: &cal, cluster: &cluster };
+    let layouts = super::layout::layouts(&work, &cluster);
+    for (sequence_parallel, limit, expected) in [(1, 1024, 2), (1, 4096, 2), (1, 8192, 1), (4, 1024, 8), (4, 4096, 2)] {
+        let find = |l: &&Layout| l.mode == Mode::Colocated && l.ranks == 4 && l.sequence_parallel == sequence_parallel;
+        let layout = Layout { max_micro_batch_tokens: limit, ..*layouts.iter().find(find).unwrap() };
+        let found = inputs.estimate(&layout);
+        let per_rank = found.micro_batches as f64 * found.micro_batch_tokens;
+        assert_eq!(found.micro_batches, expected, "{layout:?}");
+        // A rank's part of two groups of four rows, prompts once for each group or row.
+        assert!((8000.0..8100.0).contains(&per_rank), "{layout:?}: {per_rank}");
     }
 }
 
@@ -460,6 +540,28 @@ fn divisions_are_those_that_a_recipe_may_have() {
             assert_eq!(sequence_parallel.contains(&n), with(&["trainer_ranks", "sequence_parallel"]), "{n}: {model:?}");
         }
     }
+}
+
+/// Ranks that share sequences share a teacher's too: its heads count.
+#[test]
+fn a_teacher_has_to_be_divided_as_well() {
+    let dir = tempfile::tempdir().unwrap();
+    let teacher = dir.path().join("teacher");
+    std::fs::create_dir(&teacher).unwrap();
+    let config = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 96, "vocab_size": 19,
+        "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2,
+        "max_position_embeddings": 32, "rms_norm_eps": 1e-5, "tie_word_embeddings": true}"#;
+    std::fs::write(teacher.join("config.json"), config).unwrap();
+    let stage = format!(
+        "[[stage]]\nkind = \"distill\"\ndata = \"demonstrations\"\nsteps = 1\nteacher = {{ path = {teacher:?} }}\n"
+    );
+    let path = dir.path().join("recipe.toml");
+    std::fs::write(&path, std::fs::read_to_string(recipe_path()).unwrap() + &stage).unwrap();
+    let lengths = Lengths { prompt_tokens: Some(9.0), response_tokens: Some(6.0) };
+    let planned = Planned::load((&path, &[]), None, &lengths).unwrap();
+    // The policy has four heads, the teacher six and two.
+    assert_eq!(planned.work.divisions.sequence_parallel, [1, 2]);
+    assert_eq!(planned.work.divisions.tensor_parallel, [1, 2, 4]);
 }
 
 #[test]
