@@ -13,7 +13,7 @@ use crate::transport::{SendFailure, Transport};
 use crate::{Error, Loss, Result};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 /// Longest that telling one rank of a loss may take.
@@ -36,6 +36,20 @@ pub struct Collective {
 #[must_use = "the others' parts are read by `end_all_gather`"]
 pub struct Gathering {
     sequence: u64,
+}
+
+/// Ends waits for a rank that others know to be lost, as one that is stopped and closes no connection.
+#[derive(Debug, Clone)]
+pub struct AbortHandle(Weak<Core>);
+
+impl AbortHandle {
+    /// World rank `rank` is lost: operations that wait for it or send to it fail, now and later, as they do when its
+    /// process ends. What came from it before can still be read. Does nothing once the rank's groups are all dropped.
+    pub fn lose(&self, rank: usize) {
+        if let Some(core) = self.0.upgrade().filter(|core| rank < core.world && rank != core.rank) {
+            core.transport.cut(rank);
+        }
+    }
 }
 
 /// What all groups of a rank share.
@@ -330,6 +344,11 @@ impl Collective {
             }
             turn.receive(last, Some(len))
         })?)
+    }
+
+    /// For whoever hears of lost ranks elsewhere; keeps no connection open.
+    pub fn abort_handle(&self) -> AbortHandle {
+        AbortHandle(Arc::downgrade(&self.core))
     }
 
     /// Tell all ranks of the world that this one gives up, so that none waits for it.

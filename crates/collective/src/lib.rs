@@ -5,8 +5,9 @@
 //! with their plans ([`reshard`]). Knows nothing of models, devices or optimizers: it moves slices of host memory.
 //!
 //! Invariants: a sum adds contributions in rank order, so that timing reaches no bit, and both transports give the same
-//! bits · every wait has a deadline · a rank that is gone or late is named in the error on all others · ranks that
-//! disagree about the operation get an error that says so · every byte sent and received is counted.
+//! bits · every wait has a deadline, and ends sooner where an [`AbortHandle`] is told of a loss · a rank that is gone
+//! or late is named in the error on all others · ranks that disagree about the operation get an error that says so ·
+//! every byte sent and received is counted.
 
 mod collective;
 mod counters;
@@ -20,7 +21,7 @@ mod socket;
 mod threads;
 mod transport;
 
-pub use collective::{Collective, Gathering};
+pub use collective::{AbortHandle, Collective, Gathering};
 pub use counters::{Counter, Counts};
 pub use error::{Error, Loss, Result};
 pub use link::LinkTls;

@@ -101,6 +101,11 @@ impl Link {
         Ok(theirs)
     }
 
+    /// What cuts the connection, whoever reads or writes meanwhile.
+    pub(crate) fn cutter(&self) -> std::io::Result<LinkCutter> {
+        Ok(LinkCutter(self.stream.try_clone()?))
+    }
+
     /// The half to read from and the half to write to.
     pub(crate) fn split(self) -> std::io::Result<(LinkReader, LinkWriter)> {
         let session = self.session.map(|mut session| {
@@ -119,6 +124,18 @@ impl Link {
             }),
         };
         Ok((reader, LinkWriter { stream: self.stream, session }))
+    }
+}
+
+/// Ends both halves of a link at once.
+#[derive(Debug)]
+pub(crate) struct LinkCutter(TcpStream);
+
+impl LinkCutter {
+    /// Whoever reads or writes finds that the other end is gone, which it may not be.
+    pub(crate) fn cut(&self) {
+        // One that is cut already stays so.
+        drop(self.0.shutdown(Shutdown::Both));
     }
 }
 

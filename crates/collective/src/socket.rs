@@ -3,7 +3,7 @@
 //! A rank connects to all lower ranks and accepts all higher ones. Messages are length-prefixed frames; a thread per
 //! connection reads them into the mailbox, so that a rank that computes never blocks one that sends.
 
-use crate::link::{Link, LinkReader, LinkTls, LinkWriter, left};
+use crate::link::{Link, LinkCutter, LinkReader, LinkTls, LinkWriter, left};
 use crate::mailbox::Mailbox;
 use crate::message::{Message, Operation, Payload, Place};
 use crate::transport::{SendFailure, Transport};
@@ -147,11 +147,15 @@ struct SocketTransport {
     mailbox: Arc<Mailbox>,
     /// To write to, by rank; none for this rank.
     links: Vec<Option<Mutex<LinkWriter>>>,
+    /// By rank as well; they wait for nobody who writes.
+    cutters: Vec<Option<LinkCutter>>,
 }
 
 impl SocketTransport {
     fn new(links: Vec<Option<Link>>) -> std::io::Result<Self> {
         let mailbox = Arc::<Mailbox>::default();
+        let cutter = |link: &Option<Link>| link.as_ref().map(Link::cutter).transpose();
+        let cutters = links.iter().map(cutter).collect::<std::io::Result<_>>()?;
         let mut writers = Vec::with_capacity(links.len());
         for (peer, link) in links.into_iter().enumerate() {
             let Some(link) = link else {
@@ -166,7 +170,7 @@ impl SocketTransport {
             })?;
             writers.push(Some(Mutex::new(writer)));
         }
-        Ok(SocketTransport { mailbox, links: writers })
+        Ok(SocketTransport { mailbox, links: writers, cutters })
     }
 }
 
@@ -178,6 +182,11 @@ impl Transport for SocketTransport {
 
     fn mailbox(&self) -> &Arc<Mailbox> {
         &self.mailbox
+    }
+
+    fn cut(&self, rank: usize) {
+        self.mailbox.mark_gone(rank);
+        self.cutters.get(rank).into_iter().flatten().for_each(LinkCutter::cut);
     }
 }
 

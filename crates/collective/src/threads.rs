@@ -32,6 +32,10 @@ impl Transport for ThreadTransport {
     fn mailbox(&self) -> &Arc<Mailbox> {
         &self.mailboxes[self.rank]
     }
+
+    fn cut(&self, rank: usize) {
+        self.mailbox().mark_gone(rank);
+    }
 }
 
 impl Drop for ThreadTransport {

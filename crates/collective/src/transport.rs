@@ -20,4 +20,6 @@ pub(crate) trait Transport: Send + Sync + std::fmt::Debug {
     fn send(&self, to: usize, message: Message, deadline: Instant) -> Result<(), SendFailure>;
     /// What has come from the others.
     fn mailbox(&self) -> &Arc<Mailbox>;
+    /// Nothing goes to `rank` or comes from it any more, also where somebody waits for that now.
+    fn cut(&self, rank: usize);
 }

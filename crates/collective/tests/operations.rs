@@ -275,6 +275,41 @@ fn a_rank_that_stalls_is_named_on_all_others_in_time() {
     }
 }
 
+/// A rank that stands still closes no connection: others wait for it until somebody tells them that it is lost.
+#[test]
+fn a_rank_that_is_declared_lost_is_waited_for_no_longer() {
+    for kind in [Kind::Threads, Kind::Sockets] {
+        let (start, release) = (Instant::now(), Arc::new(std::sync::Barrier::new(3)));
+        let errors = on_all(kind, 3, TIMEOUT, |ranks| {
+            let error = (ranks.rank() != 1).then(|| {
+                let handle = ranks.abort_handle();
+                // Nobody is who it is not.
+                handle.lose(3);
+                handle.lose(ranks.rank());
+                std::thread::scope(|scope| {
+                    let waits = scope.spawn(|| ranks.barrier().expect_err("rank 1 does not come"));
+                    if ranks.rank() == 0 {
+                        handle.lose(1);
+                    }
+                    waits.join().expect("no panic")
+                })
+            });
+            release.wait();
+            let handle = ranks.abort_handle();
+            drop(ranks);
+            handle.lose(1);
+            error
+        });
+        for (error, is_told) in [(&errors[0], true), (&errors[2], false)] {
+            let Some(Error::RankLost { rank: 1, operation: Operation::Barrier, loss }) = error else {
+                panic!("{kind:?}: {error:?}")
+            };
+            assert_eq!(matches!(loss, Loss::Gone), is_told, "{loss:?}");
+        }
+        assert!(start.elapsed() < TIMEOUT / 2);
+    }
+}
+
 /// In hybrid sharding rank 0 waits for rank 1, which waits for the lost rank 3: all name rank 3.
 #[test]
 fn a_loss_in_another_subgroup_is_named_too() {
