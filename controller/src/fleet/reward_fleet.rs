@@ -3,8 +3,9 @@
 use super::event::{Event, Job, JobKey, Origin, Role, Ticket};
 use super::roster::{Desk, Farewell, FleetConfig, Next, Order, Shared, WorkerStatus};
 use crate::{Clock, SystemClock};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 use temper_proto::{RewardService, ScoreRequest, ServiceError, ServiceResult};
 use temper_types::{ErrorCode, RewardFailure, RewardOutcome};
 
@@ -74,6 +75,17 @@ impl FleetReward {
     /// Every worker that ever joined, in its last life.
     pub fn workers(&self) -> Vec<WorkerStatus> {
         self.shared.workers()
+    }
+
+    /// Let go of all workers. Those that [`FleetReward::unfit`] does not name can go on in another fleet.
+    pub fn retire(&self) {
+        self.shared.retire();
+    }
+
+    /// After [`FleetReward::retire`], workers that cannot go on in another fleet: they were lost, or are in a call
+    /// that does not end within `patience`.
+    pub fn unfit(&self, patience: Duration) -> BTreeSet<String> {
+        self.shared.unfit(patience)
     }
 
     /// Messages of workers that changed nothing, by kind.

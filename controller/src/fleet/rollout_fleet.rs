@@ -94,6 +94,18 @@ impl FleetRollout {
         self.shared.workers()
     }
 
+    /// Let go of all workers: they give up what they have. Those that [`FleetRollout::unfit`] does not name can go on
+    /// in another fleet, with the weights that they hold.
+    pub fn retire(&self) {
+        self.shared.retire();
+    }
+
+    /// After [`FleetRollout::retire`], workers that cannot go on in another fleet: they were lost, or are in a call
+    /// that does not end within `patience`.
+    pub fn unfit(&self, patience: Duration) -> BTreeSet<String> {
+        self.shared.unfit(patience)
+    }
+
     /// The trainer that workers pull weights from is lost, and with it every version that they do not hold yet: a call
     /// of [`RolloutService::set_version`] that waits for one fails, now or later. The run goes back to a checkpoint
     /// with a fleet of its own.
@@ -372,6 +384,13 @@ impl Server {
         let _farewell = Farewell { shared: Arc::clone(&self.shared), origin: self.origin };
         loop {
             let done = match self.shared.next(self.origin, self.open.len()) {
+                Next::End if self.shared.is_retiring() => {
+                    // Whoever takes the worker in next finds nothing in its hands.
+                    if let Err(error) = self.abort() {
+                        self.shared.failed(self.origin, error);
+                    }
+                    return;
+                }
                 Next::End => return,
                 Next::Order(Order::Job(ticket, Job::Group(spec))) => self.submit(ticket, spec.group),
                 Next::Order(Order::Job(_, Job::Score { .. })) => Ok(()),

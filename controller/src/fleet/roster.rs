@@ -8,7 +8,7 @@ use super::event::{Action, AtBump, Event, Job, JobKey, LossCause, Origin, PlaneC
 use super::plane::ControlPlane;
 use super::pool::WorkerPhase;
 use crate::Clock;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use temper_proto::{ServiceError, ServiceResult};
@@ -134,7 +134,11 @@ pub(super) struct State<S: ?Sized, D> {
     alone_since: Option<Duration>,
     /// Workers that could not take the version to be served, one after another.
     pub(super) num_failed_syncs: u32,
+    /// Lives whose threads have not ended.
+    served: BTreeSet<Origin>,
     is_closed: bool,
+    /// True where the workers go on in another fleet.
+    is_retiring: bool,
 }
 
 /// A fleet of workers that are reached through `S`, whose results are kept by `D`.
@@ -155,8 +159,8 @@ impl<S: ?Sized + Send + Sync + 'static, D: Desk> Shared<S, D> {
         // A fleet keeps no journal: a run resumes from its checkpoint, and workers join anew.
         let (plane, _) = ControlPlane::new(config.plane());
         let (members, ids) = (BTreeMap::new(), BTreeMap::new());
-        let (alone_since, num_failed_syncs, is_closed) = Default::default();
-        let state = State { plane, desk, members, ids, alone_since, num_failed_syncs, is_closed };
+        let (alone_since, num_failed_syncs, served, is_closed, is_retiring) = Default::default();
+        let state = State { plane, desk, members, ids, alone_since, num_failed_syncs, served, is_closed, is_retiring };
         Shared { role, config, clock, state: Mutex::new(state), changed: Condvar::new() }
     }
 
@@ -248,6 +252,7 @@ impl<S: ?Sized + Send + Sync + 'static, D: Desk> Shared<S, D> {
             Ok(_) => Ok(origin.incarnation),
             Err(error) => {
                 self.failed(origin, &error);
+                self.lock().served.remove(&origin);
                 Err(self.error(ErrorCode::ResourceExhausted, "join", error))
             }
         }
@@ -264,6 +269,7 @@ impl<S: ?Sized + Send + Sync + 'static, D: Desk> Shared<S, D> {
         // Whatever it has was given to it by somebody else.
         let orders = VecDeque::from([Order::Abort]);
         state.members.insert(id, Member { name: name.to_owned(), origin, service, orders, last_error });
+        state.served.insert(origin);
         let capacity = self.config.max_in_flight;
         self.tell(&mut state, Event::Register { origin, role: self.role, capacity });
         origin
@@ -366,6 +372,36 @@ impl<S: ?Sized + Send + Sync + 'static, D: Desk> Shared<S, D> {
         Err(self.error(ErrorCode::Unavailable, operation, message))
     }
 
+    /// Let go of all workers, which give up what they have, so that another fleet can take them in.
+    pub(super) fn retire(&self) {
+        let mut state = self.lock();
+        (state.is_closed, state.is_retiring) = (true, true);
+        self.changed.notify_all();
+    }
+
+    /// Wait until nobody calls a worker of a fleet that was told to retire, at most `patience`. Gives those that are
+    /// still called, and those that were lost: another fleet would find calls of this one in them. One that could not
+    /// take new weights is not among them.
+    pub(super) fn unfit(&self, patience: Duration) -> BTreeSet<String> {
+        let deadline = self.now().saturating_add(patience);
+        let mut state = self.lock();
+        while !state.served.is_empty() && self.now() < deadline {
+            state = self.wait(state);
+        }
+        let is_called = |id: &WorkerId| state.served.iter().any(|origin| origin.worker == *id);
+        let is_lost = |member: &Member<S>| {
+            let phase = state.phase(member.origin);
+            matches!(phase, Some(WorkerPhase::Lost(cause)) if cause != LossCause::SyncFailed)
+        };
+        let unfit = state.members.iter().filter(|(id, member)| is_called(id) || is_lost(member));
+        unfit.map(|(_, member)| member.name.clone()).collect()
+    }
+
+    /// Whether a thread that ends is to leave its worker with nothing in hand.
+    pub(super) fn is_retiring(&self) -> bool {
+        self.lock().is_retiring
+    }
+
     /// End every thread that is not in a call.
     pub(super) fn close(&self) {
         self.lock().is_closed = true;
@@ -405,7 +441,7 @@ pub(super) fn describe<S: ?Sized, D>(state: &State<S, D>) -> String {
     if all.is_empty() { "no worker ever joined".to_owned() } else { all.join("; ") }
 }
 
-/// Says that a worker failed if its thread ends while it is counted on, as by a panic.
+/// Says that a worker's thread has ended, and that the worker failed where it did so by a panic.
 pub(super) struct Farewell<S: ?Sized + Send + Sync + 'static, D: Desk> {
     pub(super) shared: Arc<Shared<S, D>>,
     pub(super) origin: Origin,
@@ -416,5 +452,7 @@ impl<S: ?Sized + Send + Sync + 'static, D: Desk> Drop for Farewell<S, D> {
         if std::thread::panicking() {
             self.shared.failed(self.origin, "the call panicked");
         }
+        self.shared.lock().served.remove(&self.origin);
+        self.shared.notify();
     }
 }

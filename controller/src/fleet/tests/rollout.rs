@@ -136,6 +136,40 @@ fn a_worker_that_answers_twice_is_counted_and_changes_nothing() {
     assert!(run.fleet.fences()[&Fence::DuplicateAnswer] > 0);
 }
 
+/// Whoever is at rest goes on in another fleet, with nothing in hand; whoever is lost or does not answer does not.
+#[test]
+fn workers_of_a_fleet_that_retires_go_on_in_another_one() {
+    let expected = undisturbed();
+    let mut run = start(config(), &[Manner::Good, Manner::DiesAfter(0), Manner::Stalls]);
+    run.fleet.set_version(version(4)).expect("all prove it");
+    run.fleet.submit((0..NUM_GROUPS).map(request).collect()).expect("new groups");
+    until("a call that does not end", || run.workers[2].gate.is_holding());
+    until("a loss", || run.status("engine-1").phase == WorkerPhase::Lost(LossCause::CallFailed));
+    run.fleet.retire();
+    let unfit = || run.fleet.unfit(Duration::ZERO).into_iter().collect::<Vec<_>>();
+    until("the end of a call", || unfit() == ["engine-1", "engine-2"]);
+    run.workers[2].gate.open();
+    until("the end of the other", || unfit() == ["engine-1"]);
+    for worker in [&run.workers[0], &run.workers[2]] {
+        assert_eq!(worker.next_group(Duration::ZERO), Ok(None), "{} has something in hand", worker.name);
+    }
+    run.fleet = FleetRollout::with_clock(config(), run.clock.clone());
+    for worker in [&run.workers[0], &run.workers[2]] {
+        assert_eq!(run.fleet.join(worker.name, worker.clone()), Ok(1));
+    }
+    assert_eq!(run.batch().as_ref(), Ok(&expected));
+    assert!(run.fleet.fences().is_empty());
+}
+
+#[test]
+fn a_worker_that_could_not_take_new_weights_goes_on_in_another_fleet() {
+    let run = start(config(), &[Manner::HoldsOtherWeights]);
+    run.fleet.set_version(version(4)).expect_err("it holds others");
+    assert_eq!(run.status("engine-0").phase, WorkerPhase::Lost(LossCause::SyncFailed));
+    run.fleet.retire();
+    until("the end of its thread", || run.fleet.unfit(Duration::ZERO).is_empty());
+}
+
 /// What a second round over `first` draws.
 fn second_round(run: &Run, first: &Batch) -> Result<Batch, ServiceError> {
     let begun = |sample: &GeneratedSample| BegunResponse { token_ids: sample.token_ids.clone(), is_complete: false };
