@@ -4,7 +4,8 @@
 pub const LOG: &str = "TEMPER_LOG";
 
 /// `TEMPER_KILL_AT=STEP:PHASE`: the process kills itself with SIGKILL when that phase of that step begins;
-/// `STEP:PHASE:WORKER` kills that worker. Several points are joined by commas. For tests of resume and recovery.
+/// `STEP:PHASE:WORKER` kills that worker, `STEP:PHASE:WORKER:stop` stops it with SIGSTOP. Several points are joined by
+/// commas. For tests of resume and recovery.
 pub const KILL_AT: &str = "TEMPER_KILL_AT";
 
 /// `PATH`: where programs of rewards are looked for that are given by a bare name.

@@ -51,8 +51,8 @@ pub fn after_loss(
         eprintln!("{error}\nwaiting for the trainer ranks, to go on from what they hold");
         match from_memory(cluster, (error, kept), dir)? {
             Ok((ranks, kept)) => {
-                let MirroredRanks { trainer, plan, lost } = ranks;
-                let recovery = Recovery { kept, plan, lost, waited: begin.elapsed() };
+                let MirroredRanks { trainer, plan, lost, kept_workers } = ranks;
+                let recovery = Recovery { kept, plan, lost, kept_workers, waited: begin.elapsed() };
                 return Ok((Start::Memory(Box::new(recovery)), trainer));
             }
             Err(problem) => {

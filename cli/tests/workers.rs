@@ -1,17 +1,18 @@
 //! A run over worker processes gives the run in one process, whatever becomes of the workers; and it can be controlled.
 
 mod common;
+mod processes;
 mod ranks;
 mod run;
 mod wait;
 
 use common::{SMALL, recipe, stderr, temper};
+use processes::{Joined, control, control_json, finish, free_address, is_there, life_in, signal, start, worker};
 use ranks::without_communication;
 use run::{outcome, train};
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 use temper_data::trajectories::read_dataset;
 use temper_types::Philox;
@@ -24,54 +25,11 @@ fn longer() -> String {
     SMALL.replace("steps = 6", "steps = 40").replace("every_steps = 2", "every_steps = 4")
 }
 
-fn start(recipe: &Path, run_dir: &Path, sets: &[&str]) -> Child {
-    let mut command = temper();
-    command.arg("train").arg(recipe).arg("--run-dir").arg(run_dir).args(PROCESSES);
-    sets.iter().for_each(|set| {
-        command.args(["--set", set]);
-    });
-    command.env("TEMPER_LOG", "warn,temper_rollout=info");
-    command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary starts")
-}
-
 /// Go on with the run in `run_dir` from its last checkpoint.
 fn resume(recipe: &Path, run_dir: &Path) -> Child {
     let mut command = temper();
     command.arg("train").arg(recipe).arg("--run-dir").arg(run_dir).args(PROCESSES).arg("--resume");
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary starts")
-}
-
-/// A control command on the run in `run_dir`.
-fn control(run_dir: &Path, args: &[&str]) -> Output {
-    temper().args(args).arg("--run-dir").arg(run_dir).arg("--json").output().expect("the binary starts")
-}
-
-fn control_json(run_dir: &Path, args: &[&str]) -> Option<serde_json::Value> {
-    let output = control(run_dir, args);
-    output.status.success().then(|| serde_json::from_slice(&output.stdout).expect("JSON"))
-}
-
-/// Process of the worker `name`, once it serves in a life other than `before`.
-fn worker(run_dir: &Path, name: &str, before: u64) -> Option<(u64, u64)> {
-    life_in(run_dir, name, |state| state == "ready").filter(|(_, life)| *life != before)
-}
-
-/// Process and life of the worker `name`, while it is in such a state.
-fn life_in(run_dir: &Path, name: &str, is_such: impl Fn(&str) -> bool) -> Option<(u64, u64)> {
-    let workers = control_json(run_dir, &["workers"])?;
-    let found = workers.as_array()?.iter().find(|w| w["name"] == name && w["state"].as_str().is_some_and(&is_such))?;
-    Some((found["process_id"].as_u64()?, found["incarnation"].as_u64()?))
-}
-
-fn signal(pid: u64, name: &str) {
-    let status = Command::new("sh").args(["-c", &format!("kill -{name} {pid}")]).status().expect("a shell");
-    assert!(status.success() || name == "KILL", "kill -{name} {pid}");
-}
-
-fn finish(child: Child) -> Output {
-    let output = child.wait_with_output().expect("the process ends");
-    assert!(output.status.success(), "{}", stderr(&output));
-    output
 }
 
 #[test]
@@ -189,12 +147,6 @@ fn engines_over_tensor_parallel_ranks_give_the_bits_of_whole_ones() {
 fn children(pid: u64) -> Vec<u64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
     text.split_whitespace().map(|pid| pid.parse().expect("a process")).collect()
-}
-
-/// A process that ended and was not waited for is not there either.
-fn is_there(pid: u64) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
 }
 
 #[test]
@@ -371,31 +323,6 @@ fn a_worker_without_a_controller_says_so() {
     assert!(stderr(&output).contains("'no address'") && stderr(&output).contains("expected HOST:PORT"), "{output:?}");
     let output = temper().args(["status", "--run-dir", "nowhere"]).output().expect("the binary starts");
     assert!(stderr(&output).contains("not a run that is controlled over the network"), "{}", stderr(&output));
-}
-
-/// A process that ends with the test.
-struct Joined(Child);
-
-impl Joined {
-    fn join(address: &str, role: &str) -> Self {
-        let mut command = temper();
-        command.args(["serve", role, "--join", address]).stdout(Stdio::null()).stderr(Stdio::null());
-        Joined(command.spawn().expect("the binary starts"))
-    }
-}
-
-impl Drop for Joined {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        drop(self.0.kill());
-        drop(self.0.wait());
-    }
-}
-
-/// An address that nobody listened at a moment ago.
-fn free_address() -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("bound").to_string()
 }
 
 /// One rank stands still for longer than its lease; so does the other, once it is there again and waits for the first.

@@ -49,7 +49,9 @@ pub struct Recovery {
     pub plan: MirrorPlan,
     /// Who was lost and why, a line each.
     pub lost: Vec<String>,
-    /// From the failure to the moment when all ranks had met again.
+    /// Engines and reward workers that kept their processes and what they hold, by name.
+    pub kept_workers: Vec<String>,
+    /// From the failure to the moment when all ranks had met again, and all other workers served.
     pub waited: Duration,
 }
 
@@ -112,7 +114,7 @@ impl Controller {
     }
 
     fn go_back(&mut self, recovery: Recovery) -> Result<(), Error> {
-        let Recovery { kept, plan, lost, waited } = recovery;
+        let Recovery { kept, plan, lost, kept_workers, waited } = recovery;
         let begin = self.clock.elapsed();
         checkpoint::remove_temporaries(&self.dir.checkpoints())?;
         self.state = kept.state;
@@ -127,18 +129,24 @@ impl Controller {
         self.enter(Phase::Mirror);
         let restored = self.services.trainer.restore_mirrored(&plan);
         self.attribute(restored)?;
+        let restored = self.clock.elapsed().saturating_sub(begin);
         self.unpublished = kept.unpublished;
         if !self.unpublished {
             self.prove()?;
         }
+        let proved = self.clock.elapsed().saturating_sub(begin).saturating_sub(restored);
         self.record.truncate_after(self.state.step)?;
         let sources: Vec<_> = plan.sources.iter().map(|s| json!({"rank": s.rank, "from": s.from})).collect();
-        let seconds = (waited + self.clock.elapsed().saturating_sub(begin)).as_secs_f64();
+        let seconds = waited + self.clock.elapsed().saturating_sub(begin);
         let fields = [
             ("step", json!(self.state.step)),
             ("lost", json!(lost)),
             ("shards", json!(sources)),
-            ("seconds", json!(seconds)),
+            ("kept_workers", json!(kept_workers)),
+            ("wait_seconds", json!(waited.as_secs_f64())),
+            ("restore_seconds", json!(restored.as_secs_f64())),
+            ("prove_seconds", json!(proved.as_secs_f64())),
+            ("seconds", json!(seconds.as_secs_f64())),
         ];
         self.record.event("recovered", &fields)
     }

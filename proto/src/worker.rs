@@ -84,10 +84,11 @@ pub trait WorkerRegistry: Send + Sync {
     /// # Errors
     /// `Cancelled` where this life is fenced.
     fn ready(&self, id: &WorkerId) -> ServiceResult<()>;
-    /// Collective addresses of all trainer ranks, in the order of the ranks.
+    /// Collective addresses of all trainer ranks as they are now, in the order of the ranks; empty for one that has not
+    /// registered yet, or is lost.
     ///
     /// # Errors
-    /// `Unavailable` until all have registered, `Cancelled` where this life is fenced.
+    /// `Cancelled` where this life is fenced.
     fn ranks(&self, id: &WorkerId) -> ServiceResult<Vec<String>>;
     /// A worker lives. Gives true where the run has ended and the worker should end too.
     ///

@@ -43,6 +43,12 @@ pub struct Meeting {
 pub struct Killer(Arc<Mutex<Table>>);
 
 impl Killer {
+    /// Process of a worker, where it runs.
+    pub fn process_id(&self, name: &str) -> Option<u32> {
+        let table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        table.running.get(name).map(|running| running.child.id())
+    }
+
     /// Kill a worker; it is started again.
     pub fn kill(&self, name: &str) {
         let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);

@@ -8,7 +8,7 @@ use crate::control::LocalControl;
 use crate::tables::RunTables;
 use crate::tls::transport;
 use anyhow::{Context, bail};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -58,7 +58,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(5);
 
 /// Engines as one, and reward workers as one.
 #[derive(Clone)]
-struct Fleets {
+pub(super) struct Fleets {
     rollout: Arc<FleetRollout>,
     reward: Arc<FleetReward>,
 }
@@ -69,6 +69,19 @@ impl Fleets {
         let patient = FleetConfig { worker_wait: WORKER_WAIT, max_staleness, ..FleetConfig::default() };
         let one_by_one = FleetConfig { max_in_flight: 1, ..patient };
         Fleets { rollout: Arc::new(FleetRollout::new(patient)), reward: Arc::new(FleetReward::new(one_by_one)) }
+    }
+
+    /// Let go of all workers; what they have is given up.
+    pub(super) fn retire(&self) {
+        self.rollout.retire();
+        self.reward.retire();
+    }
+
+    /// Workers that cannot go on in other fleets; a call that is under way has `patience` to end.
+    pub(super) fn unfit(&self, patience: Duration) -> BTreeSet<String> {
+        let mut unfit = self.rollout.unfit(patience);
+        unfit.extend(self.reward.unfit(patience));
+        unfit
     }
 }
 
@@ -238,11 +251,13 @@ impl Cluster {
         }
     }
 
-    /// No fleet hears of the end of a rank whose weights it was never to pull.
-    pub(super) fn renew_fleets(&self) {
+    /// Fleets without workers, in place of those that there were, which are given. No fleet hears of the end of a rank
+    /// whose weights it was never to pull.
+    pub(super) fn renew_fleets(&self) -> Fleets {
         let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
         sources.clear();
-        *self.fleets.lock().unwrap_or_else(PoisonError::into_inner) = Fleets::new(self.staleness);
+        let mut fleets = self.fleets.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut fleets, Fleets::new(self.staleness))
     }
 
     fn fleets(&self) -> Fleets {
@@ -304,8 +319,10 @@ impl Drop for Cluster {
         // Whoever follows the run is still served here.
         self.tables.end();
         self.is_ending.store(true, Ordering::SeqCst);
-        self.hub.end();
-        self.children = None;
+        match self.children.take() {
+            Some(children) => drop(children),
+            None => self.hub.see_off(),
+        }
         if let Some(joiner) = self.joiner.take() {
             // A joiner that panicked has said so.
             let _ = joiner.join();

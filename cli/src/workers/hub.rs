@@ -1,6 +1,7 @@
 //! Where workers register: names, lives, leases.
 
-use std::collections::BTreeMap;
+use super::heartbeat_interval;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use temper_proto::{Assignment, ServiceError, ServiceResult, WorkerHello, WorkerId, WorkerRegistry, WorkerRole};
@@ -50,11 +51,13 @@ pub struct Member {
     pub hello: WorkerHello,
     /// Its rank, of a trainer.
     pub rank: u32,
+    /// HOST:PORT of the trainer ranks that it was told to take weights from, of another worker.
+    pub weight_sources: Vec<String>,
     /// How it stands.
     pub standing: Standing,
     /// True where it has served in this life.
     pub has_served: bool,
-    /// Why it was lost.
+    /// Why it was lost, or its life before this one.
     pub cause: String,
     seen: Instant,
 }
@@ -81,6 +84,8 @@ struct State {
     members: BTreeMap<String, Member>,
     changes: Vec<Change>,
     is_ending: bool,
+    /// Workers that know it.
+    told: BTreeSet<WorkerId>,
 }
 
 impl Hub {
@@ -104,6 +109,18 @@ impl Hub {
         self.changed.notify_all();
     }
 
+    /// Tell all workers that live to end, by the answers to their heartbeats; takes at most the time of two heartbeats,
+    /// as one that stands still hears nothing.
+    pub fn see_off(&self) {
+        self.end();
+        let deadline = Instant::now() + 2 * heartbeat_interval(self.lease);
+        let mut state = self.lock();
+        while !state.all_are_told() && Instant::now() < deadline {
+            let rest = deadline.saturating_duration_since(Instant::now());
+            state = self.changed.wait_timeout(state, rest).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
     /// The worker `name` is gone, in whichever life it was.
     pub fn lose(&self, name: &str, cause: &str) {
         let mut state = self.lock();
@@ -112,6 +129,19 @@ impl Hub {
             state.lose(&id, cause);
             self.changed.notify_all();
         }
+    }
+
+    /// Addresses of the trainer ranks that serve, in the order of the ranks.
+    pub fn weight_sources(&self) -> Vec<String> {
+        self.lock().sources()
+    }
+
+    /// Say again that this worker serves, if it still does in this life: whoever uses the workers has let go of it.
+    pub fn present_again(&self, id: &WorkerId) {
+        let mut state = self.lock();
+        let member = state.members.get(&id.name).filter(|m| m.id == *id && m.standing == Standing::Ready).cloned();
+        state.changes.extend(member.map(Change::Ready));
+        self.changed.notify_all();
     }
 
     /// Wait for changes, at most `timeout`; leases that ran out are among them.
@@ -138,6 +168,10 @@ impl State {
             cause.clone_into(&mut member.cause);
             self.changes.push(Change::Lost(member.clone()));
         }
+    }
+
+    fn all_are_told(&self) -> bool {
+        self.members.values().all(|member| member.standing == Standing::Lost || self.told.contains(&member.id))
     }
 
     fn expire(&mut self, lease: Duration) {
@@ -212,15 +246,17 @@ impl WorkerRegistry for Hub {
         let name = if hello.name.is_empty() { state.free_name(hello.role) } else { hello.name.clone() };
         let incarnation = state.members.get(&name).map_or(1, |m| m.id.incarnation + 1);
         state.lose_name(&name);
+        let cause = state.members.get(&name).map(|m| m.cause.clone()).unwrap_or_default();
         let id = WorkerId { name: name.clone(), incarnation };
         let seen = Instant::now();
         let member = Member {
             id: id.clone(),
             hello,
             rank,
+            weight_sources: weight_sources.clone(),
             standing: Standing::Starting,
             has_served: false,
-            cause: String::new(),
+            cause,
             seen,
         };
         state.members.insert(name, member);
@@ -243,18 +279,18 @@ impl WorkerRegistry for Hub {
     fn ranks(&self, id: &WorkerId) -> ServiceResult<Vec<String>> {
         let mut state = self.lock();
         state.live(id, "ranks")?;
-        let mut trainers: Vec<&Member> = state.trainers().collect();
-        trainers.sort_by_key(|m| m.rank);
-        if trainers.len() < self.work.world as usize {
-            let message = format!("{} of {} trainer ranks have registered", trainers.len(), self.work.world);
-            return Err(ServiceError::new(ErrorCode::Unavailable, "controller", "ranks", message));
-        }
-        Ok(trainers.iter().map(|m| m.hello.collective_address.clone()).collect())
+        let address = |rank: u32| {
+            let member = state.trainers().find(|member| member.rank == rank);
+            member.map(|member| member.hello.collective_address.clone()).unwrap_or_default()
+        };
+        Ok((0..self.work.world).map(address).collect())
     }
 
     fn heartbeat(&self, id: &WorkerId) -> ServiceResult<bool> {
         let mut state = self.lock();
         if state.is_ending {
+            state.told.insert(id.clone());
+            self.changed.notify_all();
             return Ok(true);
         }
         state.live(id, "heartbeat").map(|_| false)
@@ -325,10 +361,10 @@ mod tests {
     }
 
     #[test]
-    fn ranks_are_told_when_all_are_there_and_a_third_is_refused() {
+    fn ranks_are_told_who_is_there_and_a_third_is_refused() {
         let hub = hub();
         let first = hub.register(hello(WorkerRole::Trainer, "a")).unwrap();
-        assert_eq!(hub.ranks(&first.id).unwrap_err().code, ErrorCode::Unavailable);
+        assert_eq!(hub.ranks(&first.id).unwrap(), ["a:2", ""]);
         hub.register(hello(WorkerRole::Trainer, "b")).unwrap();
         assert_eq!(hub.ranks(&first.id).unwrap(), ["a:2", "b:2"]);
         let third = hub.register(hello(WorkerRole::Trainer, "c")).unwrap_err();
@@ -357,5 +393,11 @@ mod tests {
         let ids = trainers(&hub);
         hub.end();
         assert_eq!(hub.heartbeat(&ids[0]), Ok(true));
+        let begin = Instant::now();
+        std::thread::scope(|scope| {
+            scope.spawn(|| hub.heartbeat(&ids[1]));
+            hub.see_off();
+        });
+        assert!(begin.elapsed() < heartbeat_interval(hub.lease), "nobody is left who could be told");
     }
 }

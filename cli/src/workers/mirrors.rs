@@ -1,7 +1,7 @@
 //! Trainer ranks that come back without a checkpoint: survivors keep their state, agree on a step, and meet the ranks
 //! that were started in place of the lost ones.
 
-use super::cluster::{Cluster, send_away};
+use super::cluster::{Cluster, Fleets, send_away};
 use super::hub::{Member, Standing};
 use super::{LEASE, START_TIMEOUT};
 use std::sync::mpsc::{Receiver, channel};
@@ -16,8 +16,11 @@ const TICK: Duration = Duration::from_millis(20);
 const MOMENT: Duration = Duration::from_millis(200);
 /// How often survivors are asked, as more of them may be lost meanwhile.
 const MAX_ASKS: usize = 10;
-/// Why workers begin anew that hold nothing which is needed.
-const RANKS_LOST: &str = "a trainer rank was lost, and the run goes back a step";
+/// How long a call has to end that an engine or reward worker is in once the ranks have met again.
+const CALL_PATIENCE: Duration = Duration::from_secs(5);
+/// Why workers begin anew that cannot go on as they are.
+const NOT_AT_REST: &str = "a trainer rank was lost, the run goes back a step, and a call to the worker does not end";
+const MOVED: &str = "a trainer rank was lost, and its successor is at an address that the worker was not told";
 
 /// A trainer rank that the run speaks with.
 #[derive(Clone)]
@@ -34,6 +37,8 @@ pub struct MirroredRanks {
     pub plan: MirrorPlan,
     /// Who was lost and why.
     pub lost: Vec<String>,
+    /// Engines and reward workers that kept their processes and what they hold, by name.
+    pub kept_workers: Vec<String>,
 }
 
 /// What survivors say.
@@ -60,13 +65,30 @@ impl Cluster {
         let survivors = self.survivors(failed)?;
         let plan = agree_on_mirrors(num_shards, &survivors.held, is_known).map_err(|e| e.to_string())?;
         tracing::info!(step = plan.step, lost = survivors.lost.join("; "), "the ranks hold the state of a step");
-        self.renew_fleets();
-        let killer = self.killer();
-        send_away(&self.hub, (killer.as_ref(), RANKS_LOST), |member| member.hello.role != WorkerRole::Trainer);
+        let fleets = self.renew_fleets();
+        fleets.retire();
         self.meet_again(&survivors.ranks)?;
         let trainer = self.trainer().map_err(|e| format!("{e:#}"))?;
+        let kept_workers = self.take_over(&fleets);
         self.wait().map_err(|e| format!("{e:#}"))?;
-        Ok(MirroredRanks { trainer, plan, lost: survivors.lost })
+        Ok(MirroredRanks { trainer, plan, lost: survivors.lost, kept_workers })
+    }
+
+    /// Let the fleets of now take in the workers that those of before had, as they are: their processes, connections
+    /// and weights stay. Those that cannot begin anew. Gives the names of those that stay.
+    fn take_over(&self, before: &Fleets) -> Vec<String> {
+        let unfit = before.unfit(CALL_PATIENCE);
+        let sources = self.hub.weight_sources();
+        let is_at_rest = |member: &Member| member.standing != Standing::Ready || !unfit.contains(&member.id.name);
+        let finds_weights = |member: &Member| member.weight_sources == sources;
+        let killer = self.killer();
+        let is_other = |member: &Member| member.hello.role != WorkerRole::Trainer;
+        send_away(&self.hub, (killer.as_ref(), NOT_AT_REST), |member| is_other(member) && !is_at_rest(member));
+        send_away(&self.hub, (killer.as_ref(), MOVED), |member| is_other(member) && !finds_weights(member));
+        let mut members = self.hub.members();
+        members.retain(|member| is_other(member) && member.standing == Standing::Ready);
+        members.iter().for_each(|member| self.hub.present_again(&member.id));
+        members.into_iter().map(|member| member.id.name).collect()
     }
 
     /// Which ranks live, and what they hold.
@@ -100,12 +122,8 @@ impl Cluster {
         let loss = |rank: &RankHandle| {
             let name = &rank.member.id.name;
             let now = members.iter().find(|member| member.id.name == *name)?;
-            let cause = match (now.standing, now.id == rank.member.id) {
-                (Standing::Lost, true) => now.cause.clone(),
-                (_, true) => return None,
-                (_, false) => "it began a new life".to_owned(),
-            };
-            Some(format!("{name}: {cause}"))
+            let is_lost = now.standing == Standing::Lost || now.id != rank.member.id;
+            is_lost.then(|| format!("{name}: {}", now.cause))
         };
         ranks.iter().map(loss).collect()
     }

@@ -1,6 +1,8 @@
 //! A worker process: register, load, serve, and live as long as the controller does.
 
 use super::engine_ranks::{EngineRanks, Failure, RankWork};
+use super::heartbeat_interval;
+use super::watchdog::MetRanks;
 use crate::recipe::{Placement, Recipe, Source};
 use crate::reward_models::RewardModels;
 use crate::rollout_ranks::{self, EngineSetting};
@@ -171,7 +173,7 @@ impl Heartbeats {
                     Err(error) if error.code.is_retryable() && last.elapsed() < lease => {}
                     Err(error) => return Err(error).context("the controller is gone"),
                 }
-                std::thread::sleep(lease / 10);
+                std::thread::sleep(heartbeat_interval(lease));
             }
         };
         let thread = std::thread::Builder::new().name("heartbeat".to_owned()).spawn(beat)?;
@@ -312,6 +314,11 @@ impl Joined<'_> {
             return Ok(LocalTrainerService::new(trainer));
         };
         trainer.keep_mirrors()?;
+        let Assignment { id, lease, .. } = self.assignment;
+        place
+            .met
+            .watch(self.registry.clone(), id.clone(), heartbeat_interval(*lease))
+            .context("watching the other ranks")?;
         let rank = self.assignment.rank as usize;
         let failed = move |e: anyhow::Error| {
             let (peer, problem) = ("the other ranks".to_owned(), format!("{e:#}"));
@@ -332,6 +339,7 @@ impl Joined<'_> {
             assignment: self.assignment.clone(),
             listener: listener.try_clone().context("listening for other ranks")?,
             placement: placement.clone(),
+            met: MetRanks::default(),
         })
     }
 }
@@ -343,12 +351,23 @@ struct RankPlace {
     assignment: Assignment,
     listener: TcpListener,
     placement: Placement,
+    met: MetRanks,
 }
 
 impl RankPlace {
-    /// Where all trainer ranks are now.
-    fn world(&self) -> anyhow::Result<SocketConfig> {
-        let addresses = retrying(|| self.registry.ranks(&self.assignment.id))?;
+    /// Where all trainer ranks are, once they are.
+    fn addresses(&self) -> ServiceResult<Vec<String>> {
+        let addresses = self.registry.ranks(&self.assignment.id)?;
+        let num_missing = addresses.iter().filter(|address| address.is_empty()).count();
+        if num_missing == 0 {
+            return Ok(addresses);
+        }
+        let message = format!("{num_missing} of {} trainer ranks have not registered", addresses.len());
+        Err(ServiceError::new(ErrorCode::Unavailable, "controller", "ranks", message))
+    }
+
+    /// The world of ranks at these addresses.
+    fn world(&self, addresses: &[String]) -> anyhow::Result<SocketConfig> {
         let token = blake3::hash(addresses.join(" ").as_bytes());
         let parse = |address: &String| address.parse().with_context(|| format!("`{address}` is no HOST:PORT"));
         Ok(SocketConfig {
@@ -365,8 +384,12 @@ impl RankPlace {
     fn meet(&self) -> anyhow::Result<Ranks> {
         let deadline = Instant::now() + JOIN_TIMEOUT;
         let world = loop {
-            match connect_ranks(&self.world()?, &self.listener) {
-                Ok(world) => break world,
+            let addresses = retrying(|| self.addresses())?;
+            match connect_ranks(&self.world(&addresses)?, &self.listener) {
+                Ok(world) => {
+                    self.met.set(addresses, world.abort_handle());
+                    break world;
+                }
                 Err(error) if Instant::now() > deadline => return Err(error.into()),
                 // A rank that began a new life listens elsewhere.
                 Err(error) => tracing::info!(%error, "asking again where the other ranks are"),

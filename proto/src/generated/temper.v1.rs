@@ -5390,7 +5390,7 @@ pub mod worker_service_client {
                 .insert(GrpcMethod::new("temper.v1.WorkerService", "Ready"));
             self.inner.unary(req, path, codec).await
         }
-        /// Addresses of all trainer ranks, for their collectives; UNAVAILABLE until all have registered.
+        /// Addresses of all trainer ranks as they are now, for their collectives; empty for one that is not there.
         pub async fn ranks(
             &mut self,
             request: impl tonic::IntoRequest<super::RanksRequest>,
@@ -5465,7 +5465,7 @@ pub mod worker_service_server {
             &self,
             request: tonic::Request<super::ReadyRequest>,
         ) -> std::result::Result<tonic::Response<super::Empty>, tonic::Status>;
-        /// Addresses of all trainer ranks, for their collectives; UNAVAILABLE until all have registered.
+        /// Addresses of all trainer ranks as they are now, for their collectives; empty for one that is not there.
         async fn ranks(
             &self,
             request: tonic::Request<super::RanksRequest>,
