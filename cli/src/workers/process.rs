@@ -385,11 +385,14 @@ impl RankPlace {
         let deadline = Instant::now() + JOIN_TIMEOUT;
         let world = loop {
             let addresses = retrying(|| self.addresses())?;
-            match connect_ranks(&self.world(&addresses)?, &self.listener) {
-                Ok(world) => {
-                    self.met.set(addresses, world.abort_handle());
-                    break world;
-                }
+            let connected = connect_ranks(&self.world(&addresses)?, &self.listener);
+            let met = connected.and_then(|world| {
+                self.met.set(addresses, world.abort_handle());
+                // A rank that tried before this one listened may have given up since, with its greeting on the way.
+                world.barrier().map(|()| world)
+            });
+            match met {
+                Ok(world) => break world,
                 Err(error) if Instant::now() > deadline => return Err(error.into()),
                 // A rank that began a new life listens elsewhere.
                 Err(error) => tracing::info!(%error, "asking again where the other ranks are"),
