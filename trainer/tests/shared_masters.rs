@@ -78,7 +78,7 @@ fn check_shared(rank: &LocalTrainerService, version: PolicyVersion) -> usize {
         };
         rank.pull(version, &[range], &mut keep).expect("what is shared is held");
         let mut read = vec![0.0; unit.len as usize];
-        reader.read(unit.offset_bytes, &mut read).expect("it is all there");
+        reader.values(unit.offset_bytes, unit.len).expect("it is all there").copy_to(&mut read);
         assert_eq!(read, expected, "unit {index}");
         read.len()
     };
