@@ -82,15 +82,18 @@ fn weights_move_once_for_every_layout_over_every_path() {
     let report = bench(&["sync", "--model", text(&model), "--from", "replicated:2,fsdp:3,hybrid:4/2", "--runs", "3"]);
     let bytes = report["weight_bytes"].as_u64().unwrap();
     let rows = report["rows"].as_array().unwrap();
-    assert_eq!(rows.len(), 3 * 2 * 3, "layouts, engines, paths");
-    for path in ["memory", "grpc", "shared"] {
+    assert_eq!(rows.len(), 3 * 2 * 2, "layouts, engines, paths");
+    for path in ["grpc", "shared"] {
         assert_eq!(rows.iter().filter(|row| row["path"] == path).count(), 3 * 2, "{path}");
     }
     for row in rows {
         assert_eq!(row["moved_bytes"], row["lower_bound_bytes"], "{row}");
         assert_eq!(row["moved_bytes"].as_u64(), row["to"].as_u64().map(|engines| engines * bytes));
         assert_eq!(row["sync_s"].as_f64(), Some(median(&row["samples_s"])));
-        assert_near("ratio", &row["ratio"], median(&row["samples_s"]) / median(&row["copy_samples_s"]));
+        let (syncs, copies) = (numbers(&row["samples_s"]), numbers(&row["copy_samples_s"]));
+        let mut ratios: Vec<f64> = syncs.iter().zip(&copies).map(|(sync, copy)| sync / copy).collect();
+        ratios.sort_by(f64::total_cmp);
+        assert_near("ratio", &row["ratio"], ratios[1]);
     }
 }
 
