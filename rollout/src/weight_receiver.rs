@@ -1,8 +1,8 @@
 //! Weights that are trained elsewhere: pulled, proved, and only then served.
 //!
 //! What arrives lies apart from what is served: a transfer that is cut anywhere, or that does not hash to the version
-//! that was announced, leaves the old version serving. Each number is hashed as it is copied, from one reading of it; all
-//! ranks are asked at once, by as many threads as the device computes with.
+//! that was announced, leaves the old version serving. Each number is hashed as it is copied, from one reading of it;
+//! all ranks are asked at once, by as many threads as the device computes with.
 
 use crate::RankGroup;
 use crate::nearby_weights::{NearbyWeights, WeightBytes, WeightTransport};

@@ -55,8 +55,8 @@ impl<'a> Incoming<'a> {
     /// If `to` has another length.
     pub fn copy_to(self, to: &mut [f32]) {
         assert_eq!(to.len(), self.len, "numbers that are copied");
-        // SAFETY: the numbers can be read, and `to` is other memory, as it is borrowed. Another process may write at the
-        // same time: bytes are copied by address, without a reference to them, and any bits are an f32.
+        // SAFETY: the numbers can be read, and `to` is other memory, as it is borrowed. Another process may write at
+        // the same time: bytes are copied by address, without a reference to them, and any bits are an f32.
         unsafe { self.ptr.cast::<u8>().copy_to_nonoverlapping(to.as_mut_ptr().cast(), size_of_val(to)) };
         // What is hashed and kept is this copy: it is never read again from where others write.
         std::hint::black_box(to);

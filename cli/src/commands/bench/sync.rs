@@ -25,8 +25,8 @@ use temper_types::{DType, PolicyVersion};
 /// How long a rank waits for the others while the model is loaded.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// Seconds in which engines pull, hash and prove the weights of trainer ranks: by gRPC over loopback, and through shared
-/// memory as between processes of one host. Beside each stands a plain copy of as many bytes by as many threads, timed
+/// Seconds in which engines pull, hash and prove the weights of trainer ranks: by gRPC over loopback, and through
+/// shared memory as between processes of one host. Beside each stands a plain copy of as many bytes by as many threads, timed
 /// in turn with it.
 #[derive(clap::Args)]
 pub struct WeightSync {

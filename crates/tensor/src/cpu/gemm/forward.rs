@@ -143,7 +143,7 @@ impl Forward<'_> {
     /// Compute rows times one panel, fetching the panel that is read next, to rows `ld` apart.
     ///
     /// # Safety
-    /// Inputs are laid out for `rows`; `out` is valid for them and for the panel's columns, and nobody else's meanwhile.
+    /// Inputs are laid out for `rows`; `out` is valid for them and the panel's columns, and nobody else's meanwhile.
     unsafe fn run(
         &self,
         rows: Range<usize>,

@@ -76,7 +76,7 @@ fn resident_format(dev: &CpuDevice, weight: &[f32], k: usize, dtype: DType) -> F
     }
 }
 
-/// Whether rounding to bf16, which flushes subnormals, changes none of these numbers. Stops at the first that it does.
+/// Whether rounding to bf16, which flushes subnormals, changes none of these numbers. Stops at the first it does.
 fn is_bf16(dev: &CpuDevice, numbers: &[f32]) -> bool {
     /// Numbers that are looked at before the answer is asked for.
     const CHUNK: usize = 4 << 10;
