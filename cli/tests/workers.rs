@@ -39,16 +39,18 @@ fn any_number_of_workers_gives_the_bits_of_one_process() {
     let reference = dir.path().join("reference");
     assert!(train(&recipe, &reference, &[], None).status.success());
     let expected = outcome(&reference);
-    for (workers, transport) in [(1, "auto"), (2, "grpc"), (3, "auto")] {
-        let run_dir = dir.path().join(format!("workers-{workers}"));
+    for (workers, transport) in [(1, "auto"), (2, "grpc"), (3, "auto"), (2, "delta")] {
+        let run_dir = dir.path().join(format!("workers-{workers}-{transport}"));
         let (rollout, reward) =
             (format!("placement.rollout_workers={workers}"), format!("placement.reward_workers={}", 4 - workers));
         let transport_key = format!("placement.weight_transport={transport}");
         let sleep = format!("placement.sleep={}", workers == 2);
         let output = finish(start(&recipe, &run_dir, &[&rollout, &reward, &transport_key, &sleep]));
-        assert_eq!(outcome(&run_dir), expected, "{workers} rollout workers");
+        assert_eq!(outcome(&run_dir), expected, "{workers} rollout workers, {transport}");
         let said = stderr(&output).matches("weights come through memory shared with the trainer").count();
         assert_eq!(said, if transport == "auto" { workers } else { 0 }, "{}", stderr(&output));
+        let said = stderr(&output).matches("weights come as changes since the version before").count();
+        assert_eq!(said, if transport == "delta" { workers } else { 0 }, "{}", stderr(&output));
     }
 }
 

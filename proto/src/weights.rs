@@ -1,7 +1,7 @@
 //! Weights on their way from a trainer to an engine.
 
 use crate::ServiceResult;
-use temper_types::PolicyVersion;
+use temper_types::{ContentHash, PolicyVersion};
 
 /// Elements that are handed on at once: 8 KiB, which stay in the nearest cache until they are written and hashed.
 pub const WEIGHT_PIECE: usize = 1 << 11;
@@ -74,4 +74,18 @@ pub trait WeightService: Send + Sync {
     /// `VersionMismatch` where it does not hold `version` now, `InvalidArgument` for a range outside of its unit, and
     /// what `sink` gives.
     fn pull(&self, version: PolicyVersion, ranges: &[WeightRange], sink: WeightSink<'_>) -> ServiceResult<()>;
+    /// As [`WeightService::pull`], but that each element's bits come by exclusive or with those that it has in the
+    /// weights that hash to `base`. False, and nothing is handed on, where the holder does not have these any more.
+    ///
+    /// # Errors
+    /// As there.
+    fn changes(
+        &self,
+        _base: ContentHash,
+        _version: PolicyVersion,
+        _ranges: &[WeightRange],
+        _sink: WeightSink<'_>,
+    ) -> ServiceResult<bool> {
+        Ok(false)
+    }
 }

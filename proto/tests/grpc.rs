@@ -193,6 +193,8 @@ impl DistillService for Fake {
     }
 }
 
+/// The only weights of which changes are known.
+const BASE: ContentHash = ContentHash([7; 16]);
 /// 3 MB of weights, so that a pull takes several chunks.
 const UNITS: [u64; 2] = [700_000, 50_001];
 
@@ -224,6 +226,18 @@ impl WeightService for Fake {
             }
         }
         Ok(())
+    }
+    fn changes(
+        &self,
+        base: ContentHash,
+        version: PolicyVersion,
+        ranges: &[WeightRange],
+        sink: WeightSink<'_>,
+    ) -> ServiceResult<bool> {
+        if base != BASE {
+            return Ok(false);
+        }
+        self.pull(version, ranges, sink).map(|()| true)
     }
 }
 
@@ -430,6 +444,30 @@ fn weights_arrive_in_order_and_a_broken_stream_is_an_error() {
     assert_eq!(client.pull(VERSION, &broken, &mut ignore), Err(failure(ErrorCode::DataLoss)));
     let mut refuse = |_: &[f32]| Err(failure(ErrorCode::Cancelled));
     assert_eq!(client.pull(VERSION, &ranges, &mut refuse), Err(failure(ErrorCode::Cancelled)));
+}
+
+#[test]
+fn changes_arrive_to_the_bit_where_the_base_is_known() {
+    let wire = wire();
+    let client = WeightClient::new(wire.endpoint());
+    let ranges = [WeightRange { unit: 0, start: 3, len: 600_000 }, WeightRange { unit: 1, start: 0, len: UNITS[1] }];
+    let mut got = Vec::new();
+    let mut keep = |values: &[f32]| {
+        got.extend_from_slice(values);
+        Ok(())
+    };
+    assert_eq!(client.changes(BASE, VERSION, &ranges, &mut keep), Ok(true));
+    let expected: Vec<f32> = (3..600_003u32).chain(0..UNITS[1] as u32).map(|i| i as f32).collect();
+    assert_eq!(got, expected);
+    let mut none = |_: &[f32]| panic!("nothing is handed on");
+    assert_eq!(client.changes(ContentHash([8; 16]), VERSION, &ranges, &mut none), Ok(false));
+    let other = PolicyVersion::default();
+    assert_eq!(client.changes(BASE, other, &ranges, &mut none), Err(failure(ErrorCode::VersionMismatch)));
+    let mut ignore = |_: &[f32]| Ok(());
+    let broken = [WeightRange { unit: 9, start: 0, len: 10 }];
+    assert_eq!(client.changes(BASE, VERSION, &broken, &mut ignore), Err(failure(ErrorCode::DataLoss)));
+    let mut refuse = |_: &[f32]| Err(failure(ErrorCode::Cancelled));
+    assert_eq!(client.changes(BASE, VERSION, &ranges, &mut refuse), Err(failure(ErrorCode::Cancelled)));
 }
 
 #[test]

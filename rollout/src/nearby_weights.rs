@@ -6,11 +6,11 @@
 //! arrive: a trainer that changes its weights meanwhile is found by the hash.
 
 use serde::{Deserialize, Serialize};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use temper_proto::{ServiceError, ServiceResult, SharedWeights, WeightManifest, WeightRange, WeightService};
 use temper_tensor::{Incoming, SharedPlace, SharedReader};
-use temper_types::{ErrorCode, PolicyVersion};
+use temper_types::{ContentHash, ErrorCode, PolicyVersion};
 
 /// How new weights come to an engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, schemars::JsonSchema)]
@@ -21,6 +21,9 @@ pub enum WeightTransport {
     Auto,
     /// By gRPC, wherever they are.
     Grpc,
+    /// As `grpc`, but only how they changed since the version before, compressed: for slow links. Trainer ranks keep
+    /// the last two versions for that.
+    Delta,
 }
 
 /// Bytes of weights that arrived, by the way that they came.
@@ -32,6 +35,17 @@ pub struct WeightBytes {
     pub streamed: u64,
 }
 
+/// Weights that come in.
+pub(crate) enum Arrival<'a> {
+    /// As they are. They may lie in memory that the holder writes meanwhile.
+    Whole(Incoming<'a>),
+    /// By exclusive or with those that are held.
+    Changes(&'a [f32]),
+}
+
+/// Takes weights as they come, in order.
+pub(crate) type ArrivalSink<'a> = &'a mut (dyn FnMut(Arrival<'_>) -> ServiceResult<()> + Send);
+
 /// A holder of weights, on this host or elsewhere.
 pub(crate) struct NearbyWeights {
     holder: Arc<dyn WeightService>,
@@ -40,6 +54,8 @@ pub(crate) struct NearbyWeights {
     transport: WeightTransport,
     /// What the memory that was named last turned out to be.
     found: Mutex<Option<Found>>,
+    /// Whether it was said that changes come.
+    says_changes: AtomicBool,
     shared_bytes: AtomicU64,
     streamed_bytes: AtomicU64,
 }
@@ -56,8 +72,8 @@ struct Found {
 impl NearbyWeights {
     /// The weights of trainer rank `rank`.
     pub(crate) fn new(holder: Arc<dyn WeightService>, rank: usize, transport: WeightTransport) -> Self {
-        let (shared_bytes, streamed_bytes) = Default::default();
-        NearbyWeights { holder, rank, transport, found: Mutex::default(), shared_bytes, streamed_bytes }
+        let (found, says_changes, shared_bytes, streamed_bytes) = Default::default();
+        NearbyWeights { holder, rank, transport, found, says_changes, shared_bytes, streamed_bytes }
     }
 
     pub(crate) fn manifest(&self) -> ServiceResult<WeightManifest> {
@@ -70,22 +86,30 @@ impl NearbyWeights {
         WeightBytes { shared: count(&self.shared_bytes), streamed: count(&self.streamed_bytes) }
     }
 
-    /// As [`WeightService::pull`]. What comes in may lie in memory that the holder writes meanwhile.
+    /// As [`WeightService::pull`], or as [`WeightService::changes`] where that is wanted and the holder still has the
+    /// weights that hash to `base`.
     pub(crate) fn pull(
         &self,
-        version: PolicyVersion,
+        (base, version): (Option<ContentHash>, PolicyVersion),
         ranges: &[WeightRange],
-        sink: &mut (dyn FnMut(Incoming<'_>) -> ServiceResult<()> + Send),
+        sink: ArrivalSink<'_>,
     ) -> ServiceResult<()> {
         let count = match self.shared(version)? {
             Some((weights, reader)) => {
                 for range in ranges {
-                    sink(values(&weights, &reader, range)?)?;
+                    sink(Arrival::Whole(values(&weights, &reader, range)?))?;
                 }
                 &self.shared_bytes
             }
             None => {
-                self.holder.pull(version, ranges, &mut |values| sink(values.into()))?;
+                let base = base.filter(|_| self.transport == WeightTransport::Delta);
+                let mut keep = |changes: &[f32]| sink(Arrival::Changes(changes));
+                let came = base.map(|base| self.holder.changes(base, version, ranges, &mut keep)).transpose()?;
+                if came != Some(true) {
+                    self.holder.pull(version, ranges, &mut |values| sink(Arrival::Whole(values.into())))?;
+                } else if !self.says_changes.swap(true, Ordering::Relaxed) {
+                    tracing::info!(rank = self.rank, "weights come as changes since the version before");
+                }
                 &self.streamed_bytes
             }
         };
@@ -96,7 +120,7 @@ impl NearbyWeights {
 
     /// The holder's memory, where it can be read from here.
     fn shared(&self, version: PolicyVersion) -> ServiceResult<Option<(SharedWeights, Arc<SharedReader>)>> {
-        if self.transport == WeightTransport::Grpc {
+        if self.transport != WeightTransport::Auto {
             return Ok(None);
         }
         let weights = self.holder.shared(version)?;

@@ -5,13 +5,13 @@
 //! all ranks are asked at once, by as many threads as the device computes with.
 
 use crate::RankGroup;
-use crate::nearby_weights::{NearbyWeights, WeightBytes, WeightTransport};
+use crate::nearby_weights::{Arrival, NearbyWeights, WeightBytes, WeightTransport};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use temper_actor::{ArrivingHash, PackedPolicy, ParamStore};
 use temper_collective::reshard::{Layout, Receiver, Transfer, Unit, plan};
 use temper_proto::{ServiceError, ServiceResult, WeightRange, WeightService};
-use temper_tensor::{Device, Incoming, ViewMut};
+use temper_tensor::{Device, ViewMut};
 use temper_types::{ContentHash, ErrorCode, PolicyVersion};
 
 /// What errors name.
@@ -24,11 +24,19 @@ pub struct WeightReceiver {
     /// The ranks that hold the weights, in their order.
     ranks: Vec<NearbyWeights>,
     layout: Layout,
-    /// The weights as they arrive, f32 in canonical units.
-    staging: Mutex<ParamStore>,
+    /// The weights as they arrive.
+    staging: Mutex<Staging>,
     /// The other tensor-parallel ranks of the engine, where there are any.
     group: Option<Arc<RankGroup>>,
     name: String,
+}
+
+/// Weights beside those that are served.
+struct Staging {
+    /// f32 in canonical units.
+    params: ParamStore,
+    /// What they hash to, where they are whole.
+    hash: Option<ContentHash>,
 }
 
 /// The ranks that hold the weights, and how they lie on them.
@@ -60,7 +68,9 @@ impl WeightReceiver {
         let Sources { ranks, layout, transport } = sources;
         let nearby = |(rank, holder)| NearbyWeights::new(holder, rank, transport);
         let ranks = ranks.into_iter().enumerate().map(nearby).collect();
-        WeightReceiver { device, policy, ranks, layout, staging: Mutex::new(params), group: None, name }
+        let hash = Some(policy.read().unwrap_or_else(PoisonError::into_inner).version.hash);
+        let staging = Mutex::new(Staging { params, hash });
+        WeightReceiver { device, policy, ranks, layout, staging, group: None, name }
     }
 
     /// Divide what is received over `group`, of which `policy` is rank 0's part.
@@ -134,7 +144,7 @@ impl WeightReceiver {
     pub fn hand_out(&self, version: PolicyVersion) -> ServiceResult<()> {
         let Some(group) = self.group.as_ref().filter(|_| self.version().hash != version.hash) else { return Ok(()) };
         let staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
-        let handed_out = group.hand_out(&*self.device, &staging, version.hash);
+        let handed_out = group.hand_out(&*self.device, &staging.params, version.hash);
         handed_out.map_err(|e| self.error(e.code(), OPERATION, e))
     }
 
@@ -143,20 +153,24 @@ impl WeightReceiver {
         let staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
         let mut policy = self.policy.write().unwrap_or_else(PoisonError::into_inner);
         if policy.version.hash != version.hash {
-            policy.repack(&staging);
+            policy.repack(&staging.params);
         }
         policy.version = version;
     }
 
     /// Fill `staging`, and hash what arrives.
-    fn pull(&self, staging: &mut ParamStore, version: PolicyVersion) -> ServiceResult<ContentHash> {
-        let transfers = self.transfers(staging)?;
-        let arriving = ArrivingHash::new(staging);
-        let errands = errands(staging, &transfers, self.errands_per_source());
-        let ended = self.run(errands, version, &arriving);
+    fn pull(&self, staging: &mut Staging, version: PolicyVersion) -> ServiceResult<ContentHash> {
+        let transfers = self.transfers(&staging.params)?;
+        let arriving = ArrivingHash::new(&staging.params);
+        // A transfer that ends early leaves weights of two versions.
+        let base = staging.hash.take();
+        let errands = errands(&mut staging.params, &transfers, self.errands_per_source());
+        let ended = self.run(errands, (base, version), &arriving);
         self.ranks.iter().for_each(NearbyWeights::rest);
         ended?;
-        Ok(arriving.finish(&*self.device, staging))
+        let hash = arriving.finish(&*self.device, &staging.params);
+        staging.hash = Some(hash);
+        Ok(hash)
     }
 
     /// Every element once, from a rank that holds it; ranks that hold the same give equal amounts.
@@ -185,14 +199,19 @@ impl WeightReceiver {
     }
 
     /// Run every errand to its end, each in a thread; the first failure in their order counts.
-    fn run(&self, errands: Vec<Errand<'_>>, version: PolicyVersion, arriving: &ArrivingHash) -> ServiceResult<()> {
+    fn run(
+        &self,
+        errands: Vec<Errand<'_>>,
+        versions: (Option<ContentHash>, PolicyVersion),
+        arriving: &ArrivingHash,
+    ) -> ServiceResult<()> {
         let run = |errand: Errand<'_>| {
             let source = self.ranks.get(errand.source);
             let source = source.ok_or_else(|| self.error(ErrorCode::Internal, OPERATION, "a source that is none"))?;
             let ranges = errand.ranges();
             let mut writer = Writer { device: &*self.device, arriving, parts: errand.parts.into_iter(), now: None };
             let beyond = || self.error(ErrorCode::DataLoss, OPERATION, "more weights arrived than were asked for");
-            source.pull(version, &ranges, &mut |values| writer.write(values).ok_or_else(beyond))
+            source.pull(versions, &ranges, &mut |arrival| writer.write(arrival).ok_or_else(beyond))
         };
         if errands.len() == 1 {
             return errands.into_iter().try_for_each(run);
@@ -288,18 +307,42 @@ struct Writer<'a, 'b> {
     now: Option<Part<'a>>,
 }
 
-impl Writer<'_, '_> {
+impl<'a> Writer<'a, '_> {
     /// `None` where nothing is left to fill.
-    fn write(&mut self, mut values: Incoming<'_>) -> Option<()> {
-        while !values.is_empty() {
-            let Part { unit, start, to } = self.now.take().or_else(|| self.parts.next())?;
-            let (now, later) = values.split_at(values.len().min(to.len()));
-            let (to, rest) = to.split_at(now.len());
-            self.arriving.receive(self.device, (unit, start), now, to);
-            values = later;
-            self.now = (!rest.is_empty()).then_some(Part { unit, start: start + now.len(), to: rest });
+    fn write(&mut self, arrival: Arrival<'_>) -> Option<()> {
+        match arrival {
+            Arrival::Whole(mut values) => {
+                while !values.is_empty() {
+                    let Part { unit, start, to } = self.part(values.len())?;
+                    let (now, later) = values.split_at(to.len());
+                    self.arriving.receive(self.device, (unit, start), now, to);
+                    values = later;
+                }
+            }
+            Arrival::Changes(mut changes) => {
+                while !changes.is_empty() {
+                    let Part { unit, start, to } = self.part(changes.len())?;
+                    let (now, later) = changes.split_at(to.len());
+                    let mut values = vec![0.0; now.len()];
+                    self.device.read(to.as_view(), &mut values);
+                    for (value, change) in values.iter_mut().zip(now) {
+                        *value = f32::from_bits(value.to_bits() ^ change.to_bits());
+                    }
+                    self.arriving.receive(self.device, (unit, start), values[..].into(), to);
+                    changes = later;
+                }
+            }
         }
         Some(())
+    }
+
+    /// The place of the next elements, of up to `len`.
+    fn part(&mut self, len: usize) -> Option<Part<'a>> {
+        let Part { unit, start, to } = self.now.take().or_else(|| self.parts.next())?;
+        let len = len.min(to.len());
+        let (to, rest) = to.split_at(len);
+        self.now = (!rest.is_empty()).then_some(Part { unit, start: start + len, to: rest });
+        Some(Part { unit, start, to })
     }
 }
 

@@ -25,6 +25,7 @@ mod micro_batch;
 mod mirror;
 mod non_finite;
 mod optimizer;
+mod published;
 mod ranks;
 mod reference;
 mod scalar_model;

@@ -430,6 +430,9 @@ impl Trainer {
     /// Every process of ranks has its own packed weights to name.
     pub(crate) fn set_version(&mut self, version: PolicyVersion) -> Result<PolicyVersion, Error> {
         self.policy.write().unwrap_or_else(PoisonError::into_inner).version = version;
+        if let Some(published) = &mut self.weights.published {
+            published.keep(&*self.device, version.hash, &self.weights.masters);
+        }
         self.ranks.as_ref().map_or(Ok(()), Ranks::fence)?;
         Ok(version)
     }

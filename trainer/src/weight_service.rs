@@ -4,7 +4,7 @@ use crate::{Error, LocalTrainerService, Trainer};
 use temper_proto::{
     ServiceError, ServiceResult, SharedWeights, WEIGHT_PIECE, WeightManifest, WeightRange, WeightService, WeightSink,
 };
-use temper_types::{ErrorCode, PolicyVersion};
+use temper_types::{ContentHash, ErrorCode, PolicyVersion};
 
 /// Each piece is read under the trainer's lock, so that an update may come between two pieces: the receiver's hash
 /// finds that.
@@ -25,16 +25,55 @@ impl WeightService for LocalTrainerService {
 
     fn pull(&self, version: PolicyVersion, ranges: &[WeightRange], sink: WeightSink<'_>) -> ServiceResult<()> {
         let mut values = Vec::new();
-        for range in ranges {
-            for start in (0..range.len).step_by(WEIGHT_PIECE) {
-                let len = (WEIGHT_PIECE as u64).min(range.len - start);
-                let piece = WeightRange { unit: range.unit, start: range.start.saturating_add(start), len };
-                read(&self.lock(), version, piece, &mut values)?;
-                sink(&values)?;
-            }
+        for piece in pieces(ranges) {
+            read(&self.lock(), version, piece, &mut values)?;
+            sink(&values)?;
         }
         Ok(())
     }
+
+    fn changes(
+        &self,
+        base: ContentHash,
+        version: PolicyVersion,
+        ranges: &[WeightRange],
+        sink: WeightSink<'_>,
+    ) -> ServiceResult<bool> {
+        let (mut values, mut before) = (Vec::new(), Vec::new());
+        for (index, piece) in pieces(ranges).enumerate() {
+            let trainer = self.lock();
+            read(&trainer, version, piece, &mut values)?;
+            let Some(store) = trainer.weights.published.as_ref().and_then(|published| published.before(base)) else {
+                // Between two pieces only another version can take its place, and that was found before.
+                return if index == 0 { Ok(false) } else { Err(gone(base)) };
+            };
+            before.resize(values.len(), 0.0);
+            let range = piece.start as usize..(piece.start + piece.len) as usize;
+            trainer.device.read(store.view(piece.unit as usize, range), &mut before);
+            drop(trainer);
+            for (value, before) in values.iter_mut().zip(&before) {
+                *value = f32::from_bits(value.to_bits() ^ before.to_bits());
+            }
+            sink(&values)?;
+        }
+        Ok(true)
+    }
+}
+
+/// What is read under one lock.
+fn pieces(ranges: &[WeightRange]) -> impl Iterator<Item = WeightRange> + '_ {
+    ranges.iter().flat_map(|range| {
+        (0..range.len).step_by(WEIGHT_PIECE).map(move |start| WeightRange {
+            unit: range.unit,
+            start: range.start.saturating_add(start),
+            len: (WEIGHT_PIECE as u64).min(range.len - start),
+        })
+    })
+}
+
+fn gone(base: ContentHash) -> ServiceError {
+    let message = format!("the weights that hash to {base} are not kept any more");
+    ServiceError::new(ErrorCode::VersionMismatch, "trainer", "changes", message)
 }
 
 fn check_version(trainer: &Trainer, version: PolicyVersion, operation: &'static str) -> ServiceResult<()> {

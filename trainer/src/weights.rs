@@ -1,6 +1,7 @@
 //! Masters, gradients and moments of one model on this rank: what a backward adds to, and what a step does.
 
 use crate::optimizer::{self, Moments, StepSize};
+use crate::published::Published;
 use crate::sequence::check_exchange;
 use crate::shared_masters::SharedMasters;
 use crate::store::{BegunUnit, Store, UnitRef};
@@ -22,6 +23,8 @@ pub(crate) struct Weights {
     pub(crate) moments: Option<Moments>,
     /// Where the masters lie for other processes.
     pub(crate) shared: Option<SharedMasters>,
+    /// What was published, where engines are sent changes.
+    pub(crate) published: Option<Published>,
     grads: Option<Store>,
 }
 
@@ -128,7 +131,7 @@ pub(crate) fn repack(
 
 impl Weights {
     pub(crate) fn new(masters: Store) -> Self {
-        Weights { masters, moments: None, shared: None, grads: None }
+        Weights { masters, moments: None, shared: None, published: None, grads: None }
     }
 
     /// Gradients and moments are of no use after a stage.

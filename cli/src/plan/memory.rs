@@ -3,6 +3,7 @@
 
 use super::layout::{EngineShare, Layout, Mode};
 use super::{Calibration, Cluster, Workload};
+use temper_rollout::WeightTransport;
 use temper_trainer::Memory;
 
 const F32: u64 = 4;
@@ -79,7 +80,14 @@ fn trainer_bytes(work: &Workload, layout: &Layout, rank: Memory) -> u64 {
     let largest = units.map(|unit| F32 * work.shapes.unit_len(unit) as u64).max().unwrap_or(0);
     // The gradient of the unit at work beside that of the table, and masters of both under zero3 and hybrid.
     let gathered = if layout.ranks > 1 { 4 * largest } else { 0 };
-    own + reference + critic + gathered + mirror_bytes(work, layout, rank) + activation_bytes(work, layout)
+    let kept = mirror_bytes(work, layout, rank) + published_bytes(work, layout, rank);
+    own + reference + critic + gathered + kept + activation_bytes(work, layout)
+}
+
+/// The last two versions of a rank's masters, where engines in other processes are sent changes alone.
+fn published_bytes(work: &Workload, layout: &Layout, rank: Memory) -> u64 {
+    let sends_changes = work.placement.weight_transport == WeightTransport::Delta && layout.mode != Mode::Embedded;
+    if sends_changes { 2 * rank.masters } else { 0 }
 }
 
 /// Copies of a rank's state, its own and another rank's, of two steps while they are sent. A reference is there once in

@@ -222,6 +222,20 @@ fn mirrors_are_counted_where_ranks_can_have_them() {
     assert!(seen.iter().all(|count| *count > 0), "{seen:?}");
 }
 
+/// Ranks that send changes keep their masters twice more; one process sends none.
+#[test]
+fn published_versions_are_counted_where_changes_are_sent() {
+    let (work, cal, cluster) = (workload(8, 4, 1), calibration(1e-5), cluster(2, 4, 4096, 10.0));
+    let mut delta = work.clone();
+    delta.placement.weight_transport = temper_rollout::WeightTransport::Delta;
+    for choice in search(&work, &cal, &cluster).choices {
+        let (layout, before) = (&choice.layout, &choice.estimate.memory);
+        let more = MemoryNeed::new(&delta, &cal, &cluster, layout).trainer - before.trainer;
+        let expected = if layout.mode == Mode::Embedded { 0 } else { 2 * before.rank.masters };
+        assert_eq!(more, expected, "{layout:?}");
+    }
+}
+
 /// The cores of one host are one: a second process adds no compute, and staleness fills only waits.
 #[test]
 fn processes_of_one_host_share_its_cores() {

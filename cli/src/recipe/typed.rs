@@ -97,7 +97,8 @@ pub struct Placement {
     /// twice a rank's masters and moments in memory, four times while they are sent. Never changes a number.
     pub mirror_shards: bool,
     /// How new weights come to engines of other processes: "auto", through memory shared with the trainer where both
-    /// run on one host, or "grpc". Never changes a number.
+    /// run on one host; "grpc"; or "delta", by gRPC and as compressed changes alone, for slow links, for which every
+    /// trainer rank keeps its masters twice more. Never changes a number.
     pub weight_transport: WeightTransport,
     /// Longest wait of a rank for the others, in seconds: the longest difference between trainer ranks in one update,
     /// or between the tensor-parallel ranks of an engine in one step.

@@ -310,6 +310,7 @@ impl Joined<'_> {
         let mut trainer = Trainer::load_rank(Arc::clone(device), (model_dir, *dtype), masked, ranks)?;
         trainer.save_non_finite_to(Path::new(&self.assignment.run_dir).join("non_finite"));
         trainer_ranks::share_masters(&recipe.placement, || trainer.share_masters());
+        trainer_ranks::keep_published(&recipe.placement, || trainer.keep_published());
         let Some(place) = place.filter(|_| recipe.placement.mirror_shards) else {
             return Ok(LocalTrainerService::new(trainer));
         };

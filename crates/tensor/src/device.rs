@@ -91,7 +91,7 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     /// `out[T, F] = silu(gate) * up` of rows `[gate F | up F]`.
     fn swiglu(&self, gate_up: View<'_>, ffn_dim: usize, out: ViewMut<'_>);
     /// [`Device::swiglu`] of the rows that a linear layer gives, to the same bits: `out[T, F] = silu(gate) * up` of
-    /// `[gate F | up F] = x[T, k] W^T + bias`. `gate_up[T, 2F]` is room for them; what it holds afterwards is arbitrary.
+    /// `[gate F | up F] = x[T, k] W^T + bias`. `gate_up[T, 2F]` is room for them; what it holds then is arbitrary.
     fn linear_swiglu(
         &self,
         x: View<'_>,

@@ -2751,6 +2751,26 @@ pub struct WeightChunk {
     #[prost(bytes = "vec", tag = "1")]
     pub data: ::prost::alloc::vec::Vec<u8>,
 }
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ChangesRequest {
+    /// Refused where another version is held.
+    #[prost(message, optional, tag = "1")]
+    pub version: ::core::option::Option<PolicyVersion>,
+    #[prost(message, repeated, tag = "2")]
+    pub ranges: ::prost::alloc::vec::Vec<WeightRange>,
+    /// Hash of the weights that the receiver has.
+    #[prost(bytes = "vec", tag = "3")]
+    pub base: ::prost::alloc::vec::Vec<u8>,
+}
+/// Consecutive elements of the ranges that were asked for, at most 262,144.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WeightChanges {
+    #[prost(uint32, tag = "1")]
+    pub num_elements: u32,
+    /// A zstd frame of their first, second, third and last bytes (little-endian), each by exclusive or with that of the base.
+    #[prost(bytes = "vec", tag = "2")]
+    pub planes: ::prost::alloc::vec::Vec<u8>,
+}
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum PolicyRole {
@@ -4861,6 +4881,31 @@ pub mod weight_service_client {
                 .insert(GrpcMethod::new("temper.v1.WeightService", "Pull"));
             self.inner.server_streaming(req, path, codec).await
         }
+        /// How the elements of ranges changed since a version that the receiver has; nothing where the holder does not have it.
+        pub async fn changes(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ChangesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::WeightChanges>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/temper.v1.WeightService/Changes",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("temper.v1.WeightService", "Changes"));
+            self.inner.server_streaming(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -4900,6 +4945,17 @@ pub mod weight_service_server {
             &self,
             request: tonic::Request<super::PullRequest>,
         ) -> std::result::Result<tonic::Response<Self::PullStream>, tonic::Status>;
+        /// Server streaming response type for the Changes method.
+        type ChangesStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::WeightChanges, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// How the elements of ranges changed since a version that the receiver has; nothing where the holder does not have it.
+        async fn changes(
+            &self,
+            request: tonic::Request<super::ChangesRequest>,
+        ) -> std::result::Result<tonic::Response<Self::ChangesStream>, tonic::Status>;
     }
     /// Weights of the version last published, by range.
     #[derive(Debug)]
@@ -5097,6 +5153,52 @@ pub mod weight_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = PullSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/temper.v1.WeightService/Changes" => {
+                    #[allow(non_camel_case_types)]
+                    struct ChangesSvc<T: WeightService>(pub Arc<T>);
+                    impl<
+                        T: WeightService,
+                    > tonic::server::ServerStreamingService<super::ChangesRequest>
+                    for ChangesSvc<T> {
+                        type Response = super::WeightChanges;
+                        type ResponseStream = T::ChangesStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ChangesRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as WeightService>::changes(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ChangesSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -18,6 +18,7 @@ macro_rules! limited {
 mod channel;
 mod client;
 mod convert;
+mod planes;
 mod runtime;
 mod server;
 mod tls;

@@ -1,5 +1,6 @@
 //! Transfers that are whole, cut, damaged, or of another model.
 
+mod delta;
 mod int8;
 mod shared;
 

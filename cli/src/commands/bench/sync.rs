@@ -26,8 +26,8 @@ use temper_types::{DType, PolicyVersion};
 const LOAD_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// Seconds in which engines pull, hash and prove the weights of trainer ranks: by gRPC over loopback, and through
-/// shared memory as between processes of one host. Beside each stands a plain copy of as many bytes by as many threads, timed
-/// in turn with it.
+/// shared memory as between processes of one host. Beside each stands a plain copy of as many bytes by as many threads,
+/// timed in turn with it.
 #[derive(clap::Args)]
 pub struct WeightSync {
     /// Hugging Face model directory.

@@ -2,11 +2,11 @@
 
 use crate::grpc::convert::{version_from_wire, version_to_wire};
 use crate::grpc::v1::weight_service_client::WeightServiceClient;
-use crate::grpc::{Endpoint, v1};
+use crate::grpc::{Endpoint, planes, v1};
 use crate::{
     ServiceError, ServiceResult, SharedWeights, WEIGHT_PIECE, WeightManifest, WeightRange, WeightService, WeightSink,
 };
-use temper_types::{ErrorCode, PolicyVersion};
+use temper_types::{ContentHash, ErrorCode, PolicyVersion};
 use tonic::Status;
 use tonic::transport::Channel;
 
@@ -22,6 +22,14 @@ impl WeightClient {
     pub fn new(endpoint: Endpoint) -> Self {
         let client = limited!(WeightServiceClient::new(endpoint.channel()), endpoint.config());
         WeightClient { endpoint, client }
+    }
+
+    fn check_all(&self, operation: &'static str, expected: u64, received: u64) -> ServiceResult<()> {
+        if received == expected {
+            return Ok(());
+        }
+        let message = format!("expected {expected} weights, the stream ended after {received}");
+        Err(ServiceError::new(ErrorCode::Unavailable, self.endpoint.name(), operation, message))
     }
 }
 
@@ -49,9 +57,7 @@ impl WeightService for WeightClient {
     fn pull(&self, version: PolicyVersion, ranges: &[WeightRange], sink: WeightSink<'_>) -> ServiceResult<()> {
         const OPERATION: &str = "pull";
         let mut client = self.client.clone();
-        let range = |r: &WeightRange| v1::WeightRange { unit: r.unit, start: r.start, len: r.len };
-        let message =
-            v1::PullRequest { version: Some(version_to_wire(version)), ranges: ranges.iter().map(range).collect() };
+        let message = v1::PullRequest { version: Some(version_to_wire(version)), ranges: to_wire(ranges) };
         let expected: u64 = ranges.iter().map(|r| r.len).sum();
         let call = (OPERATION, self.endpoint.config().compute_timeout);
         // What the sink says is no status: it is kept apart.
@@ -76,13 +82,50 @@ impl WeightService for WeightClient {
             }
             Ok(received)
         })?;
-        match refused {
-            Some(error) => Err(error),
-            None if received == expected => Ok(()),
-            None => {
-                let message = format!("expected {expected} weights, the stream ended after {received}");
-                Err(ServiceError::new(ErrorCode::Unavailable, self.endpoint.name(), OPERATION, message))
-            }
-        }
+        refused.map_or_else(|| self.check_all(OPERATION, expected, received), Err)
     }
+
+    fn changes(
+        &self,
+        base: ContentHash,
+        version: PolicyVersion,
+        ranges: &[WeightRange],
+        sink: WeightSink<'_>,
+    ) -> ServiceResult<bool> {
+        const OPERATION: &str = "changes";
+        let mut client = self.client.clone();
+        let (version, base) = (Some(version_to_wire(version)), base.0.to_vec());
+        let message = v1::ChangesRequest { version, ranges: to_wire(ranges), base };
+        let expected: u64 = ranges.iter().map(|r| r.len).sum();
+        let call = (OPERATION, self.endpoint.config().compute_timeout);
+        let mut refused = None;
+        let received = self.endpoint.call(call, message, |request| async {
+            let mut stream = client.changes(request).await?.into_inner();
+            let mut received = 0u64;
+            while let Some(changes) = stream.message().await? {
+                let values = planes::decode(&changes.planes, changes.num_elements as usize);
+                let values = values.map_err(|error| Status::data_loss(error.to_string()))?;
+                received += values.len() as u64;
+                if received > expected {
+                    return Err(Status::data_loss("more changes of weights than were asked for"));
+                }
+                if let Err(error) = sink(&values) {
+                    refused = Some(error);
+                    break;
+                }
+            }
+            Ok(received)
+        })?;
+        if let Some(error) = refused {
+            return Err(error);
+        }
+        if received == 0 && expected > 0 {
+            return Ok(false);
+        }
+        self.check_all(OPERATION, expected, received).map(|()| true)
+    }
+}
+
+fn to_wire(ranges: &[WeightRange]) -> Vec<v1::WeightRange> {
+    ranges.iter().map(|r| v1::WeightRange { unit: r.unit, start: r.start, len: r.len }).collect()
 }

@@ -19,7 +19,7 @@ pub fn version_from_wire(version: Option<v1::PolicyVersion>) -> Result<PolicyVer
 }
 
 /// A hash from the wire.
-pub(super) fn hash_from_wire(bytes: &[u8], field: &'static str) -> Result<ContentHash, ConvertError> {
+pub(crate) fn hash_from_wire(bytes: &[u8], field: &'static str) -> Result<ContentHash, ConvertError> {
     let hash = <[u8; 16]>::try_from(bytes)
         .map_err(|_| ConvertError::new(field, "16 bytes", format!("{} bytes", bytes.len())))?;
     Ok(ContentHash(hash))

@@ -45,6 +45,7 @@ mod trainer;
 mod weights;
 mod worker;
 
+pub(crate) use common::hash_from_wire;
 pub use common::{version_from_wire, version_to_wire};
 pub(crate) use trainer::{PartReader, metrics_to_wire};
 

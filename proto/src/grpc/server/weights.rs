@@ -2,7 +2,8 @@
 
 use super::{blocking, refused};
 use crate::grpc::channel::encode_error;
-use crate::grpc::convert::{version_from_wire, version_to_wire};
+use crate::grpc::convert::{hash_from_wire, version_from_wire, version_to_wire};
+use crate::grpc::planes;
 use crate::grpc::v1::weight_service_server::{WeightService as Wire, WeightServiceServer};
 use crate::grpc::{TransportConfig, v1};
 use crate::{ServiceError, ServiceResult, WeightRange, WeightService};
@@ -73,9 +74,53 @@ impl Chunks {
     }
 }
 
+/// Puts changes of any number of elements together to messages.
+struct Changes {
+    values: Vec<f32>,
+    sender: mpsc::Sender<Result<v1::WeightChanges, Status>>,
+}
+
+impl Changes {
+    fn add(&mut self, mut values: &[f32]) -> ServiceResult<()> {
+        while !values.is_empty() {
+            let (now, rest) = values.split_at((planes::MAX_ELEMENTS - self.values.len()).min(values.len()));
+            self.values.extend_from_slice(now);
+            values = rest;
+            if self.values.len() == planes::MAX_ELEMENTS {
+                self.send()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn send(&mut self) -> ServiceResult<()> {
+        let failed = |e| ServiceError::new(ErrorCode::Internal, "weights", "changes", e);
+        let planes = planes::encode(&self.values).map_err(failed)?;
+        let num_elements = self.values.len() as u32;
+        self.values.clear();
+        let gone = |_| ServiceError::new(ErrorCode::Cancelled, "weights", "changes", "the receiver is gone");
+        self.sender.blocking_send(Ok(v1::WeightChanges { num_elements, planes })).map_err(gone)
+    }
+
+    /// Send what is left, or why it ended.
+    fn finish(mut self, handed_on: ServiceResult<bool>) {
+        let ended = handed_on.and_then(|_| if self.values.is_empty() { Ok(()) } else { self.send() });
+        if let Err(error) = ended {
+            // A receiver that is gone does not read why.
+            let _ = self.sender.blocking_send(Err(encode_error(error)));
+        }
+    }
+}
+
+fn ranges(ranges: Vec<v1::WeightRange>) -> Vec<WeightRange> {
+    let range = |r: v1::WeightRange| WeightRange { unit: r.unit, start: r.start, len: r.len };
+    ranges.into_iter().map(range).collect()
+}
+
 #[tonic::async_trait]
 impl Wire for WeightServer {
     type PullStream = ReceiverStream<Result<v1::WeightChunk, Status>>;
+    type ChangesStream = ReceiverStream<Result<v1::WeightChanges, Status>>;
 
     async fn manifest(&self, _: Request<v1::Empty>) -> Result<Response<v1::WeightManifest>, Status> {
         let service = Arc::clone(&self.service);
@@ -97,14 +142,28 @@ impl Wire for WeightServer {
     async fn pull(&self, request: Request<v1::PullRequest>) -> Result<Response<Self::PullStream>, Status> {
         let request = request.into_inner();
         let version = version_from_wire(request.version).map_err(refused)?;
-        let range = |r: v1::WeightRange| WeightRange { unit: r.unit, start: r.start, len: r.len };
-        let ranges: Vec<WeightRange> = request.ranges.into_iter().map(range).collect();
+        let ranges = ranges(request.ranges);
         let (sender, receiver) = mpsc::channel(QUEUE);
         let service = Arc::clone(&self.service);
         tokio::task::spawn_blocking(move || {
             let mut chunks = Chunks::new(sender);
             let pulled = service.pull(version, &ranges, &mut |values| chunks.add(values));
             chunks.finish(pulled);
+        });
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn changes(&self, request: Request<v1::ChangesRequest>) -> Result<Response<Self::ChangesStream>, Status> {
+        let request = request.into_inner();
+        let version = version_from_wire(request.version).map_err(refused)?;
+        let base = hash_from_wire(&request.base, "base").map_err(refused)?;
+        let ranges = ranges(request.ranges);
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        let service = Arc::clone(&self.service);
+        tokio::task::spawn_blocking(move || {
+            let mut changes = Changes { values: Vec::with_capacity(planes::MAX_ELEMENTS), sender };
+            let handed_on = service.changes(base, version, &ranges, &mut |values| changes.add(values));
+            changes.finish(handed_on);
         });
         Ok(Response::new(ReceiverStream::new(receiver)))
     }

@@ -1,7 +1,7 @@
 //! Weights in memory that a trainer shares: read, refused, damaged, changed under the reader, of a process that ends.
 
 use super::{Source, device, receiver_from, threads};
-use crate::nearby_weights::NearbyWeights;
+use crate::nearby_weights::{Arrival, NearbyWeights};
 use crate::{Sources, WeightBytes, WeightTransport};
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
@@ -11,7 +11,7 @@ use temper_collective::reshard::Layout;
 use temper_proto::{
     ServiceError, ServiceResult, SharedUnit, SharedWeights, WeightManifest, WeightRange, WeightService, WeightSink,
 };
-use temper_tensor::{Buffer, Incoming, SharedBuffers};
+use temper_tensor::{Buffer, SharedBuffers};
 use temper_types::{ContentHash, ErrorCode, PolicyVersion};
 
 /// The weights of seed 2 in shared memory of this process.
@@ -83,7 +83,7 @@ fn both_ways_give_the_same_weights_and_the_one_that_was_asked_for() {
         receiver.receive(version).unwrap();
         assert_eq!((receiver.bytes(), policy.read().unwrap().version), (expected, version), "{transport:?}");
         let staging = receiver.staging.lock().unwrap();
-        assert_eq!(staging.content_hash(&*device()), version.hash, "{transport:?}");
+        assert_eq!(staging.params.content_hash(&*device()), version.hash, "{transport:?}");
     }
 }
 
@@ -150,7 +150,7 @@ fn weights_that_change_under_the_reader_are_never_taken_for_others() {
             let (receiver, _) = receiver_from(by(WeightTransport::Auto, sharing.clone()));
             let old = receiver.version();
             let received = receiver.receive(version);
-            let staged = receiver.staging.lock().unwrap().content_hash(&*threads(1));
+            let staged = receiver.staging.lock().unwrap().params.content_hash(&*threads(1));
             match received {
                 Ok(()) => assert_eq!((receiver.version(), staged), (version, version.hash)),
                 Err(error) => {
@@ -264,18 +264,19 @@ fn a_trainer_killed_during_a_sync_leaves_what_was_opened_and_the_old_version_ser
     let range = |(unit, held): (usize, &SharedUnit)| WeightRange { unit: unit as u32, start: 0, len: held.len };
     let ranges: Vec<WeightRange> = elsewhere.offer.units.iter().enumerate().map(range).collect();
     let mut arrived = Vec::new();
-    let mut keep = |values: Incoming<'_>| {
+    let mut keep = |arrival: Arrival<'_>| {
         elsewhere.kill();
+        let Arrival::Whole(values) = arrival else { panic!("nobody asked for changes") };
         let start = arrived.len();
         arrived.resize(start + values.len(), 0.0);
         values.copy_to(&mut arrived[start..]);
         Ok(())
     };
-    nearby.pull(version, &ranges, &mut keep).unwrap();
+    nearby.pull((None, version), &ranges, &mut keep).unwrap();
     assert_eq!(arrived, elsewhere.whole.values());
     // Whoever comes later finds nothing, whether or not it came before.
     nearby.rest();
-    assert_eq!(nearby.pull(version, &ranges, &mut |_| Ok(())).unwrap_err().code, ErrorCode::Unavailable);
+    assert_eq!(nearby.pull((None, version), &ranges, &mut |_| Ok(())).unwrap_err().code, ErrorCode::Unavailable);
     assert_eq!(other.receive(version).unwrap_err().code, ErrorCode::Unavailable);
     assert_eq!((other.version(), other.bytes()), (old, all));
 }

@@ -66,7 +66,7 @@ impl PackedPanels {
 }
 
 /// The layout in which a packed weight rests in memory: the smallest that holds its numbers. An f32 weight of which
-/// every number is one of bf16, as of a model that was published in it and not trained since, takes half the memory, and
+/// every number is one of bf16, as of a model published in it and not trained since, takes half the memory, and
 /// its products, which widen it again, keep their bits.
 fn resident_format(dev: &CpuDevice, weight: &[f32], k: usize, dtype: DType) -> Format {
     match dtype {
