@@ -68,7 +68,7 @@ impl PhaseObserver for KillAt {
         for Point { whom, .. } in due {
             match (whom, &self.killer) {
                 (Whom::Worker(worker), Some(killer)) => killer.kill(&worker),
-                (Whom::Stopped(worker), Some(killer)) => killer.process_id(&worker).into_iter().for_each(stop),
+                (Whom::Stopped(worker), Some(killer)) => killer.with_process(&worker, stop),
                 // SAFETY: kill and getpid have no preconditions; the process ends here.
                 _ => unsafe {
                     libc::kill(libc::getpid(), libc::SIGKILL);

@@ -40,5 +40,7 @@ pub use trainer::{
     GlobalCounts, LogProbs, MiniBatch, OptimizerConfig, PolicyRole, StageSpec, TokenSequence, TrainRow, TrainerService,
     UpdateReport,
 };
-pub use weights::{SharedUnit, SharedWeights, WEIGHT_PIECE, WeightManifest, WeightRange, WeightService, WeightSink};
+pub use weights::{
+    SharedUnit, SharedWeights, WEIGHT_PIECE, WeightManifest, WeightRange, WeightService, WeightSink, exclusive_or,
+};
 pub use worker::{Assignment, WorkerHello, WorkerId, WorkerRegistry, WorkerRole};

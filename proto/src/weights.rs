@@ -50,6 +50,13 @@ pub struct SharedUnit {
     pub offset_bytes: u64,
 }
 
+/// Turn elements into changes since `others`, or changes of `others` into what they are now: bits by exclusive or.
+pub fn exclusive_or(values: &mut [f32], others: &[f32]) {
+    for (value, other) in values.iter_mut().zip(others) {
+        *value = f32::from_bits(value.to_bits() ^ other.to_bits());
+    }
+}
+
 /// Takes the elements of the ranges as they come, in order.
 pub type WeightSink<'a> = &'a mut (dyn FnMut(&[f32]) -> ServiceResult<()> + Send);
 

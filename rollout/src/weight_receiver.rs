@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use temper_actor::{ArrivingHash, PackedPolicy, ParamStore};
 use temper_collective::reshard::{Layout, Receiver, Transfer, Unit, plan};
-use temper_proto::{ServiceError, ServiceResult, WeightRange, WeightService};
+use temper_proto::{ServiceError, ServiceResult, WeightRange, WeightService, exclusive_or};
 use temper_tensor::{Device, ViewMut};
 use temper_types::{ContentHash, ErrorCode, PolicyVersion};
 
@@ -325,9 +325,7 @@ impl<'a> Writer<'a, '_> {
                     let (now, later) = changes.split_at(to.len());
                     let mut values = vec![0.0; now.len()];
                     self.device.read(to.as_view(), &mut values);
-                    for (value, change) in values.iter_mut().zip(now) {
-                        *value = f32::from_bits(value.to_bits() ^ change.to_bits());
-                    }
+                    exclusive_or(&mut values, now);
                     self.arriving.receive(self.device, (unit, start), values[..].into(), to);
                     changes = later;
                 }

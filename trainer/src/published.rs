@@ -31,10 +31,7 @@ impl Published {
         let spare = std::mem::replace(&mut self.before, self.last.take());
         let masters = match spare {
             Some(Kept { masters: mut spare, .. }) => {
-                for index in 0..masters.num_units() {
-                    let held = masters.held(index);
-                    dev.copy(masters.view(index, held.clone()), spare.view_mut(index, held));
-                }
+                spare.copy_from(dev, masters);
                 spare
             }
             None => masters.duplicate(dev),

@@ -49,10 +49,7 @@ impl Weights {
             self.masters = masters;
             return;
         }
-        for index in 0..masters.num_units() {
-            let held = masters.held(index);
-            dev.copy(masters.view(index, held.clone()), self.masters.view_mut(index, held));
-        }
+        self.masters.copy_from(dev, &masters);
     }
 }
 

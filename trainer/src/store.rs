@@ -222,6 +222,14 @@ impl Store {
         }
     }
 
+    /// `self = other`, over what is here.
+    pub(crate) fn copy_from(&mut self, dev: &dyn Device, other: &Store) {
+        for index in 0..self.num_units() {
+            let held = self.held(index);
+            dev.copy(other.view(index, held.clone()), self.view_mut(index, held));
+        }
+    }
+
     /// `self = decay * self + (1 - decay) * other`, over what is here.
     pub(crate) fn lerp_from(&mut self, dev: &dyn Device, other: &Store, decay: f32) {
         for index in 0..self.num_units() {

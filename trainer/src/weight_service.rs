@@ -3,6 +3,7 @@
 use crate::{Error, LocalTrainerService, Trainer};
 use temper_proto::{
     ServiceError, ServiceResult, SharedWeights, WEIGHT_PIECE, WeightManifest, WeightRange, WeightService, WeightSink,
+    exclusive_or,
 };
 use temper_types::{ContentHash, ErrorCode, PolicyVersion};
 
@@ -51,9 +52,7 @@ impl WeightService for LocalTrainerService {
             let range = piece.start as usize..(piece.start + piece.len) as usize;
             trainer.device.read(store.view(piece.unit as usize, range), &mut before);
             drop(trainer);
-            for (value, before) in values.iter_mut().zip(&before) {
-                *value = f32::from_bits(value.to_bits() ^ before.to_bits());
-            }
+            exclusive_or(&mut values, &before);
             sink(&values)?;
         }
         Ok(true)

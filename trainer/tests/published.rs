@@ -1,53 +1,11 @@
 //! How weights changed since the version before, on ranks that keep what they publish.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
-use temper_algos::{Objective, PolicyLossConfig};
-use temper_proto::{
-    GlobalCounts, MiniBatch, OptimizerConfig, ServiceResult, StageSpec, TokenSequence, TrainRow, TrainerService,
-    WeightRange, WeightService,
-};
-use temper_tensor::{CpuConfig, CpuDevice, Device};
-use temper_trainer::{LocalTrainerService, Sharding, Trainer, TrainerGroup, load_local_ranks};
-use temper_types::{ContentHash, DType, ErrorCode, PolicyVersion};
+mod publishing;
 
-fn ranks(world: usize, sharding: Sharding) -> Vec<Arc<LocalTrainerService>> {
-    let dir: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("../actor/tests/data/llama");
-    let device: Arc<dyn Device> = Arc::new(CpuDevice::new(CpuConfig { num_threads: 1, isa: None }));
-    let load = |ranks| Trainer::load_rank(Arc::clone(&device), (&dir, DType::F32), Vec::new(), Some(ranks));
-    let trainers = load_local_ranks(world, sharding, Duration::from_secs(60), load).expect("the ranks load");
-    trainers.into_iter().map(|trainer| Arc::new(LocalTrainerService::new(trainer))).collect()
-}
-
-fn group(ranks: &[Arc<LocalTrainerService>]) -> TrainerGroup {
-    let rank = |rank: &Arc<LocalTrainerService>| Arc::clone(rank) as Arc<dyn TrainerService>;
-    TrainerGroup::new(ranks.iter().map(rank).collect()).expect("ranks")
-}
-
-fn begin(service: &dyn TrainerService) {
-    let stage = StageSpec {
-        name: "test".to_owned(),
-        objective_json: serde_json::to_string(&Objective::Policy(PolicyLossConfig::default())).expect("plain data"),
-        optimizer: OptimizerConfig::default(),
-        needs_reference: false,
-        max_micro_batch_tokens: 16,
-        recompute_activations: false,
-    };
-    service.begin_stage(stage).expect("a stage");
-}
-
-fn update(service: &dyn TrainerService, step: u32) {
-    let row = |index: u32| {
-        let response_token_ids: Vec<u32> = (0..4).map(|i| (step * 31 + index * 7 + i * 3) % 90).collect();
-        let sequence =
-            TokenSequence { prompt_token_ids: vec![1, 2, index], response_mask: vec![1; 4], response_token_ids };
-        TrainRow { advantages: vec![f64::from(index) - 1.5; 4], ..TrainRow::demonstration(sequence) }
-    };
-    let global = GlobalCounts { num_tokens: 16, num_sequences: 4, num_rows: 4, loss_scale_factor: 8.0 };
-    let batch = MiniBatch { rows: (0..4).map(row).collect(), global, temperature: 1.0, learning_rate: 1e-3 };
-    service.update(batch).expect("an update");
-}
+use publishing::{begin, ranks, together, update};
+use temper_proto::{ServiceResult, TrainerService, WeightRange, WeightService};
+use temper_trainer::{LocalTrainerService, Sharding};
+use temper_types::{ContentHash, ErrorCode, PolicyVersion};
 
 /// What a rank holds of the unit `index`, by its shared length.
 fn held(rank: &LocalTrainerService, version: PolicyVersion, index: u32, of: (u64, u64)) -> Option<WeightRange> {
@@ -97,7 +55,7 @@ fn changes(
 fn every_rank_tells_how_its_weights_changed_since_the_version_before() {
     for (world, sharding) in [(1, Sharding::Zero2), (2, Sharding::Zero2), (2, Sharding::Zero3)] {
         let ranks = ranks(world, sharding);
-        let trainer = group(&ranks);
+        let trainer = together(&ranks);
         begin(&trainer);
         ranks.iter().for_each(|rank| rank.keep_published());
         let ranges: Vec<Vec<WeightRange>> = ranks.iter().map(|rank| ranges(rank)).collect();

@@ -5,7 +5,7 @@ use super::packed::PackedPolicy;
 use super::part_forward::SumBuffers;
 use super::scratch::GrowBuffer;
 use super::sequence::Turned;
-use temper_tensor::{KvCache, LmHead, SampleRow, Sampled, SeqSpan, Store, TokenStats, View};
+use temper_tensor::{KvCache, LmHead, SampleRow, Sampled, SeqSpan, TokenStats, View};
 
 /// Rows of one step, of any mix of sequences: decodes (one row), chunks of prompts, drafts to verify.
 #[derive(Debug, Clone, Copy)]
@@ -115,7 +115,7 @@ impl PackedPolicy {
         self.attend_rows(index, rows, kv, ws);
         self.add_attention(layer, ws.attn.view(t * dims.attn), ws.x.view_mut(t * dims.model));
         self.expand_rows(index, t, ws);
-        self.project(&layer.down, ws.act.view(t * dims.ffn), ws.x.view_mut(t * dims.model), Store::Add);
+        self.contract(layer, ws.act.view(t * dims.ffn), ws.x.view_mut(t * dims.model));
     }
 
     /// [`PackedPolicy::attend`] over the workspace.

@@ -114,11 +114,16 @@ impl PackedPolicy {
     /// `x += (silu(gate) * up) W_down^T`; `act` is overwritten, `[T, F]`.
     pub(super) fn add_mlp(&self, layer: &PackedLayer, gate_up: View<'_>, mut act: ViewMut<'_>, x: ViewMut<'_>) {
         self.dev.swiglu(gate_up, self.dims.ffn, act.reborrow());
-        self.project(&layer.down, act.as_view(), x, Store::Add);
+        self.contract(layer, act.as_view(), x);
+    }
+
+    /// `x += act W_down^T`.
+    pub(super) fn contract(&self, layer: &PackedLayer, act: View<'_>, x: ViewMut<'_>) {
+        self.project(&layer.down, act, x, Store::Add);
     }
 
     /// One linear layer.
-    pub(super) fn project(&self, projection: &PackedProjection, x: View<'_>, out: ViewMut<'_>, store: Store) {
+    fn project(&self, projection: &PackedProjection, x: View<'_>, out: ViewMut<'_>, store: Store) {
         let bias = projection.bias.as_ref().map(|b| b.all());
         self.dev.linear(x, &projection.weight, bias, out, store);
     }

@@ -43,10 +43,13 @@ pub struct Meeting {
 pub struct Killer(Arc<Mutex<Table>>);
 
 impl Killer {
-    /// Process of a worker, where it runs.
-    pub fn process_id(&self, name: &str) -> Option<u32> {
+    /// Call `act` with the process of a worker, where it runs: nobody waits for it meanwhile, so that the number stays
+    /// its own.
+    pub fn with_process(&self, name: &str, act: impl FnOnce(u32)) {
         let table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        table.running.get(name).map(|running| running.child.id())
+        if let Some(running) = table.running.get(name) {
+            act(running.child.id());
+        }
     }
 
     /// Kill a worker; it is started again.

@@ -31,15 +31,36 @@ impl WeightServer {
     }
 }
 
+/// Messages on their way to a receiver.
+struct Outgoing<M> {
+    operation: &'static str,
+    sender: mpsc::Sender<Result<M, Status>>,
+}
+
+impl<M> Outgoing<M> {
+    fn send(&self, message: M) -> ServiceResult<()> {
+        let gone = |_| ServiceError::new(ErrorCode::Cancelled, "weights", self.operation, "the receiver is gone");
+        self.sender.blocking_send(Ok(message)).map_err(gone)
+    }
+
+    /// Say why it ended, where that was no end.
+    fn end(&self, ended: ServiceResult<()>) {
+        if let Err(error) = ended {
+            // A receiver that is gone does not read why.
+            let _ = self.sender.blocking_send(Err(encode_error(error)));
+        }
+    }
+}
+
 /// Puts pieces of any size together to chunks.
 struct Chunks {
     data: Vec<u8>,
-    sender: mpsc::Sender<Result<v1::WeightChunk, Status>>,
+    out: Outgoing<v1::WeightChunk>,
 }
 
 impl Chunks {
     fn new(sender: mpsc::Sender<Result<v1::WeightChunk, Status>>) -> Self {
-        Chunks { data: Vec::with_capacity(CHUNK_BYTES), sender }
+        Chunks { data: Vec::with_capacity(CHUNK_BYTES), out: Outgoing { operation: "pull", sender } }
     }
 
     fn add(&mut self, mut values: &[f32]) -> ServiceResult<()> {
@@ -60,27 +81,28 @@ impl Chunks {
 
     fn send(&mut self) -> ServiceResult<()> {
         let data = std::mem::replace(&mut self.data, Vec::with_capacity(CHUNK_BYTES));
-        let gone = |_| ServiceError::new(ErrorCode::Cancelled, "weights", "pull", "the receiver is gone");
-        self.sender.blocking_send(Ok(v1::WeightChunk { data })).map_err(gone)
+        self.out.send(v1::WeightChunk { data })
     }
 
     /// Send what is left, or why it ended.
     fn finish(mut self, pulled: ServiceResult<()>) {
         let ended = pulled.and_then(|()| if self.data.is_empty() { Ok(()) } else { self.send() });
-        if let Err(error) = ended {
-            // A receiver that is gone does not read why.
-            let _ = self.sender.blocking_send(Err(encode_error(error)));
-        }
+        self.out.end(ended);
     }
 }
 
 /// Puts changes of any number of elements together to messages.
 struct Changes {
     values: Vec<f32>,
-    sender: mpsc::Sender<Result<v1::WeightChanges, Status>>,
+    out: Outgoing<v1::WeightChanges>,
 }
 
 impl Changes {
+    fn new(sender: mpsc::Sender<Result<v1::WeightChanges, Status>>) -> Self {
+        let out = Outgoing { operation: "changes", sender };
+        Changes { values: Vec::with_capacity(planes::MAX_ELEMENTS), out }
+    }
+
     fn add(&mut self, mut values: &[f32]) -> ServiceResult<()> {
         while !values.is_empty() {
             let (now, rest) = values.split_at((planes::MAX_ELEMENTS - self.values.len()).min(values.len()));
@@ -98,17 +120,13 @@ impl Changes {
         let planes = planes::encode(&self.values).map_err(failed)?;
         let num_elements = self.values.len() as u32;
         self.values.clear();
-        let gone = |_| ServiceError::new(ErrorCode::Cancelled, "weights", "changes", "the receiver is gone");
-        self.sender.blocking_send(Ok(v1::WeightChanges { num_elements, planes })).map_err(gone)
+        self.out.send(v1::WeightChanges { num_elements, planes })
     }
 
     /// Send what is left, or why it ended.
     fn finish(mut self, handed_on: ServiceResult<bool>) {
         let ended = handed_on.and_then(|_| if self.values.is_empty() { Ok(()) } else { self.send() });
-        if let Err(error) = ended {
-            // A receiver that is gone does not read why.
-            let _ = self.sender.blocking_send(Err(encode_error(error)));
-        }
+        self.out.end(ended);
     }
 }
 
@@ -161,7 +179,7 @@ impl Wire for WeightServer {
         let (sender, receiver) = mpsc::channel(QUEUE);
         let service = Arc::clone(&self.service);
         tokio::task::spawn_blocking(move || {
-            let mut changes = Changes { values: Vec::with_capacity(planes::MAX_ELEMENTS), sender };
+            let mut changes = Changes::new(sender);
             let handed_on = service.changes(base, version, &ranges, &mut |values| changes.add(values));
             changes.finish(handed_on);
         });
