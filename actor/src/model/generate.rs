@@ -118,7 +118,7 @@ impl PackedPolicy {
         self.contract(layer, ws.act.view(t * dims.ffn), ws.x.view_mut(t * dims.model));
     }
 
-    /// [`PackedPolicy::attend`] over the workspace.
+    /// [`PackedPolicy::attend`] over the workspace; then the next layer's turn is what products fetch for.
     pub(super) fn attend_rows(&self, index: usize, rows: Rows<'_>, kv: (&mut KvCache, usize), ws: &mut Workspace) {
         let (dims, t) = (self.dims, rows.len());
         let attend = AttendBuffers {
@@ -130,7 +130,11 @@ impl PackedPolicy {
             lse: None,
             turned: rows.turn.map(|_| &mut ws.turned),
         };
-        self.attend(&self.layers[index], ws.x.view(t * dims.model), rows, kv, attend);
+        let (cache, kv_layer) = kv;
+        self.attend(&self.layers[index], ws.x.view(t * dims.model), rows, (cache, kv_layer), attend);
+        if kv_layer + 1 < cache.spec().num_layers {
+            self.dev.expect_attention((cache, kv_layer + 1), rows.spans);
+        }
     }
 
     /// The inner rows of the feed-forward block, `silu(gate) * up`, over the workspace.

@@ -118,6 +118,9 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     fn kv_append(&self, qkv: View<'_>, shape: AttnShape, spans: &[SeqSpan<'_>], cache: &mut KvCache, layer: usize);
     /// Copy a block, all layers.
     fn kv_copy_block(&self, cache: &mut KvCache, from: u32, to: u32);
+    /// Attention over this layer and these spans comes after the next products, which may fetch what it will read while
+    /// they leave the memory idle. A hint: it reaches no number, and is worth nothing before other operations.
+    fn expect_attention(&self, kv: (&KvCache, usize), spans: &[SeqSpan<'_>]);
     /// Causal attention of query rows over the cache: `out[T, H*K]`; `lse[T, H]` is written where asked for.
     fn attention(
         &self,

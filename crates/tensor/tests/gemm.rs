@@ -6,7 +6,9 @@
 mod common;
 
 use common::{assert_bits, bits, devices, host, numbers};
-use temper_tensor::{CpuConfig, CpuDevice, DType, Device, Isa, LinearShape, PackedLinear, Reduction, Store};
+use temper_tensor::{
+    CpuConfig, CpuDevice, DType, Device, Isa, KvCacheSpec, LinearShape, PackedLinear, Reduction, SeqSpan, Store,
+};
 
 /// Nearest bf16, subnormals flushed.
 fn rounded(x: f32) -> f32 {
@@ -508,6 +510,35 @@ fn a_fused_activation_has_the_bits_of_a_layer_and_an_activation() {
                     let bias = bias.as_ref().map(temper_tensor::Buffer::all);
                     dev.linear_swiglu(dev.upload(&case.x).all(), &packed, bias, room.all_mut(), got.all_mut());
                     assert_bits(&host(&dev, &got), &host(&dev, &want), &format!("{m}x{ffn}x{k} {packed:?} {dev:?}"));
+                }
+            }
+        }
+    }
+}
+
+/// Numbers of rows that fetch what attention will read, and ones that do not; of memory that is there, and that is gone.
+#[test]
+fn fetching_for_attention_changes_no_bit_of_a_product() {
+    let spec =
+        KvCacheSpec { num_layers: 2, num_blocks: 9, block_size: 32, num_kv_heads: 2, head_dim: 24, dtype: DType::F32 };
+    let blocks = [7, 2, 3, 5];
+    for (m, n, k) in [(12, 64, 64), (25, 70, 34), (32, 256, 130), (61, 33, 1030), (96, 64, 18), (97, 64, 18)] {
+        let case = Case::new(m, n, k);
+        for dev in devices() {
+            let spans: Vec<SeqSpan<'_>> = (0..m)
+                .map(|row| SeqSpan { row_start: row, num_rows: 1, first_slot: 3 * row.min(40), blocks: &blocks })
+                .collect();
+            for dtype in DTYPES {
+                let packed = pack(&dev, &case.w, case.shape, (dtype, Reduction::Groups8));
+                let want = linear(&dev, &case.x, &packed, None);
+                for gone in [false, true] {
+                    let mut cache = Some(dev.kv_cache(spec));
+                    dev.expect_attention((cache.as_ref().expect("a cache"), 1), &spans);
+                    cache.take_if(|_| gone);
+                    for what in ["the product that fetches", "the one behind it"] {
+                        let got = linear(&dev, &case.x, &packed, None);
+                        assert_bits(&got, &want, &format!("{m}x{n}x{k} {packed:?} {dev:?} {what}"));
+                    }
                 }
             }
         }

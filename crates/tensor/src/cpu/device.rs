@@ -1,5 +1,6 @@
 //! The CPU device: its pool, its instruction family, and the table of its kernels.
 
+use super::expected::Expected;
 use super::simd::Isa;
 use super::{
     activation, adamw, attention, attention_grad, distill, elementwise, embed, gemm, join, kv, lm_head, norm, rope,
@@ -29,6 +30,8 @@ pub struct CpuDevice {
     pub(crate) isa: Isa,
     /// True where bf16 products run on `vdpbf16ps`.
     pub(crate) native_bf16: bool,
+    /// What attention reads next.
+    pub(crate) expected: Expected,
     /// Memory for chunks of logits, kept between calls.
     pub(crate) logits: lm_head::LogitsMemory,
 }
@@ -44,7 +47,13 @@ impl CpuDevice {
         let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let num_threads = if config.num_threads == 0 { cores() } else { config.num_threads };
         let native_bf16 = isa == Isa::Avx512 && Isa::has_native_bf16();
-        CpuDevice { pool: Pool::new(num_threads), isa, native_bf16, logits: lm_head::LogitsMemory::default() }
+        CpuDevice {
+            pool: Pool::new(num_threads),
+            isa,
+            native_bf16,
+            expected: Expected::new(),
+            logits: lm_head::LogitsMemory::default(),
+        }
     }
 }
 
@@ -231,6 +240,10 @@ impl Device for CpuDevice {
 
     fn kv_copy_block(&self, cache: &mut KvCache, from: u32, to: u32) {
         kv::copy_block(cache, from, to);
+    }
+
+    fn expect_attention(&self, kv: (&KvCache, usize), spans: &[SeqSpan<'_>]) {
+        kv::expect(self, kv, spans);
     }
 
     fn attention(

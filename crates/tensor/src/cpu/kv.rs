@@ -9,7 +9,7 @@ use super::attention::KvElement;
 use super::math::load_lanes;
 use super::parallel::SharedMut;
 use super::simd::{Kernel, Simd};
-use super::{AlignedVec, CpuDevice};
+use super::{AlignedVec, CpuDevice, gemm};
 use crate::{AttnShape, KvCache, KvCacheSpec, SeqSpan};
 use std::ops::Range;
 use temper_types::DType;
@@ -210,6 +210,23 @@ fn append_rows<E: KvElement>(
     } else {
         dev.pool.run(pieces.len(), &job);
     }
+}
+
+/// Tell the next products what attention over these spans will read, where they can ask for it.
+pub(crate) fn expect(dev: &CpuDevice, (cache, layer): (&KvCache, usize), spans: &[SeqSpan<'_>]) {
+    if !gemm::asks_for_expected(spans.iter().map(|span| span.num_rows).sum()) {
+        return;
+    }
+    let layout = &cache.pool.layout;
+    let (first, element_bytes) = match &cache.pool.data {
+        KvData::F32(data) => (data.as_ptr().cast::<u8>(), size_of::<f32>()),
+        KvData::Bf16(data) => (data.as_ptr().cast::<u8>(), size_of::<u16>()),
+    };
+    let block_bytes = layout.block_elements() * element_bytes;
+    let of_layer = first.wrapping_add(layer * layout.num_blocks * block_bytes);
+    let used = |span: &SeqSpan<'_>| (span.first_slot + span.num_rows).div_ceil(cache.spec.block_size);
+    let blocks = spans.iter().flat_map(|span| span.blocks.iter().take(used(span)));
+    dev.expected.replace((of_layer, block_bytes), blocks.copied());
 }
 
 /// Copy a block, all layers.

@@ -15,6 +15,7 @@ mod device;
 mod distill;
 mod elementwise;
 mod embed;
+mod expected;
 mod gemm;
 mod join;
 mod kv;

@@ -6,8 +6,8 @@
 //! chain changes no bit. A caller cuts chains the same way by giving a block the sums so far ([`Block::seed`]).
 
 use super::tile::{
-    Ahead, GROUP_ROWS, MAX_TILE_ROWS, PANEL, Product, Single, Tile, WidenedPair, chain_groups, chain_rows, load_tile,
-    store_tile,
+    Ahead, GROUP_ROWS, MAX_TILE_ROWS, PANEL, Product, Single, Tile, Walk, WidenedPair, chain_groups, chain_rows,
+    load_tile, store_tile,
 };
 use super::words::{self, Gather, PairOrder};
 use crate::Reduction;
@@ -80,6 +80,8 @@ pub(super) struct Block {
     pub(super) seed: *const f32,
     /// What the next block reads, fetched into the second cache level while the tiles run.
     pub(super) ahead: Ahead,
+    /// What operations behind this one read, fetched by the tiles that `ahead` leaves free.
+    pub(super) later: Ahead,
     /// Memory for a packed segment and for unfinished sums; set by `run_block`.
     pub(super) scratch: *mut f32,
 }
@@ -288,6 +290,20 @@ impl Block {
         }
     }
 
+    /// What tile `index` of `count` asks for: the first ones the next block's words, the others what is read later.
+    #[inline(always)]
+    fn fetched_by(&self, (index, count): (usize, usize)) -> Walk {
+        if self.later.len == 0 {
+            return self.ahead.share((index, count), self.steps);
+        }
+        let first = self.ahead.num_tiles(self.steps).min(count);
+        if index < first {
+            self.ahead.share((index, first), self.steps)
+        } else {
+            self.later.share((index - first, count - first), self.steps)
+        }
+    }
+
     /// The segments of one register tile: `MR` rows from `row`, `TILE_VECTORS` vectors from `vector`.
     #[inline(always)]
     unsafe fn tile<P: Product, const MR: usize>(&self, pass: &mut Pass, (row, vector): (usize, usize)) {
@@ -296,7 +312,7 @@ impl Block {
         // SAFETY: the tile lies within the operands, the panel's words and the carry memory.
         unsafe {
             let carry = pass.carry.add(carry_row * PANEL + vector * 16);
-            let mut ahead = self.ahead.share(pass.tiles, self.steps);
+            let mut ahead = self.fetched_by(pass.tiles);
             pass.tiles.0 += 1;
             for index in pass.first..pass.end {
                 let seg = pass.cut.segment(index);
@@ -313,7 +329,7 @@ impl Block {
                 acc = match self.left.layout {
                     Layout::Rows => {
                         let rows = (left.add(row * ld + seg.start * P::LEFT_WORDS), ld);
-                        if self.ahead.len == 0 {
+                        if ahead.is_empty() {
                             chain_rows::<P, MR, false>(acc, rows, b, steps, &mut ahead)
                         } else {
                             chain_rows::<P, MR, true>(acc, rows, b, steps, &mut ahead)

@@ -2,14 +2,16 @@
 
 use super::block::{Block, Layout, Left, Output, PanelSource};
 use super::split::Grid;
-use super::tile::{Ahead, PANEL};
+use super::tile::{Ahead, MAX_TILE_ROWS, PANEL};
 use super::words::{Format, PairOrder};
 use super::{Body, PackedPanels, Panels, int8, operand_format, rows_to_words, run_block, scratch};
 use crate::cpu::CpuDevice;
 use crate::cpu::activation::Gated;
+use crate::cpu::expected::{LINE, Lines, Part};
 use crate::cpu::parallel::SharedMut;
 use crate::{LinearShape, PackedLinear, Store};
 use std::ops::Range;
+use std::sync::MutexGuard;
 
 /// Rows of a block: their inputs stay in the second cache level beside the panel.
 const MAX_BLOCK_ROWS: usize = 240;
@@ -42,11 +44,13 @@ pub(crate) fn linear(
     in_turns(dev, x, (w, panels, bias), (out, n), |forward, out| {
         let grid = forward.grid(out.len() / n, n);
         let out = SharedMut::new(out);
+        let later = forward.later(&grid, 1);
         dev.pool.run(grid.num_tasks(), &|task| {
+            let mut later = Later::part(later.as_ref(), (task, grid.num_tasks()));
             grid.for_pieces(task, |rows, panel, next| {
                 let ptr = out.ptr_at(rows.start * n + panel * PANEL);
                 // SAFETY: lengths were checked by `in_turns`; every task writes rows and columns of its own.
-                unsafe { forward.run(rows, (panel, next), (ptr, n, store)) }
+                unsafe { forward.run(rows, (panel, next), &mut later, (ptr, n, store)) }
             });
         });
     });
@@ -70,7 +74,9 @@ pub(crate) fn linear_swiglu(dev: &CpuDevice, x: &[f32], w: &PackedLinear, bias: 
     in_turns(dev, x, (w, panels, bias), (out, ffn_dim), |forward, out| {
         let grid = forward.grid(out.len() / ffn_dim, ffn_dim);
         let out = SharedMut::new(out);
+        let later = forward.later(&grid, 2);
         dev.pool.run(grid.num_tasks(), &|task| {
+            let mut later = Later::part(later.as_ref(), (task, grid.num_tasks()));
             grid.for_pieces(task, |rows, panel, next| {
                 scratch::with_carry(rows.len() * 2 * PANEL, |fused| {
                     let (num_rows, ptr) = (rows.len(), out.ptr_at(rows.start * ffn_dim + panel * PANEL));
@@ -80,8 +86,8 @@ pub(crate) fn linear_swiglu(dev: &CpuDevice, x: &[f32], w: &PackedLinear, bias: 
                     // SAFETY: lengths were checked by `in_turns`; the sums fit this thread's memory, and every task
                     // writes rows and columns of its own.
                     unsafe {
-                        forward.run(rows.clone(), (panel, Some(up_panel)), gate);
-                        forward.run(rows, (up_panel, next), up);
+                        forward.run(rows.clone(), (panel, Some(up_panel)), &mut later, gate);
+                        forward.run(rows, (up_panel, next), &mut later, up);
                         dev.isa.run(Gated { fused: fused.as_ptr(), width: PANEL, num_rows, out: ptr, ld: ffn_dim });
                     }
                 });
@@ -121,6 +127,31 @@ fn in_turns(
     }
 }
 
+/// Register tiles of a block of `rows` rows that need not ask for words of the next panel, if tiles are of the largest
+/// kind: with as many steps as they have, two of them ask for all of it.
+const fn free_tiles(rows: usize) -> usize {
+    rows.div_ceil(MAX_TILE_ROWS).saturating_sub(2)
+}
+
+/// Whether products of so many rows fetch what is [expected](crate::cpu::expected). Those of fewer wait for memory
+/// themselves, those of more do not fetch ahead.
+pub(crate) const fn asks_for_expected(rows: usize) -> bool {
+    free_tiles(rows) > 0 && rows <= MAX_AHEAD_ROWS
+}
+
+/// Lines that a product asks for beside its own.
+struct Later<'a> {
+    lines: MutexGuard<'a, Lines>,
+    range: Range<usize>,
+}
+
+impl Later<'_> {
+    /// Those of task `index` of `count`.
+    fn part<'a>(later: Option<&'a Later<'_>>, task: (usize, usize)) -> Part<'a> {
+        later.map_or(Part::NONE, |later| later.lines.part(&later.range, task))
+    }
+}
+
 /// A product of inputs that are laid out as words.
 struct Forward<'a> {
     dev: &'a CpuDevice,
@@ -140,7 +171,16 @@ impl Forward<'_> {
         Grid::new(rows, columns.div_ceil(PANEL), MAX_BLOCK_ROWS, self.dev.pool.num_threads())
     }
 
-    /// Compute rows times one panel, fetching the panel that is read next, to rows `ld` apart.
+    /// What tiles ask for that no panel needs, in a product whose pieces have `panels` panels each.
+    fn later(&self, grid: &Grid, panels: usize) -> Option<Later<'_>> {
+        let free_tiles = asks_for_expected(grid.block_rows()).then(|| free_tiles(grid.block_rows()))?;
+        let mut lines = self.dev.expected.take()?;
+        let steps = self.w.shape.k / Format::numbers_per_word(self.panels.format);
+        let range = lines.next(free_tiles * steps * grid.num_units() * panels);
+        Some(Later { lines, range })
+    }
+
+    /// Compute rows times one panel, fetching the panel that is read next and lines of `later`, to rows `ld` apart.
     ///
     /// # Safety
     /// Inputs are laid out for `rows`; `out` is valid for them and the panel's columns, and nobody else's meanwhile.
@@ -148,6 +188,7 @@ impl Forward<'_> {
         &self,
         rows: Range<usize>,
         (panel, next): (usize, Option<usize>),
+        later: &mut Part<'_>,
         (out, ld, store): (*mut f32, usize, Store),
     ) {
         let (panels, column) = (self.panels, panel * PANEL);
@@ -156,9 +197,11 @@ impl Forward<'_> {
         let formats = (self.format, panels.format);
         let (body, source) = forward_body(self.dev, formats, rows.len(), panels.panel(panel).as_ptr());
         let numbers_per_step = if body == Body::Single { 1 } else { 2 };
+        let steps = self.row_words * self.format.numbers_per_word() / numbers_per_step;
+        let (address, num_lines) = later.next(free_tiles(rows.len()) * steps);
         let block = Block {
             rows: rows.len(),
-            steps: self.row_words * self.format.numbers_per_word() / numbers_per_step,
+            steps,
             reduction: self.w.reduction,
             numbers_per_step,
             left: Left { ptr: self.x.at(rows.start * self.row_words), layout: Layout::Rows, ld: self.row_words },
@@ -172,6 +215,7 @@ impl Forward<'_> {
             },
             seed: std::ptr::null(),
             ahead: next.map_or(Ahead::NONE, |words| Ahead { ptr: words.as_ptr(), len: words.len() }),
+            later: Ahead { ptr: address.cast(), len: num_lines * LINE / size_of::<f32>() },
             scratch: std::ptr::null_mut(),
         };
         // SAFETY: the caller's contract.

@@ -147,6 +147,7 @@ impl Product<'_> {
             out,
             seed: if sum.start == 0 { std::ptr::null() } else { carry },
             ahead: Ahead::NONE,
+            later: Ahead::NONE,
             scratch: std::ptr::null_mut(),
         }
     }

@@ -27,7 +27,7 @@ use temper_types::DType;
 use tile::PANEL;
 use words::{Format, PairOrder, RowWords, WeightPanel};
 
-pub(crate) use forward::{fuses_swiglu, linear, linear_swiglu};
+pub(crate) use forward::{asks_for_expected, fuses_swiglu, linear, linear_swiglu};
 pub(crate) use grad::{input_grad, weight_grad};
 pub(crate) use peak::peak_probe;
 

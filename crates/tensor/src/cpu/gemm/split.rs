@@ -30,6 +30,16 @@ impl Grid {
         Grid { rows, block_rows, num_panels, num_tasks }
     }
 
+    /// Rows of a block; the last may have fewer.
+    pub(super) fn block_rows(&self) -> usize {
+        self.block_rows
+    }
+
+    /// Number of blocks times that of panels.
+    pub(super) fn num_units(&self) -> usize {
+        self.rows.div_ceil(self.block_rows) * self.num_panels
+    }
+
     /// Number of tasks.
     pub(super) fn num_tasks(&self) -> usize {
         self.num_tasks
@@ -43,7 +53,7 @@ impl Grid {
     }
 
     /// Call `f(rows, panel, the task's next panel)` for every piece of a task in turn.
-    pub(super) fn for_pieces(&self, index: usize, f: impl Fn(Range<usize>, usize, Option<usize>)) {
+    pub(super) fn for_pieces(&self, index: usize, mut f: impl FnMut(Range<usize>, usize, Option<usize>)) {
         let (mut at, end) = (self.start(index), self.start(index + 1));
         let steps = self.block_rows.div_ceil(ROW_STEP);
         while at < end {

@@ -3,6 +3,7 @@
 //! A tile never leaves the registers within a loop. Every sum is one chain: a step adds one product to it (two for a
 //! pair), whatever the tile's size.
 
+use crate::cpu::expected::LINE;
 use crate::cpu::simd::Simd;
 
 /// Output columns of a panel.
@@ -171,11 +172,18 @@ impl Ahead {
     /// Nothing.
     pub(super) const NONE: Ahead = Ahead { ptr: std::ptr::null(), len: 0 };
 
+    /// Tiles of `steps` steps that it takes to ask for every line.
+    #[inline(always)]
+    pub(super) const fn num_tiles(&self, steps: usize) -> usize {
+        match steps {
+            0 => 0,
+            _ => (self.len * size_of::<f32>()).div_ceil(LINE * steps),
+        }
+    }
+
     /// The share of tile `index` of `num_tiles`, each of `steps` steps.
     #[inline(always)]
     pub(super) fn share(&self, (index, num_tiles): (usize, usize), steps: usize) -> Walk {
-        /// Bytes of a cache line.
-        const LINE: usize = 64;
         let stride = (self.len * size_of::<f32>()).div_ceil((num_tiles * steps).max(1)).min(LINE);
         Walk { ptr: self.ptr.wrapping_byte_add(index * steps * stride), stride }
     }
@@ -190,6 +198,12 @@ pub(super) struct Walk {
 }
 
 impl Walk {
+    /// Whether there is nothing to ask for.
+    #[inline(always)]
+    pub(super) const fn is_empty(&self) -> bool {
+        self.stride == 0
+    }
+
     /// Ask for the address and go on to the next.
     #[inline(always)]
     unsafe fn ask<S: Simd>(&mut self) {
