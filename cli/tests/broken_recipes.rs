@@ -314,7 +314,7 @@ fn replay_is_part_of_the_identity_and_announced() {
     };
     let (plain, text) = check(&[]);
     assert!(!text.contains("LOSSY") && !text.contains("coupled"));
-    assert_eq!(check(&["--set", "engine.speculative=auto"]).0, plain);
+    assert_eq!(check(&["--set", "engine.speculative=off"]).0, plain);
     let (coupled, text) = check(&["--set", "engine.replay=coupled"]);
     assert!(text.contains("the noise of the first") && coupled != plain, "{text}");
     let lenient = ["--set", "engine.replay=lenient", "--set", "engine.speculative=replay"];

@@ -44,7 +44,7 @@ fn coupled_noise_gives_one_run_with_and_without_drafts() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let recipe = recipe(dir.path(), &three_passes());
     let run = |name: &str, sets: &[&str]| finish_with(&recipe, &dir.path().join(name), sets);
-    let plain = run("plain", &["engine.replay=coupled"]);
+    let plain = run("plain", &["engine.replay=coupled", "engine.speculative=off"]);
     assert_eq!(run("drafts", &["engine.replay=coupled", "engine.speculative=replay"]), plain, "drafts of replay");
     let cut = ["engine.replay=coupled", "engine.speculative=auto", "engine.prefill_chunk=5", "engine.max_num_seqs=3"];
     assert_eq!(run("cut", &cut), plain, "all drafters, another engine");

@@ -67,7 +67,7 @@ impl Default for EngineConfig {
             max_queued_samples: 1 << 20,
             prefix_cache: true,
             weights: WeightFormat::Exact,
-            speculative: Speculative::Off,
+            speculative: Speculative::Auto,
             replay: Replay::Exact,
             lenience: 1.0,
             max_draft_tokens: 24,
@@ -226,7 +226,7 @@ mod tests {
             (broken(|c| c.watermark = 1.0), "watermark"),
             (broken(|c| c.kv_cache_bytes = 999), "kv_cache_bytes"),
             (broken(|c| c.lenience = 0.0), "lenience"),
-            (broken(|c| c.draft_model = "small".to_owned()), "draft_model"),
+            (broken(|c| (c.speculative, c.draft_model) = (Speculative::Suffix, "small".to_owned())), "draft_model"),
             (broken(|c| c.speculative = Speculative::Model), "speculative"),
         ] {
             assert!(message.starts_with(&format!("rollout.{key} = ")), "{message}");

@@ -424,6 +424,11 @@ impl<M: Model> Engine<M> {
             return;
         }
         let vocab_size = self.model.limits().vocab_size;
+        for key in scheduler.running() {
+            if let Some(sample) = samples[key.index()].as_mut() {
+                sample.show_new_tokens(speculation, vocab_size);
+            }
+        }
         if speculation.wants_all() {
             let room = |key: &SeqKey| scheduler.draft_room(*key);
             let drafting = scheduler.running().iter().filter(|key| room(key) > 0);
@@ -467,7 +472,9 @@ impl<M: Model> Engine<M> {
         if let Some(speculation) = &mut self.speculation {
             let vocab_size = self.model.limits().vocab_size;
             speculation.settle(&sample.proposal, drawn.tokens.len() - 1, verified.num_accepted);
-            speculation.observe(&sample.draft_context(vocab_size, 0), verified.num_kept);
+            if verified.finish_reason.is_some() {
+                sample.show_new_tokens(speculation, vocab_size);
+            }
         }
         self.name_blocks(key);
         self.scheduler.append(key, verified.num_kept);

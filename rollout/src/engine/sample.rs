@@ -3,7 +3,7 @@
 use super::prefix::Chain;
 use super::reuse;
 use super::rounds::most_new_tokens;
-use crate::speculation::{DraftContext, Proposal};
+use crate::speculation::{DraftContext, Proposal, Speculation};
 use crate::stop::{StopMatcher, StopState, TokenBytes};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -46,6 +46,8 @@ pub(super) struct OpenSample {
     pub chain: Chain,
     /// Tokens to verify in the next step.
     pub proposal: Proposal,
+    /// Tokens that the drafters know.
+    num_observed: usize,
     num_drafted: u32,
     num_accepted: u32,
     /// True while every token so far is the earlier response's, so that its next one may be taken again.
@@ -96,6 +98,7 @@ impl OpenSample {
             seen,
             chain: Chain::default(),
             proposal: Proposal::default(),
+            num_observed: 0,
             num_drafted: 0,
             num_accepted: 0,
             is_reusing: reuse::earlier_token(context.request.reuse.as_ref(), sample_index as usize, 0).is_some(),
@@ -107,7 +110,7 @@ impl OpenSample {
     pub fn go_on(&mut self, begun: &[u32]) {
         let context = Arc::clone(&self.context);
         self.token_ids.extend_from_slice(begun);
-        self.num_begun = begun.len();
+        (self.num_begun, self.num_observed) = (begun.len(), begun.len());
         if context.request.sampling.has_penalties() {
             begun.iter().for_each(|id| count(&mut self.seen, *id));
         }
@@ -152,6 +155,15 @@ impl OpenSample {
             vocab_size,
             response: &self.token_ids,
             max_tokens,
+        }
+    }
+
+    /// Show the drafters what they do not know.
+    pub fn show_new_tokens(&mut self, speculation: &mut Speculation, vocab_size: usize) {
+        let num_new = self.token_ids.len() - self.num_observed;
+        if num_new > 0 {
+            speculation.observe(&self.draft_context(vocab_size, 0), num_new);
+            self.num_observed = self.token_ids.len();
         }
     }
 

@@ -11,6 +11,9 @@ const OWN_WEIGHT: f64 = 0.1;
 const LEVEL_WEIGHT: f64 = 0.1;
 /// A token less likely to be kept is never worth its row.
 const LEAST_SURVIVAL: f64 = 0.02;
+/// Tokens per second that drafts must promise over none: less is within what times and trust are known to, and looking
+/// for drafts takes time too.
+const LEAST_GAIN: f64 = 1.03;
 /// Most steps between two looks for drafts where the last looks found none that pay.
 const MAX_REST: u32 = 32;
 
@@ -111,7 +114,7 @@ impl Measured {
         let without = gain(0);
         let pays = std::iter::successors(Some(1), |extra| Some(2 * extra))
             .take_while(|extra| *extra <= longest.max(8))
-            .any(|extra| gain(extra) > without);
+            .any(|extra| gain(extra) > LEAST_GAIN * without);
         if !pays {
             self.take_rest();
         }
@@ -121,7 +124,8 @@ impl Measured {
     fn choose(&mut self, num_drafts: usize, survivals: impl Iterator<Item = (f64, usize)>) -> &[usize] {
         let (cost, num_rows) = (&self.cost, self.num_rows);
         let best_count = |sorted: &[(f64, usize)]| {
-            let (mut expected, mut best) = (num_rows as f64, (num_rows as f64 / cost.seconds(num_rows), 0));
+            let mut expected = num_rows as f64;
+            let mut best = (LEAST_GAIN * expected / cost.seconds(num_rows), 0);
             for (index, (survival, _)) in sorted.iter().enumerate().take_while(|(_, (s, _))| *s >= LEAST_SURVIVAL) {
                 expected += survival;
                 let rate = expected / cost.seconds(num_rows + index + 1);

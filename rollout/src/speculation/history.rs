@@ -136,8 +136,7 @@ impl History {
     /// the bytes of what is kept.
     fn compact(&mut self) {
         let Some(file) = &mut self.file else { return };
-        let num_records: usize = self.passes.values().map(VecDeque::len).sum();
-        let kept_bytes = 4 * self.num_tokens as u64 + 64 * num_records as u64;
+        let kept_bytes = 4 * self.num_tokens as u64 + 64 * self.order.len() as u64;
         if file.num_bytes() <= 4096 + 2 * kept_bytes {
             return;
         }

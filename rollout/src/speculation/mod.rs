@@ -4,9 +4,10 @@
 //! rows costs. Knows no model and no block. Nothing in here can change a response: a draft is verified by replaying
 //! the pure sampler, so a wrong guess costs time only.
 //!
-//! Called by the engine: [`Speculation::observe`] with every verified token, [`Speculation::propose`] and
-//! [`Speculation::choose`] before a step is planned, [`Speculation::settle`] with what was kept of a draft, and
-//! [`Speculation::close_group`] when a group ends.
+//! Called by the engine: before a step is planned, and where [`Speculation::begin_step`] says that drafts may pay,
+//! [`Speculation::observe`] with the tokens that were verified since, [`Speculation::propose`] and
+//! [`Speculation::choose`]; [`Speculation::settle`] with what was kept of a draft; `observe` with the rest of a sample
+//! that ends; [`Speculation::close_group`] when a group ends.
 
 mod budget;
 mod calibration;
@@ -38,7 +39,6 @@ use temper_types::GroupId;
 #[serde(rename_all = "snake_case")]
 pub enum Speculative {
     /// None: one row per sequence and step.
-    #[default]
     Off,
     /// Continuations of the same words in the prompt, in siblings and in earlier responses to the prompt.
     Suffix,
@@ -47,6 +47,7 @@ pub enum Speculative {
     /// A smaller model of the same vocabulary.
     Model,
     /// Suffix, replay, and the draft model where there is one, whichever expects more; nothing where nothing pays.
+    #[default]
     Auto,
 }
 

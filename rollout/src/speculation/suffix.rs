@@ -3,11 +3,13 @@
 //!
 //! Each open group has an index from two consecutive tokens to the places where they stood. The places whose longer
 //! context agrees best with the end of a sample are followed together: at every token the majority decides. The index
-//! takes a bounded list per pair; a guess costs at most [`MAX_PLACES`] comparisons of [`MAX_MATCH`] tokens.
+//! takes a bounded list per pair; a guess costs at most [`MAX_PLACES`] comparisons of [`MAX_MATCH`] tokens. A token is
+//! entered when the next guess is asked for: where no guess could pay, nobody asks.
 
 use super::calibration::Cell;
 use super::{Draft, DraftContext, Drafter, DrafterKind, GroupStart};
 use std::collections::HashMap;
+use std::ops::Range;
 use temper_types::GroupId;
 
 /// Latest places of a pair that are looked at.
@@ -40,14 +42,16 @@ struct GroupIndex {
     prompt: Vec<u32>,
     /// Responses after the prompt: one for each sample, then those of earlier passes.
     texts: Vec<Vec<u32>>,
+    /// Tokens to enter, oldest first: of a text, from a slot to before another.
+    unentered: Vec<(u32, Range<usize>)>,
     places: HashMap<u64, Vec<Place>>,
 }
 
 impl GroupIndex {
     fn new(start: &GroupStart<'_>) -> Self {
         let texts = vec![Vec::new(); start.num_samples];
-        let mut index = GroupIndex { prompt: start.prompt.to_vec(), texts, places: HashMap::new() };
-        (2..start.prompt.len()).for_each(|slot| index.add(PROMPT, slot));
+        let unentered = vec![(PROMPT, 0..start.prompt.len())];
+        let mut index = GroupIndex { prompt: start.prompt.to_vec(), texts, unentered, places: HashMap::new() };
         // The latest pass comes last, where it is looked at first.
         for past in start.past.iter().rev() {
             index.texts.push(Vec::new());
@@ -57,9 +61,15 @@ impl GroupIndex {
     }
 
     fn extend(&mut self, text: usize, token_ids: &[u32]) {
-        for &token_id in token_ids {
-            self.texts[text].push(token_id);
-            self.add(text as u32, self.prompt.len() + self.texts[text].len() - 1);
+        let first = self.prompt.len() + self.texts[text].len();
+        self.texts[text].extend_from_slice(token_ids);
+        self.unentered.push((text as u32, first..first + token_ids.len()));
+    }
+
+    /// Enter every token that is not.
+    fn catch_up(&mut self) {
+        for (text, slots) in std::mem::take(&mut self.unentered) {
+            slots.for_each(|slot| self.add(text, slot));
         }
     }
 
@@ -152,7 +162,8 @@ impl Drafter for SuffixDrafter {
     }
 
     fn propose(&mut self, context: &DraftContext<'_>, draft: &mut Draft) {
-        let Some(index) = self.groups.get(&context.group_id) else { return };
+        let Some(index) = self.groups.get_mut(&context.group_id) else { return };
+        index.catch_up();
         let match_len = index.find(context.sample_index as u32, &mut self.places);
         for offset in 0..self.max_tokens.min(context.max_tokens).min(2 * match_len) {
             let Some((token_id, votes)) = majority(index, &self.places, offset) else { return };
