@@ -5,8 +5,8 @@ mod finished;
 mod run;
 
 use common::{SMALL, recipe, stderr};
-use finished::{finish, numbers};
-use run::{NUM_STEPS, Outcome, train};
+use finished::finish;
+use run::{NUM_STEPS, Outcome, outcome, train};
 use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
@@ -112,5 +112,5 @@ fn lenient_reuse_goes_with_batches_that_are_ahead() {
     }
     let output = train(&recipe, &killed, &resume, None);
     assert!(output.status.success(), "{}", stderr(&output));
-    assert_eq!(numbers(&killed), expected);
+    assert_eq!(outcome(&killed), expected);
 }

@@ -94,6 +94,7 @@ fn outcome(run_dir: &Path) -> (Vec<Vec<u8>>, Vec<String>, Vec<Sample>) {
     for sample in &mut samples {
         sample.timings = SampleTimings::default();
         sample.worker = String::new();
+        (sample.num_drafted, sample.num_accepted) = (0, 0);
     }
     (weights.map(read).into(), metrics.lines().map(without_clock).collect(), samples)
 }

@@ -94,7 +94,7 @@ pub struct GeneratedSample {
     pub policy_versions: Vec<(PolicyVersion, u32)>,
     /// Why it ended.
     pub finish_reason: FinishReason,
-    /// Tokens proposed by a drafter.
+    /// Tokens proposed by a drafter: as many as paid by the clock.
     pub num_drafted: u32,
     /// Proposed tokens kept.
     pub num_accepted: u32,

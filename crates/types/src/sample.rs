@@ -102,7 +102,7 @@ pub struct Sample {
     pub policy_versions: Vec<(PolicyVersion, u32)>,
     /// Number of versions between sampling and training.
     pub staleness: u32,
-    /// Tokens proposed by a drafter.
+    /// Tokens proposed by a drafter: as many as paid by the clock, so that equal runs need not agree on it.
     pub num_drafted: u32,
     /// Proposed tokens that were kept.
     pub num_accepted: u32,
