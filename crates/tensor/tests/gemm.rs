@@ -516,7 +516,7 @@ fn a_fused_activation_has_the_bits_of_a_layer_and_an_activation() {
     }
 }
 
-/// Numbers of rows that fetch what attention will read, and ones that do not; of memory that is there, and that is gone.
+/// Numbers of rows that fetch what attention will read, and ones that do not; of memory that is there, and is gone.
 #[test]
 fn fetching_for_attention_changes_no_bit_of_a_product() {
     let spec =
