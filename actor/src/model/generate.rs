@@ -118,7 +118,7 @@ impl PackedPolicy {
         self.contract(layer, ws.act.view(t * dims.ffn), ws.x.view_mut(t * dims.model));
     }
 
-    /// [`PackedPolicy::attend`] over the workspace; then the next layer's turn is what products fetch for.
+    /// [`PackedPolicy::attend`] over the workspace. The products behind it are told what attention of the next layer reads.
     pub(super) fn attend_rows(&self, index: usize, rows: Rows<'_>, kv: (&mut KvCache, usize), ws: &mut Workspace) {
         let (dims, t) = (self.dims, rows.len());
         let attend = AttendBuffers {

@@ -243,7 +243,9 @@ impl Device for CpuDevice {
     }
 
     fn expect_attention(&self, kv: (&KvCache, usize), spans: &[SeqSpan<'_>]) {
-        kv::expect(self, kv, spans);
+        if gemm::asks_for_expected(spans.iter().map(|span| span.num_rows).sum()) {
+            kv::expect(self, kv, spans);
+        }
     }
 
     fn attention(

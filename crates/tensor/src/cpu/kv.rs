@@ -9,7 +9,7 @@ use super::attention::KvElement;
 use super::math::load_lanes;
 use super::parallel::SharedMut;
 use super::simd::{Kernel, Simd};
-use super::{AlignedVec, CpuDevice, gemm};
+use super::{AlignedVec, CpuDevice};
 use crate::{AttnShape, KvCache, KvCacheSpec, SeqSpan};
 use std::ops::Range;
 use temper_types::DType;
@@ -212,11 +212,8 @@ fn append_rows<E: KvElement>(
     }
 }
 
-/// Tell the next products what attention over these spans will read, where they can ask for it.
+/// Tell the next products what attention over these spans will read.
 pub(crate) fn expect(dev: &CpuDevice, (cache, layer): (&KvCache, usize), spans: &[SeqSpan<'_>]) {
-    if !gemm::asks_for_expected(spans.iter().map(|span| span.num_rows).sum()) {
-        return;
-    }
     let layout = &cache.pool.layout;
     let (first, element_bytes) = match &cache.pool.data {
         KvData::F32(data) => (data.as_ptr().cast::<u8>(), size_of::<f32>()),
