@@ -118,7 +118,7 @@ impl PackedPolicy {
         self.contract(layer, ws.act.view(t * dims.ffn), ws.x.view_mut(t * dims.model));
     }
 
-    /// [`PackedPolicy::attend`] over the workspace. The products behind it are told what attention of the next layer reads.
+    /// [`PackedPolicy::attend`] over the workspace. Products behind it are told what the next layer's attention reads.
     pub(super) fn attend_rows(&self, index: usize, rows: Rows<'_>, kv: (&mut KvCache, usize), ws: &mut Workspace) {
         let (dims, t) = (self.dims, rows.len());
         let attend = AttendBuffers {
