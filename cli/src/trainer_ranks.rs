@@ -60,13 +60,6 @@ pub fn share_masters(placement: &Placement, share: impl FnOnce() -> Result<(), t
     }
 }
 
-/// Keep what is published, so that engines can be sent changes alone, where `placement` wants that.
-pub fn keep_published(placement: &Placement, keep: impl FnOnce()) {
-    if placement.weight_transport == WeightTransport::Delta {
-        keep();
-    }
-}
-
 /// Load the trainer of a recipe; ranks are threads.
 ///
 /// # Errors

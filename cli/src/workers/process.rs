@@ -25,7 +25,7 @@ use temper_proto::{
     Assignment, ScalarModelService, ServiceError, ServiceResult, TrainerService, WeightService, WorkerHello,
     WorkerRegistry, WorkerRole,
 };
-use temper_rollout::{LocalRolloutService, RankGroup, SyncedRolloutService};
+use temper_rollout::{LocalRolloutService, RankGroup, SyncedRolloutService, WeightTransport};
 use temper_tensor::Device;
 use temper_trainer::{LocalTrainerService, Meeting, ProcessRole, ProcessShare, Ranks, Trainer, TrainerGroup};
 use temper_types::{DType, ErrorCode};
@@ -310,7 +310,9 @@ impl Joined<'_> {
         let mut trainer = Trainer::load_rank(Arc::clone(device), (model_dir, *dtype), masked, ranks)?;
         trainer.save_non_finite_to(Path::new(&self.assignment.run_dir).join("non_finite"));
         trainer_ranks::share_masters(&recipe.placement, || trainer.share_masters());
-        trainer_ranks::keep_published(&recipe.placement, || trainer.keep_published());
+        if recipe.placement.weight_transport == WeightTransport::Delta {
+            trainer.keep_published();
+        }
         let Some(place) = place.filter(|_| recipe.placement.mirror_shards) else {
             return Ok(LocalTrainerService::new(trainer));
         };

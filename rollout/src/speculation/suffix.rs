@@ -68,9 +68,12 @@ impl GroupIndex {
 
     /// Enter every token that is not.
     fn catch_up(&mut self) {
-        for (text, slots) in std::mem::take(&mut self.unentered) {
+        let mut unentered = std::mem::take(&mut self.unentered);
+        for (text, slots) in unentered.drain(..) {
             slots.for_each(|slot| self.add(text, slot));
         }
+        // Empty, but its memory stays.
+        self.unentered = unentered;
     }
 
     /// The token at `slot`, or `None` behind the end.

@@ -173,11 +173,25 @@ impl Forward<'_> {
 
     /// What tiles ask for that no panel needs, in a product whose pieces have `panels` panels each.
     fn later(&self, grid: &Grid, panels: usize) -> Option<Later<'_>> {
-        let free_tiles = asks_for_expected(grid.block_rows()).then(|| free_tiles(grid.block_rows()))?;
+        let rows = grid.block_rows();
+        if !asks_for_expected(rows) {
+            return None;
+        }
         let mut lines = self.dev.expected.take()?;
-        let steps = self.w.shape.k / Format::numbers_per_word(self.panels.format);
-        let range = lines.next(free_tiles * steps * grid.num_units() * panels);
+        let (_, steps) = self.steps(self.body(rows, 0).0);
+        let range = lines.next(free_tiles(rows) * steps * grid.num_units() * panels);
         Some(Later { lines, range })
+    }
+
+    /// The body for `rows` rows times one panel, and how it reads the panel.
+    fn body(&self, rows: usize, panel: usize) -> (Body, PanelSource) {
+        forward_body(self.dev, (self.format, self.panels.format), rows, self.panels.panel(panel).as_ptr())
+    }
+
+    /// Numbers of a step, and steps of a sum.
+    fn steps(&self, body: Body) -> (usize, usize) {
+        let numbers_per_step = if body == Body::Single { 1 } else { 2 };
+        (numbers_per_step, self.row_words * self.format.numbers_per_word() / numbers_per_step)
     }
 
     /// Compute rows times one panel, fetching the panel that is read next and lines of `later`, to rows `ld` apart.
@@ -194,10 +208,8 @@ impl Forward<'_> {
         let (panels, column) = (self.panels, panel * PANEL);
         let fetches_ahead = panels.words.len() > LARGE_WEIGHT_WORDS || rows.len() <= MAX_AHEAD_ROWS;
         let next = next.filter(|_| fetches_ahead).map(|next| panels.panel(next));
-        let formats = (self.format, panels.format);
-        let (body, source) = forward_body(self.dev, formats, rows.len(), panels.panel(panel).as_ptr());
-        let numbers_per_step = if body == Body::Single { 1 } else { 2 };
-        let steps = self.row_words * self.format.numbers_per_word() / numbers_per_step;
+        let (body, source) = self.body(rows.len(), panel);
+        let (numbers_per_step, steps) = self.steps(body);
         let (address, num_lines) = later.next(free_tiles(rows.len()) * steps);
         let block = Block {
             rows: rows.len(),
