@@ -124,7 +124,8 @@ impl Collector {
             for (sample, new) in open {
                 place.attribute(check_round(sample, &new))?;
                 append(sample, new);
-                sample.response = services.text.decode(&sample.response_token_ids);
+                let text_ids = sample.finish_reason.text_ids(&sample.response_token_ids);
+                sample.response = services.text.decode(text_ids);
                 sample.worker.clone_from(&result.worker);
             }
         }

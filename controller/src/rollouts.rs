@@ -266,7 +266,7 @@ impl Rollouts {
             seed: s.seed,
             data_source: row.data_source.clone(),
             prompt: row.prompt.clone(),
-            response: self.services.text.decode(&s.token_ids),
+            response: self.services.text.decode(s.finish_reason.text_ids(&s.token_ids)),
             prompt_token_ids: request.prompt_token_ids.clone(),
             response_mask: vec![1; s.token_ids.len()],
             response_token_ids: s.token_ids,

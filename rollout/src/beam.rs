@@ -4,7 +4,8 @@
 //! meanwhile. Beams that continue the same one share its blocks, but for the one they write next.
 //!
 //! # The search
-//! Beams of equal length are extended by their 2 `width` most likely ids each. Of all extensions, by falling sum of
+//! Beams of equal length are extended by their most likely ids each, `width` beside those that may be stop ids and no
+//! fewer than 2 `width`. Of all extensions, by falling sum of
 //! log-probs (ties: the older beam, then the lower id), the first `width` that do not end go on; one that ends with a
 //! stop id is a result where it stands among the first `width`. The search is over when `width` results are there that
 //! no running beam can beat, or at the longest response. Results are ordered by
@@ -26,7 +27,7 @@ use temper_types::{FinishReason, PolicyVersion};
 pub struct BeamSpec {
     /// Beams that are followed, and results at most; at least 1.
     pub width: usize,
-    /// Power of the length that divides a sum of log-probs: 0 compares sums, 1 means; more prefers longer responses.
+    /// Power of the length that divides a sum of log-probs, finite: 0 compares sums, 1 means; more prefers longer responses.
     pub length_penalty: f64,
     /// Longest response; at least 1.
     pub max_new_tokens: usize,
@@ -58,9 +59,10 @@ pub(crate) fn beam_search<M: Model>(
     spec: &BeamSpec,
 ) -> Result<(Vec<BeamHypothesis>, PolicyVersion), Error> {
     check(model, limits, prompt, spec)?;
-    let num_candidates = (2 * spec.width).min(model.limits().num_drawable_ids);
+    let stop_ids: BTreeSet<u32> = spec.stop_token_ids.iter().copied().collect();
+    let num_candidates = (spec.width + spec.width.max(stop_ids.len())).min(model.limits().num_drawable_ids);
     let blocks = BlockManager::new(limits.num_blocks, limits.block_size);
-    let mut search = Search { model, limits, prompt, spec, blocks, beams: Vec::new(), results: Vec::new() };
+    let mut search = Search { model, limits, prompt, spec, stop_ids, blocks, beams: Vec::new(), results: Vec::new() };
     let mut version = search.prefill()?;
     loop {
         let candidates = search.candidates(num_candidates)?;
@@ -86,6 +88,10 @@ fn check<M: Model>(model: &M, limits: SchedulerLimits, prompt: &[u32], spec: &Be
     }
     if spec.max_new_tokens == 0 {
         return Err(invalid("beam.max_new_tokens", 0, "1 or more".to_owned()));
+    }
+    if !spec.length_penalty.is_finite() {
+        let (key, value, expected) = ("beam.length_penalty", spec.length_penalty.to_string(), "a finite number");
+        return Err(Error::InvalidConfig { key, value, expected: expected.to_owned() });
     }
     if prompt.is_empty() {
         return Err(invalid("beam.prompt", 0, "at least one token".to_owned()));
@@ -131,6 +137,7 @@ struct Search<'a, M> {
     limits: SchedulerLimits,
     prompt: &'a [u32],
     spec: &'a BeamSpec,
+    stop_ids: BTreeSet<u32>,
     blocks: BlockManager,
     beams: Vec<Beam>,
     /// Best first, `width` at most.
@@ -201,11 +208,10 @@ impl<M: Model> Search<'_, M> {
 
     /// Replace the beams by their best extensions, and note those that end. Gives the copies that the next rows need.
     fn extend(&mut self, candidates: &[Candidate]) -> Result<Vec<BlockCopy>, OutOfBlocks> {
-        let stop_ids: BTreeSet<u32> = self.spec.stop_token_ids.iter().copied().collect();
         let is_longest = self.beams[0].token_ids.len() + 1 == self.spec.max_new_tokens;
         let mut chosen = Vec::new();
         for (rank, candidate) in candidates.iter().enumerate() {
-            let is_stop = stop_ids.contains(&candidate.token_id);
+            let is_stop = self.stop_ids.contains(&candidate.token_id);
             if is_stop && rank < self.spec.width {
                 self.add_result(candidate, FinishReason::Stop);
             } else if !is_stop && chosen.len() < self.spec.width {

@@ -9,7 +9,7 @@ use temper_types::{DType, PolicyVersion};
 pub struct ModelLimits {
     /// V, number of token ids.
     pub vocab_size: usize,
-    /// Ids that can be drawn: those that are not masked.
+    /// Number of ids that can be drawn: those that are not masked.
     pub num_drawable_ids: usize,
     /// Positions that a sequence may have, prompt and response together.
     pub max_positions: usize,
@@ -46,6 +46,12 @@ pub struct StepOutput {
 pub trait Model: Send {
     /// What the model can take.
     fn limits(&self) -> ModelLimits;
+
+    /// True where `id`, below the limits' `vocab_size`, is masked: it has no mass and is never drawn.
+    fn is_masked(&self, id: u32) -> bool {
+        let _ = id;
+        false
+    }
 
     /// The weights that the next step would run.
     ///

@@ -14,6 +14,8 @@ pub struct PolicyModel {
     device: Arc<dyn Device>,
     policy: Arc<RwLock<PackedPolicy>>,
     limits: ModelLimits,
+    /// Ids that are never drawn, ascending.
+    masked_ids: Vec<u32>,
     spec: KvCacheSpec,
     cache: Option<KvCache>,
     workspace: Workspace,
@@ -35,7 +37,7 @@ impl PolicyModel {
         config: &EngineConfig,
     ) -> Result<(Self, SchedulerLimits), Error> {
         config.validate()?;
-        let (limits, spec, scheduler) = {
+        let (limits, masked_ids, spec, scheduler) = {
             let policy = lock(&policy)?;
             if policy.config().head != Head::CausalLm {
                 return Err(Error::Model("a policy with a value or score head draws no tokens".to_owned()));
@@ -53,10 +55,11 @@ impl PolicyModel {
                 kv_dtype: policy.kv_spec(1, config.block_size).dtype,
             };
             let scheduler = config.resolve(limits, policy.kv_spec(1, config.block_size).block_bytes())?;
-            (limits, policy.kv_spec(scheduler.num_blocks, scheduler.block_size), scheduler)
+            let spec = policy.kv_spec(scheduler.num_blocks, scheduler.block_size);
+            (limits, policy.masked_ids().to_vec(), spec, scheduler)
         };
         let (cache, workspace, ranks, untold) = (None, Workspace::new(), None, Vec::new());
-        let model = PolicyModel { device, policy, limits, spec, cache, workspace, ranks, untold };
+        let model = PolicyModel { device, policy, limits, masked_ids, spec, cache, workspace, ranks, untold };
         Ok((model, scheduler))
     }
 
@@ -75,6 +78,10 @@ impl PolicyModel {
 impl Model for PolicyModel {
     fn limits(&self) -> ModelLimits {
         self.limits
+    }
+
+    fn is_masked(&self, id: u32) -> bool {
+        self.masked_ids.binary_search(&id).is_ok()
     }
 
     fn version(&self) -> Result<PolicyVersion, Error> {

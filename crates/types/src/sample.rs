@@ -30,12 +30,20 @@ impl FinishReason {
             FinishReason::Paused => "paused",
         }
     }
+
+    /// The ids of a response that ended so, without the stop token: those of its text.
+    pub fn text_ids(self, token_ids: &[u32]) -> &[u32] {
+        match (self, token_ids.split_last()) {
+            (FinishReason::Stop, Some((_, text))) => text,
+            _ => token_ids,
+        }
+    }
 }
 
 /// Where the time of a sample went. The only columns, with `worker`, that two equal runs may differ in.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct SampleTimings {
-    /// Seconds from submission to the first step that computed a row of it.
+    /// Seconds from submission to the first step that computed a row that it draws from.
     pub queue_seconds: f64,
     /// Seconds from then to its end.
     pub rollout_seconds: f64,

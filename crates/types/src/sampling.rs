@@ -3,11 +3,16 @@
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
+/// Below it, logits over the temperature leave the range of f32.
+const LEAST_TEMPERATURE: f32 = 1e-6;
+/// The most that is added to a logit or taken from it: it outweighs every logit, and stays finite over any temperature.
+const LARGEST_SHIFT: f32 = 1e9;
+
 /// How tokens are drawn and when a response ends. Defaults are those of RL: the untruncated law at temperature 1.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct SamplingParams {
-    /// Divides the logits; 0 takes the most likely token (lowest id on ties).
+    /// Divides the logits, at least 1e-6; 0 takes the most likely token (lowest id on ties).
     pub temperature: f32,
     /// Nucleus mass in (0, 1]; 1 keeps all.
     pub top_p: f32,
@@ -84,15 +89,17 @@ impl SamplingParams {
         let check = |ok: bool, name, value: f32, expected| {
             if ok { Ok(()) } else { Err(SamplingError { name, value: f64::from(value), expected }) }
         };
-        check(self.temperature >= 0.0 && self.temperature.is_finite(), "temperature", self.temperature, "0 or more")?;
+        let is_drawable = (LEAST_TEMPERATURE..=f32::MAX).contains(&self.temperature);
+        check(self.temperature == 0.0 || is_drawable, "temperature", self.temperature, "0, or 1e-6 or more")?;
         check(self.top_p > 0.0 && self.top_p <= 1.0, "top_p", self.top_p, "more than 0, at most 1")?;
-        check(self.min_p >= 0.0 && self.min_p < 1.0, "min_p", self.min_p, "0 or more, less than 1")?;
+        check((0.0..=1.0).contains(&self.min_p), "min_p", self.min_p, "0 to 1")?;
         let penalty = self.repetition_penalty;
-        check(penalty > 0.0 && penalty.is_finite(), "repetition_penalty", penalty, "more than 0")?;
-        check(self.presence_penalty.is_finite(), "presence_penalty", self.presence_penalty, "a finite number")?;
-        check(self.frequency_penalty.is_finite(), "frequency_penalty", self.frequency_penalty, "a finite number")?;
+        check((1e-6..=1e6).contains(&penalty), "repetition_penalty", penalty, "1e-6 to 1e6")?;
+        let is_shift = |value: f32| value.abs() <= LARGEST_SHIFT;
+        check(is_shift(self.presence_penalty), "presence_penalty", self.presence_penalty, "-1e9 to 1e9")?;
+        check(is_shift(self.frequency_penalty), "frequency_penalty", self.frequency_penalty, "-1e9 to 1e9")?;
         for bias in self.logit_bias.values() {
-            check(bias.is_finite(), "logit_bias", *bias, "finite numbers")?;
+            check(is_shift(*bias), "logit_bias", *bias, "-1e9 to 1e9")?;
         }
         let is_blank = self.bad_words.iter().position(|word| word.trim().is_empty());
         check(is_blank.is_none(), "bad_words", is_blank.unwrap_or(0) as f32, "words with a character beside spaces")?;
@@ -176,6 +183,32 @@ mod tests {
         let error = serde_json::from_str::<SamplingParams>(r#"{"logit_bias": {"seven": 1}}"#).expect_err("no id");
         assert!(error.to_string().contains("\"seven\" is no token id"), "{error}");
         assert!(params.is_truncated() && !params.has_penalties());
+    }
+
+    #[test]
+    fn what_would_overflow_is_refused_and_the_bounds_are_not() {
+        let temperature = |temperature| SamplingParams { temperature, ..Default::default() };
+        let bias = |bias| SamplingParams { logit_bias: BTreeMap::from([(3, bias)]), ..Default::default() };
+        let repetition = |repetition_penalty| SamplingParams { repetition_penalty, ..Default::default() };
+        let min_p = |min_p| SamplingParams { min_p, ..Default::default() };
+        for fine in [temperature(0.0), temperature(1e-6), temperature(3e38), bias(-1e9), repetition(1e6), min_p(1.0)] {
+            fine.validate().expect("within range");
+        }
+        let wrong = [
+            (temperature(1e-7), "temperature"),
+            (temperature(-1.0), "temperature"),
+            (temperature(f32::NAN), "temperature"),
+            (temperature(f32::INFINITY), "temperature"),
+            (bias(2e9), "logit_bias"),
+            (bias(f32::NAN), "logit_bias"),
+            (repetition(1e-7), "repetition_penalty"),
+            (min_p(1.1), "min_p"),
+            (SamplingParams { presence_penalty: f32::INFINITY, ..Default::default() }, "presence_penalty"),
+            (SamplingParams { frequency_penalty: -2e9, ..Default::default() }, "frequency_penalty"),
+        ];
+        for (params, name) in wrong {
+            assert_eq!(params.validate().expect_err("out of range").name, name);
+        }
     }
 
     #[test]

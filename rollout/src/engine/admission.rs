@@ -1,5 +1,6 @@
 //! What the engine refuses before it queues anything.
 
+use crate::model::Model;
 use crate::scheduler::GroupShape;
 use crate::{Error, ModelLimits};
 use std::collections::BTreeSet;
@@ -7,12 +8,12 @@ use temper_proto::GroupRequest;
 use temper_types::{GroupId, SamplingParams};
 
 /// Check a request against the model; returns its shape.
-pub(super) fn check_request(
+pub(super) fn check_request<M: Model>(
     request: &GroupRequest,
-    limits: ModelLimits,
+    model: &M,
     has_token_bytes: bool,
 ) -> Result<GroupShape, Error> {
-    let group_id = request.group_id;
+    let (group_id, limits) = (request.group_id, model.limits());
     let refuse = |cause: String| Err(Error::InvalidRequest { group_id, cause });
     let sampling = &request.sampling;
     if let Err(error) = sampling.validate() {
@@ -35,13 +36,7 @@ pub(super) fn check_request(
         return refuse("sampling: stop strings need the bytes of tokens, and this engine has no tokenizer".to_owned());
     }
     check_processors(group_id, sampling, limits)?;
-    if sampling.min_new_tokens > 0 && sampling.stop_token_ids.len() >= limits.num_drawable_ids {
-        return refuse(format!(
-            "sampling: {} stop ids before min_new_tokens leave none of {} ids to draw",
-            sampling.stop_token_ids.len(),
-            limits.num_drawable_ids
-        ));
-    }
+    check_drawable(group_id, sampling, model)?;
     check_reuse(request, limits)?;
     check_begun(request, limits)?;
     check_length(request, limits)
@@ -68,9 +63,8 @@ fn check_begun(request: &GroupRequest, limits: ModelLimits) -> Result<(), Error>
     request.begun.iter().try_for_each(|response| check_ids(group_id, "begun", &response.token_ids, limits))
 }
 
-/// Bias, allowed ids and bad words name ids of the model, and no turn of a response can leave nothing to draw.
+/// Bias, allowed ids and bad words name ids of the model.
 fn check_processors(group_id: GroupId, sampling: &SamplingParams, limits: ModelLimits) -> Result<(), Error> {
-    let refuse = |cause: String| Err(Error::InvalidRequest { group_id, cause: format!("sampling: {cause}") });
     let biased: Vec<u32> = sampling.logit_bias.keys().copied().collect();
     check_ids(group_id, "logit_bias", &biased, limits)?;
     check_ids(group_id, "allowed_token_ids", &sampling.allowed_token_ids, limits)?;
@@ -78,25 +72,34 @@ fn check_processors(group_id: GroupId, sampling: &SamplingParams, limits: ModelL
         check_ids(group_id, "bad_words_ids", word, limits)?;
     }
     if !sampling.bad_words.is_empty() {
-        return refuse("bad_words are text, and engines know ids: expected them resolved to bad_words_ids".to_owned());
-    }
-    let mut banned: BTreeSet<u32> = sampling.bad_words_ids.iter().filter_map(|word| word.last().copied()).collect();
-    if sampling.min_new_tokens > 0 {
-        banned.extend(&sampling.stop_token_ids);
-    }
-    let allowed: BTreeSet<u32> = sampling.allowed_token_ids.iter().copied().collect();
-    let is_exhausted = if allowed.is_empty() {
-        !sampling.bad_words_ids.is_empty() && banned.len() >= limits.num_drawable_ids
-    } else {
-        allowed.is_subset(&banned)
-    };
-    if is_exhausted {
-        let num_left = if allowed.is_empty() { limits.num_drawable_ids } else { allowed.len() };
-        return refuse(format!(
-            "bad words and stop ids before min_new_tokens may rule out all of {num_left} ids to draw"
-        ));
+        let cause = "sampling: bad_words are text, and engines know ids: expected them resolved to bad_words_ids";
+        return Err(Error::InvalidRequest { group_id, cause: cause.to_owned() });
     }
     Ok(())
+}
+
+/// No turn of a response can leave nothing to draw, whatever words are about to be completed.
+fn check_drawable<M: Model>(group_id: GroupId, sampling: &SamplingParams, model: &M) -> Result<(), Error> {
+    let refuse = |cause: String| Err(Error::InvalidRequest { group_id, cause: format!("sampling: {cause}") });
+    let drawable = |ids: &[u32]| -> BTreeSet<u32> { ids.iter().copied().filter(|id| !model.is_masked(*id)).collect() };
+    let allowed = drawable(&sampling.allowed_token_ids);
+    if allowed.is_empty() && !sampling.allowed_token_ids.is_empty() {
+        return refuse(format!(
+            "the tokenizer has none of the {} allowed_token_ids: expected at least one that can be drawn",
+            sampling.allowed_token_ids.len()
+        ));
+    }
+    let completing: Vec<u32> = sampling.bad_words_ids.iter().filter_map(|word| word.last().copied()).collect();
+    let mut banned = drawable(&completing);
+    if sampling.min_new_tokens > 0 {
+        banned.extend(drawable(&sampling.stop_token_ids));
+    }
+    let num_drawable = if allowed.is_empty() { model.limits().num_drawable_ids } else { allowed.len() };
+    let num_banned = if allowed.is_empty() { banned.len() } else { banned.intersection(&allowed).count() };
+    if num_banned < num_drawable {
+        return Ok(());
+    }
+    refuse(format!("bad words and stop ids before min_new_tokens may rule out all of {num_drawable} ids to draw"))
 }
 
 fn check_ids(group_id: GroupId, what: &str, ids: &[u32], limits: ModelLimits) -> Result<(), Error> {

@@ -13,8 +13,16 @@ const CONFIG: SpeculationConfig =
     SpeculationConfig { speculative: Speculative::Model, max_draft_tokens: 8, history_epochs: 0, history_tokens: 0 };
 
 fn drafting(limits: SchedulerLimits, draft_limits: SchedulerLimits, budget: Budget) -> Engine<FakeModel> {
-    let mut engine = engine(limits);
     let model = FakeModel::new(draft_limits.num_blocks, draft_limits.block_size);
+    drafting_by(model, (limits, draft_limits), budget)
+}
+
+fn drafting_by(
+    model: FakeModel,
+    (limits, draft_limits): (SchedulerLimits, SchedulerLimits),
+    budget: Budget,
+) -> Engine<FakeModel> {
+    let mut engine = engine(limits);
     let target = crate::Model::limits(engine.model());
     let drafter = ModelDrafter::new(model, draft_limits, target).unwrap();
     engine.set_speculation(Some(Speculation::with_drafters(CONFIG, vec![Box::new(drafter)], budget)));
@@ -46,6 +54,20 @@ fn the_model_itself_drafts_what_is_drawn() {
         total.num_draft_tokens
     );
     assert!(drafting.stats().num_steps < 20, "{} steps", drafting.stats().num_steps);
+}
+
+/// The samples of which a draft was complete when a later step of the draft model failed are not of the next drafts.
+#[test]
+fn a_draft_model_that_fails_drafts_nothing_and_goes_on() {
+    let requests = [request(0, 10, 2, 3), request(1, 40, 2, 20)];
+    let expected = generate(&mut engine(roomy()), &requests);
+    for failing_step in 1..12 {
+        let mut model = FakeModel::new(roomy().num_blocks, roomy().block_size);
+        model.failing_step = Some(failing_step);
+        let mut drafting = drafting_by(model, (roomy(), roomy()), Budget::all());
+        assert_eq!(content(&generate(&mut drafting, &requests)), content(&expected), "step {failing_step} fails");
+        assert!(drafting.stats().speculation.total().num_accepted_tokens > 0);
+    }
 }
 
 #[test]

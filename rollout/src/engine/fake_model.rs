@@ -1,7 +1,7 @@
 //! A model without numbers: its logits are a hash of the tokens that it reads back through block tables.
 //!
-//! A wrong block, a missed copy or an overwritten slot changes the hash and thereby every later token, so equality of
-//! responses proves the paging. [`respond`] computes the same response without any engine.
+//! A wrong block, a missed copy, an overwritten slot or one that other weights stored changes the hash and thereby every
+//! later token, so equality of responses proves the paging. [`respond`] computes the same response without any engine.
 
 use crate::model::{Model, ModelLimits, StepBatch, StepOutput};
 use crate::{BlockCopy, Error};
@@ -17,6 +17,11 @@ pub(crate) struct FakeModel {
     memory: Vec<u32>,
     pub version: PolicyVersion,
     pub fails: bool,
+    /// One more step that fails, by its number, failed ones counted.
+    pub failing_step: Option<usize>,
+    num_tried: usize,
+    /// Ids that are said to be masked.
+    pub masked: Vec<u32>,
     /// Whether the pool has memory.
     is_awake: bool,
     /// Rows of each step.
@@ -31,10 +36,18 @@ impl FakeModel {
             memory,
             version: PolicyVersion::default(),
             fails: false,
+            failing_step: None,
+            num_tried: 0,
+            masked: Vec::new(),
             is_awake: false,
             rows: Vec::new(),
         }
     }
+}
+
+/// What the weights store of a token.
+fn stored(token: u32, version: PolicyVersion) -> u32 {
+    token + VOCAB * version.number as u32
 }
 
 fn mix(hash: u64, token: u32) -> u64 {
@@ -60,10 +73,14 @@ impl Model for FakeModel {
     fn limits(&self) -> ModelLimits {
         ModelLimits {
             vocab_size: VOCAB as usize,
-            num_drawable_ids: VOCAB as usize,
+            num_drawable_ids: VOCAB as usize - self.masked.len(),
             max_positions: 512,
             kv_dtype: DType::F32,
         }
+    }
+
+    fn is_masked(&self, id: u32) -> bool {
+        self.masked.contains(&id)
     }
 
     fn version(&self) -> Result<PolicyVersion, Error> {
@@ -78,7 +95,8 @@ impl Model for FakeModel {
     }
 
     fn step(&mut self, batch: StepBatch<'_>) -> Result<StepOutput, Error> {
-        if self.fails {
+        self.num_tried += 1;
+        if self.fails || self.failing_step == Some(self.num_tried) {
             return Err(Error::Model("told to fail".to_owned()));
         }
         let place = |blocks: &[u32], slot: usize| {
@@ -89,7 +107,7 @@ impl Model for FakeModel {
             assert_eq!(span.row_start, row, "spans cover the rows in order");
             for offset in 0..span.num_rows {
                 assert_eq!(batch.positions[row] as usize, span.first_slot + offset);
-                self.memory[place(span.blocks, span.first_slot + offset)] = batch.token_ids[row];
+                self.memory[place(span.blocks, span.first_slot + offset)] = stored(batch.token_ids[row], self.version);
                 row += 1;
             }
         }
@@ -120,11 +138,20 @@ impl Model for FakeModel {
 
 /// The first `max_new_tokens` tokens and log-probs of a sample, stop rules and penalties left out.
 pub(crate) fn respond(request: &GroupRequest, sample_index: usize) -> (Vec<u32>, Vec<f32>) {
+    respond_under(request, sample_index, PolicyVersion::default())
+}
+
+/// The same under the weights of `version`.
+pub(crate) fn respond_under(
+    request: &GroupRequest,
+    sample_index: usize,
+    version: PolicyVersion,
+) -> (Vec<u32>, Vec<f32>) {
     let mut history = request.prompt_token_ids.clone();
     let mut log_probs = Vec::new();
     for _ in 0..request.sampling.max_new_tokens {
         let row = SampleRow::plain(1.0, uniform53(request.seeds[sample_index], history.len() as u64));
-        let drawn = sample(history.iter().fold(7, |h, &token| mix(h, token)), &row);
+        let drawn = sample(history.iter().fold(7, |h, &token| mix(h, stored(token, version))), &row);
         history.push(drawn.token_id);
         log_probs.push(drawn.log_prob);
     }

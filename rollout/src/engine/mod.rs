@@ -21,7 +21,7 @@
 //! # When weights change between steps
 //! Every token is tagged with the version that drew it. K/V of running sequences are kept: a token drawn after a
 //! change attends to K/V that older weights stored. A sequence that is preempted after a change is recomputed under
-//! the weights of the day. Callers who want neither change weights only while the engine is idle. Cached prefixes are
+//! the weights of the day, but for what it shares of its prompt with a running sibling. Callers who want neither change weights only while the engine is idle. Cached prefixes are
 //! forgotten at every change, their names begin with the version, and what a sequence stored across a change is never
 //! cached: no later prompt attends to K/V of older weights.
 //!
@@ -42,7 +42,7 @@ mod sleep;
 
 use crate::beam::{BeamHypothesis, BeamSpec, beam_search};
 use crate::clock::Clock;
-use crate::model::{Model, ModelLimits, StepOutput};
+use crate::model::{Model, StepOutput};
 use crate::scheduler::{Scheduler, SeqKey};
 use crate::speculation::{Speculation, SpeculationConfig};
 use crate::stop::{StopMatcher, TokenBytes};
@@ -53,7 +53,7 @@ use prefix::{BlockNamer, Chain};
 use refits::RefitClock;
 use sample::{Drawn, GroupContext, OpenSample};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 use temper_proto::{GeneratedSample, GroupRequest, GroupResult, RolloutStats};
 use temper_types::{FinishReason, GroupId, PolicyVersion};
@@ -105,7 +105,7 @@ pub struct Engine<M> {
     num_prompt_tokens: u64,
     step_micros: u64,
     tail_micros: u64,
-    /// Most draws of one step so far.
+    /// Most sequences that drew in one step since the engine was idle.
     widest: usize,
     num_generated_tokens: u64,
     num_reused_tokens: u64,
@@ -209,7 +209,7 @@ impl<M: Model> Engine<M> {
         let version = self.model.version()?;
         self.refits.begin_step(version, begin);
         self.follow_version(version);
-        self.propose_drafts();
+        let drafting = self.draft(begin);
         self.scheduler.schedule();
         self.model.copy_blocks(&self.scheduler.plan().copies);
         let output = self.buffers.run(&mut self.model, &self.scheduler, &self.samples)?;
@@ -217,7 +217,7 @@ impl<M: Model> Engine<M> {
         self.note_starts();
         self.scheduler.commit();
         self.record(&output);
-        self.note_step(begin);
+        self.note_step(begin, drafting);
         Ok(())
     }
 
@@ -299,7 +299,6 @@ impl<M: Model> Engine<M> {
     }
 
     fn check(&self, requests: &[GroupRequest]) -> Result<(), Error> {
-        let limits = self.model.limits();
         let mut new_ids = BTreeSet::new();
         let mut submitted = 0;
         for request in requests {
@@ -308,15 +307,15 @@ impl<M: Model> Engine<M> {
                 let cause = "the id is already queued: expected one that is unique in the run".to_owned();
                 return Err(Error::InvalidRequest { group_id, cause });
             }
-            self.check_fit(request, limits)?;
+            self.check_fit(request)?;
             submitted += request.seeds.len();
         }
         let (queued, limit) = (self.num_queued, self.options.max_queued_samples);
         if queued + submitted > limit { Err(Error::QueueFull { queued, submitted, limit }) } else { Ok(()) }
     }
 
-    fn check_fit(&self, request: &GroupRequest, limits: ModelLimits) -> Result<(), Error> {
-        let shape = admission::check_request(request, limits, self.options.token_bytes.is_some())?;
+    fn check_fit(&self, request: &GroupRequest) -> Result<(), Error> {
+        let shape = admission::check_request(request, &self.model, self.options.token_bytes.is_some())?;
         match self.scheduler.excess_blocks(shape) {
             None => Ok(()),
             Some(needed) => Err(Error::NeverFits {
@@ -367,18 +366,18 @@ impl<M: Model> Engine<M> {
             let stops = request.sampling.stop.iter().map(String::as_bytes);
             (StopMatcher::new(stops), Arc::clone(bytes))
         });
-        let (submitted_at, started_at) = (self.options.clock.now(), OnceLock::new());
-        GroupContext { request, stop_ids, allowed_ids, logit_bias, stop, submitted_at, started_at }
+        let submitted_at = self.options.clock.now();
+        GroupContext { request, stop_ids, allowed_ids, logit_bias, stop, submitted_at }
     }
 
-    /// Remember when the first row of each group was computed.
+    /// Remember when each sample's first row was computed, its own or the one that it draws from.
     fn note_starts(&mut self) {
         self.num_steps += 1;
         let mut now = None;
-        for work in &self.scheduler.plan().work {
-            let started_at = self.samples[work.key.index()].as_ref().map(|sample| &sample.context.started_at);
-            if let Some(cell) = started_at.filter(|cell| cell.get().is_none()) {
-                cell.get_or_init(|| *now.get_or_insert_with(|| self.options.clock.now()));
+        let plan = self.scheduler.plan();
+        for key in plan.work.iter().map(|work| work.key).chain(plan.draws.iter().map(|draw| draw.key)) {
+            if let Some(sample) = self.samples[key.index()].as_mut().filter(|sample| sample.started_at.is_none()) {
+                sample.started_at = Some(*now.get_or_insert_with(|| self.options.clock.now()));
             }
         }
     }
@@ -413,15 +412,25 @@ impl<M: Model> Engine<M> {
         }
     }
 
-    /// Ask the drafters, and tell the scheduler and the samples what to verify.
-    fn propose_drafts(&mut self) {
-        let Some(speculation) = &mut self.speculation else { return };
+    /// Ask the drafters where it may pay; says how long that took since `begin`.
+    fn draft(&mut self, begin: Duration) -> Duration {
+        if !self.propose_drafts() {
+            return Duration::ZERO;
+        }
+        let elapsed = self.options.clock.now().saturating_sub(begin);
+        self.speculation.iter_mut().for_each(|speculation| speculation.note_look(elapsed));
+        elapsed
+    }
+
+    /// Ask the drafters, and tell the scheduler and the samples what to verify. False where nobody was asked.
+    fn propose_drafts(&mut self) -> bool {
+        let Some(speculation) = &mut self.speculation else { return false };
         let (scheduler, samples) = (&mut self.scheduler, &mut self.samples);
         // A step that failed has left its drafts.
         scheduler.clear_drafts();
         let num_rows = scheduler.running().iter().filter(|key| scheduler.draft_room(**key) > 0).count();
         if num_rows == 0 || !speculation.begin_step(num_rows) {
-            return;
+            return false;
         }
         let vocab_size = self.model.limits().vocab_size;
         for key in scheduler.running() {
@@ -447,6 +456,7 @@ impl<M: Model> Engine<M> {
             scheduler.propose(key, proposal.draft.token_ids.len());
             std::mem::swap(&mut sample.proposal, proposal);
         });
+        true
     }
 
     fn record(&mut self, output: &StepOutput) {
@@ -483,21 +493,24 @@ impl<M: Model> Engine<M> {
         }
     }
 
-    /// Count the step; what it cost by rows where all its rows draw.
-    fn note_step(&mut self, begin: Duration) {
+    /// Count the step, of which `drafting` went into looking for drafts; what it cost by rows where all its rows draw.
+    fn note_step(&mut self, begin: Duration, drafting: Duration) {
         let elapsed = self.options.clock.now().saturating_sub(begin);
         self.refits.end_step(begin + elapsed, !self.groups.is_empty());
         let plan = self.scheduler.plan();
         let num_rows = plan.num_rows();
         self.num_rows += num_rows as u64;
         self.step_micros += elapsed.as_micros() as u64;
-        let num_drawing = plan.draws_by_sequence().count();
+        let (num_drawing, has_prompt_rows) = (plan.draws_by_sequence().count(), plan.draws.len() != num_rows);
         self.widest = self.widest.max(num_drawing);
-        if self.scheduler.num_waiting() == 0 && 4 * num_drawing <= self.widest {
+        if self.scheduler.num_waiting() == 0 && !has_prompt_rows && 4 * num_drawing <= self.widest {
             self.tail_micros += elapsed.as_micros() as u64;
         }
-        if let Some(speculation) = self.speculation.as_mut().filter(|_| plan.draws.len() == num_rows) {
-            speculation.note_step(num_rows, elapsed);
+        if self.groups.is_empty() {
+            self.widest = 0;
+        }
+        if let Some(speculation) = self.speculation.as_mut().filter(|_| !has_prompt_rows) {
+            speculation.note_step(num_rows, elapsed.saturating_sub(drafting));
         }
     }
 
@@ -523,7 +536,9 @@ impl<M: Model> Engine<M> {
         let whole = rounds::whole(&group.context.request, &samples);
         self.lengths.note(&group.context.request, &whole);
         if let Some(speculation) = &mut self.speculation {
-            speculation.close_group(&group.context.request, &whole);
+            // What was cut off says nothing of how the next pass goes on behind it, and would take a real pass's place.
+            let is_aborted = whole.iter().any(|sample| sample.finish_reason == FinishReason::Abort);
+            speculation.close_group(&group.context.request, if is_aborted { &[] } else { &whole });
         }
         drop(whole);
         self.finished.push_back(GroupResult {

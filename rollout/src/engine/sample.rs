@@ -5,7 +5,7 @@ use super::reuse;
 use super::rounds::most_new_tokens;
 use crate::speculation::{DraftContext, Proposal, Speculation};
 use crate::stop::{StopMatcher, StopState, TokenBytes};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 use temper_proto::{GeneratedSample, GroupRequest};
 use temper_tensor::{SampleRow, Sampled};
@@ -23,13 +23,13 @@ pub(super) struct GroupContext {
     /// Matcher of the stop strings and the bytes to feed it, where there are any.
     pub stop: Option<(StopMatcher, Arc<dyn TokenBytes>)>,
     pub submitted_at: Duration,
-    /// When the first row of the prompt was computed.
-    pub started_at: OnceLock<Duration>,
 }
 
 /// A sample that is queued or running.
 pub(super) struct OpenSample {
     pub context: Arc<GroupContext>,
+    /// When the first row that it draws from was computed.
+    pub started_at: Option<Duration>,
     sample_index: u32,
     /// Tokens of earlier rounds, then those drawn in this one.
     token_ids: Vec<u32>,
@@ -87,6 +87,7 @@ impl OpenSample {
         }
         OpenSample {
             context: Arc::clone(context),
+            started_at: None,
             sample_index,
             token_ids: Vec::new(),
             num_begun: 0,
@@ -347,7 +348,7 @@ impl OpenSample {
     /// The finished sample: what was drawn in this round.
     pub fn finish(mut self, finish_reason: FinishReason, now: Duration) -> GeneratedSample {
         let context = &self.context;
-        let started_at = context.started_at.get().copied().unwrap_or(now);
+        let started_at = self.started_at.unwrap_or(now);
         GeneratedSample {
             sample_index: SampleIndex(self.sample_index),
             seed: context.request.seeds[self.sample_index as usize],

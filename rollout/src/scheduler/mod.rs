@@ -35,7 +35,7 @@ pub use plan::{Draw, Plan, Work};
 use crate::block_manager::{BlockHash, BlockManager, BlockTable, OutOfBlocks};
 use crate::config::SchedulerLimits;
 use std::cmp::Reverse;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 /// Handle of a sequence, from [`Scheduler::submit`] to [`Scheduler::remove`]; dense, so it can index a slab.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -130,9 +130,16 @@ pub struct Scheduler {
     followers: Vec<SeqKey>,
     plan: Plan,
     next_arrival: u64,
-    /// Arrival of the oldest open group.
-    oldest: Option<u64>,
+    /// Open groups by arrival.
+    groups: BTreeMap<u64, OpenGroup>,
     stats: SchedulerStats,
+}
+
+/// A group of which some sequence runs or waits.
+#[derive(Debug)]
+struct OpenGroup {
+    priority: Reverse<i32>,
+    num_open: usize,
 }
 
 impl Scheduler {
@@ -148,7 +155,7 @@ impl Scheduler {
             followers: Vec::with_capacity(limits.max_num_seqs),
             plan: Plan::default(),
             next_arrival: 0,
-            oldest: None,
+            groups: BTreeMap::new(),
             stats: SchedulerStats::default(),
         }
     }
@@ -168,8 +175,8 @@ impl Scheduler {
         assert_eq!(self.excess_blocks(shape), None, "{shape:?} can never fit");
         let arrival = self.next_arrival;
         self.next_arrival += 1;
-        let (is_younger, priority) = (self.oldest.is_some(), Reverse(shape.priority));
-        self.oldest.get_or_insert(arrival);
+        let (is_younger, priority) = (!self.groups.is_empty(), Reverse(shape.priority));
+        self.groups.insert(arrival, OpenGroup { priority, num_open: shape.num_samples });
         let rank = |sample_index| Rank { is_younger, priority, arrival, sample_index };
         (0..shape.num_samples as u32).map(|sample_index| self.enqueue(rank(sample_index), shape)).collect()
     }
@@ -305,22 +312,39 @@ impl Scheduler {
         }
         self.release(key);
         self.free_keys.push(key);
-        if self.oldest == Some(rank.arrival) {
-            self.find_oldest();
+        self.leave_group(rank.arrival);
+    }
+
+    /// One sequence fewer is open of the group that came at `arrival`; where it was the oldest group's last, the next
+    /// group comes before all others from now on, whatever its priority.
+    fn leave_group(&mut self, arrival: u64) {
+        let group = self.groups.get_mut(&arrival).expect("the group of an open sequence is open");
+        group.num_open -= 1;
+        if group.num_open > 0 {
+            return;
+        }
+        self.groups.remove(&arrival);
+        if let Some((&oldest, &OpenGroup { priority, .. })) = self.groups.first_key_value()
+            && oldest > arrival
+        {
+            self.bring_forward(Rank { is_younger: true, priority, arrival: oldest, sample_index: 0 });
         }
     }
 
-    /// Let the oldest open group come before all others, whatever their priority.
-    fn find_oldest(&mut self) {
+    /// Make the group whose first sequence ranks at `first` the oldest.
+    fn bring_forward(&mut self, first: Rank) {
         let Scheduler { running, waiting, sequences, .. } = self;
-        let arrivals = running.iter().chain(&*waiting).map(|key| sequences[key.index()].rank.arrival);
-        self.oldest = arrivals.min();
-        for key in running.iter().chain(&*waiting) {
-            let rank = &mut sequences[key.index()].rank;
-            rank.is_younger = Some(rank.arrival) != self.oldest;
+        let last = Rank { sample_index: u32::MAX, ..first };
+        let rank = |key: &SeqKey| sequences[key.index()].rank;
+        let ran = running.partition_point(|key| rank(key) < first)..running.partition_point(|key| rank(key) <= last);
+        let waits = waiting.partition_point(|key| rank(key) < first)..waiting.partition_point(|key| rank(key) <= last);
+        for key in running[ran.clone()].iter().chain(waiting.range(waits.clone())) {
+            sequences[key.index()].rank.is_younger = false;
         }
-        running.sort_by_key(|key| sequences[key.index()].rank);
-        waiting.make_contiguous().sort_by_key(|key| sequences[key.index()].rank);
+        running[..ran.end].rotate_right(ran.len());
+        if waits.start > 0 {
+            waiting.make_contiguous()[..waits.end].rotate_right(waits.len());
+        }
     }
 
     /// Block table of `key`; empty while it waits.

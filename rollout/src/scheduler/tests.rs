@@ -13,11 +13,15 @@ fn check_invariants(scheduler: &Scheduler) {
     assert!(scheduler.waiting.iter().map(rank).is_sorted_by(|a, b| a < b), "waiting is sorted");
     assert!(scheduler.running.len() <= scheduler.limits.max_num_seqs);
     let open = || scheduler.running.iter().chain(&scheduler.waiting).map(rank);
-    assert_eq!(scheduler.oldest, open().map(|rank| rank.arrival).min());
+    let oldest = scheduler.groups.keys().next().copied();
+    assert_eq!(oldest, open().map(|rank| rank.arrival).min());
+    for (arrival, group) in &scheduler.groups {
+        assert_eq!(group.num_open, open().filter(|rank| rank.arrival == *arrival).count());
+    }
     let first = [scheduler.running.first(), scheduler.waiting.front()].into_iter().flatten().map(rank).min();
-    assert_eq!(first.map(|rank| rank.arrival), scheduler.oldest, "the oldest group comes first");
+    assert_eq!(first.map(|rank| rank.arrival), oldest, "the oldest group comes first");
     for rank in open() {
-        assert_eq!(rank.is_younger, Some(rank.arrival) != scheduler.oldest);
+        assert_eq!(rank.is_younger, Some(rank.arrival) != oldest);
     }
     for key in &scheduler.waiting {
         let sequence = &scheduler.sequences[key.index()];
@@ -74,6 +78,8 @@ enum Op {
         num_drafted: usize,
         num_accepted: usize,
     },
+    /// Queue a group whose samples have this many tokens of an earlier round and may draw so many in this one.
+    GoOn(GroupShape, usize, usize),
     /// Drop the open sequence at this position.
     Abort(usize),
     /// New weights: every block gets another name.
@@ -86,8 +92,10 @@ fn op() -> impl Strategy<Value = Op> {
         (lengths, service).prop_map(|((prompt_len, max_new_tokens, num_samples), (priority, reserve_tokens))| {
             GroupShape { prompt_len, max_new_tokens, num_samples, priority, reserve_tokens }
         });
+    let round = (shape.clone(), 1usize..20, 1usize..9);
     prop_oneof![
         1 => shape.prop_map(Op::Submit),
+        1 => round.prop_map(|(shape, num_begun, round)| Op::GoOn(shape, num_begun, round)),
         5 => (7usize..40, 0usize..9, 0usize..9).prop_map(|(stop_every, num_drafted, num_accepted)| {
             Op::Step { stop_every, num_drafted, num_accepted }
         }),
@@ -114,6 +122,9 @@ fn limits() -> impl Strategy<Value = SchedulerLimits> {
 struct World {
     scheduler: Scheduler,
     left: BTreeMap<SeqKey, usize>,
+    /// What the names of a sequence's own blocks begin with.
+    names: BTreeMap<SeqKey, u128>,
+    next_name: u128,
     version: u128,
 }
 
@@ -130,29 +141,46 @@ impl World {
             let left = self.left.get_mut(&key).expect("an open sequence draws");
             let num_kept = num_draws.min(1 + num_accepted);
             *left -= num_kept;
+            let left = *left;
+            // Their names come first, as the engine gives them.
+            self.name_blocks(key, num_kept);
             self.scheduler.append(key, num_kept);
-            if *left == 0 || (key.index() + *left).is_multiple_of(stop_every) {
+            if left == 0 || (key.index() + left).is_multiple_of(stop_every) {
                 self.left.remove(&key);
                 self.scheduler.remove(key);
             }
         }
     }
 
-    /// Name the prompt's full blocks: all prompts begin the same.
-    fn name_blocks(&mut self, key: SeqKey) {
-        let num_full = self.scheduler.sequences[key.index()].prompt_len / self.scheduler.limits.block_size;
+    /// Name the full blocks of what is known and of `num_new` tokens behind it: all prompts begin the same, and no
+    /// response does.
+    fn name_blocks(&mut self, key: SeqKey, num_new: usize) {
+        let (sequence, block_size) = (&self.scheduler.sequences[key.index()], self.scheduler.limits.block_size);
+        let (num_full, num_prompt) = ((sequence.len + num_new) / block_size, sequence.prompt_len / block_size);
         self.scheduler.clear_hashes(key);
-        (0..num_full as u128).for_each(|at| self.scheduler.push_hash(key, BlockHash(self.version << 64 | at)));
+        for at in 0..num_full {
+            let owner = if at < num_prompt { 0 } else { self.names[&key] };
+            self.scheduler.push_hash(key, BlockHash(self.version << 96 | owner << 64 | at as u128));
+        }
+    }
+
+    fn submit(&mut self, shape: GroupShape, num_begun: usize, round: usize) {
+        for key in self.scheduler.submit(shape) {
+            self.next_name += 1;
+            self.names.insert(key, self.next_name);
+            if num_begun > 0 {
+                self.scheduler.go_on(key, num_begun, round);
+            }
+            self.name_blocks(key, 0);
+            self.left.insert(key, round.min(shape.max_new_tokens - num_begun));
+        }
     }
 
     fn apply(&mut self, op: &Op) {
         match *op {
-            Op::Submit(shape) if self.scheduler.excess_blocks(shape).is_none() => {
-                let keys = self.scheduler.submit(shape);
-                keys.iter().for_each(|key| self.name_blocks(*key));
-                self.left.extend(keys.into_iter().map(|key| (key, shape.max_new_tokens)));
-            }
-            Op::Submit(_) => {}
+            Op::Submit(shape) | Op::GoOn(shape, ..) if self.scheduler.excess_blocks(shape).is_some() => {}
+            Op::Submit(shape) => self.submit(shape, 0, usize::MAX),
+            Op::GoOn(shape, num_begun, round) => self.submit(shape, num_begun.min(shape.max_new_tokens - 1), round),
             Op::Step { stop_every, num_drafted, num_accepted } if !self.left.is_empty() => {
                 self.step(stop_every, num_drafted, num_accepted);
             }
@@ -168,7 +196,7 @@ impl World {
                 self.version += 1;
                 self.scheduler.invalidate_cache();
                 let open: Vec<SeqKey> = self.left.keys().copied().collect();
-                open.into_iter().for_each(|key| self.name_blocks(key));
+                open.into_iter().for_each(|key| self.name_blocks(key, 0));
             }
         }
         check_invariants(&self.scheduler);
@@ -178,10 +206,17 @@ impl World {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
-    /// The invariants hold after every call, everything submitted ends, and the pool is whole afterwards.
+    /// The invariants hold after every call, also where samples go on and restart from cached blocks of their own;
+    /// everything submitted ends, and the pool is whole afterwards.
     #[test]
     fn random_lives_keep_every_invariant(limits in limits(), ops in prop::collection::vec(op(), 1..80)) {
-        let mut world = World { scheduler: Scheduler::new(limits), left: BTreeMap::new(), version: 0 };
+        let mut world = World {
+            scheduler: Scheduler::new(limits),
+            left: BTreeMap::new(),
+            names: BTreeMap::new(),
+            next_name: 0,
+            version: 0,
+        };
         ops.iter().for_each(|op| world.apply(op));
         let mut steps = 0;
         while !world.left.is_empty() {

@@ -2,7 +2,8 @@
 //!
 //! A step that draws for n sequences in R rows and takes the k most likely drafted tokens beside them yields
 //! n + (sum of their survival probabilities) tokens in f(R + k) seconds. f is measured: the seconds of a step by its
-//! rows, at a few sizes with lines between them, kept current by every step that has no prompt rows.
+//! rows, at a few sizes with lines between them, kept current by every step that has no prompt rows. Looking for drafts
+//! takes time of its own, which is measured too and must be earned as well: a draft model computes before the step.
 
 use std::time::Duration;
 
@@ -14,8 +15,18 @@ const LEAST_SURVIVAL: f64 = 0.02;
 /// Tokens per second that drafts must promise over none: less is within what times and trust are known to, and looking
 /// for drafts takes time too.
 const LEAST_GAIN: f64 = 1.03;
-/// Most steps between two looks for drafts where the last looks found none that pay.
+/// Most steps between two looks for drafts where the last looks found none that pay and cost next to nothing.
 const MAX_REST: u32 = 32;
+/// Share of the time that looks in vain may take, and the most steps between two of them.
+const VAIN_SHARE: f64 = 0.02;
+const MAX_VAIN_REST: u32 = 512;
+/// Weight of a new measurement on what a look takes.
+const LOOK_WEIGHT: f64 = 0.3;
+/// Where looks cost too much, what they are thought to cost falls by this factor with every rest, so that they are
+/// tried again.
+const LOOK_DECAY: f64 = 0.9;
+/// Steps with drafts after which one goes without, so that its cost stays known.
+const MAX_STREAK: u32 = 64;
 
 /// What a step may spend on drafts.
 #[derive(Debug, Clone)]
@@ -39,9 +50,12 @@ pub struct Measured {
     cost: StepCost,
     choice: Choice,
     num_rows: usize,
-    /// Steps left before the next look, and how long the next rest will be.
+    /// Steps left before the next look, and how long the last rest was.
     rest: u32,
     next_rest: u32,
+    /// Steps with drafts since the last without.
+    streak: u32,
+    look: LookCost,
 }
 
 impl Budget {
@@ -73,7 +87,14 @@ impl Budget {
         }
     }
 
-    /// A step of `num_rows` rows took `elapsed`.
+    /// A look for drafts took `elapsed`.
+    pub(super) fn note_look(&mut self, elapsed: Duration) {
+        if let Budget::Measured(measured) = self {
+            measured.look.note(elapsed.as_secs_f64());
+        }
+    }
+
+    /// A step of `num_rows` rows took `elapsed`, looking for drafts not counted.
     pub(super) fn note_step(&mut self, num_rows: usize, elapsed: Duration) {
         if let Budget::Measured(measured) = self {
             measured.cost.note(num_rows, elapsed.as_secs_f64());
@@ -109,44 +130,78 @@ impl Measured {
             self.rest -= 1;
             return false;
         }
+        if self.streak == MAX_STREAK {
+            self.streak = 0;
+            return false;
+        }
         let longest = 2 * num_rows;
-        let gain = |extra: usize| (num_rows as f64 + best * extra as f64) / self.cost.seconds(num_rows + extra);
-        let without = gain(0);
+        let gain = |extra: usize, look: f64| {
+            (num_rows as f64 + best * extra as f64) / (self.cost.seconds(num_rows + extra) + look)
+        };
+        let without = gain(0, 0.0);
         let pays = std::iter::successors(Some(1), |extra| Some(2 * extra))
             .take_while(|extra| *extra <= longest.max(8))
-            .any(|extra| gain(extra) > LEAST_GAIN * without);
+            .any(|extra| gain(extra, self.look.seconds) > LEAST_GAIN * without);
         if !pays {
             self.take_rest();
+            self.look.seconds *= LOOK_DECAY;
         }
         pays
     }
 
     fn choose(&mut self, num_drafts: usize, survivals: impl Iterator<Item = (f64, usize)>) -> &[usize] {
-        let (cost, num_rows) = (&self.cost, self.num_rows);
+        let (cost, num_rows, look) = (&self.cost, self.num_rows, self.look.seconds);
+        let least = LEAST_GAIN * num_rows as f64 / cost.seconds(num_rows);
+        let mut is_paid = false;
         let best_count = |sorted: &[(f64, usize)]| {
             let mut expected = num_rows as f64;
-            let mut best = (LEAST_GAIN * expected / cost.seconds(num_rows), 0);
+            let mut best = (least, 0);
             for (index, (survival, _)) in sorted.iter().enumerate().take_while(|(_, (s, _))| *s >= LEAST_SURVIVAL) {
                 expected += survival;
-                let rate = expected / cost.seconds(num_rows + index + 1);
-                if rate > best.0 {
-                    best = (rate, index + 1);
+                let seconds = cost.seconds(num_rows + index + 1);
+                if expected / seconds > best.0 {
+                    best = (expected / seconds, index + 1);
+                    is_paid = expected / (seconds + look) > least;
                 }
             }
             best.1
         };
         self.choice.take(num_drafts, survivals, best_count);
-        if self.choice.lens.iter().all(|len| *len == 0) {
-            self.take_rest();
+        if is_paid {
+            (self.next_rest, self.streak) = (0, self.streak + 1);
         } else {
-            self.next_rest = 0;
+            self.take_rest();
         }
         &self.choice.lens
     }
 
     fn take_rest(&mut self) {
         self.next_rest = (2 * self.next_rest).clamp(1, MAX_REST);
-        self.rest = self.next_rest;
+        let vain = self.look.seconds / (VAIN_SHARE * self.cost.seconds(self.num_rows));
+        self.rest = self.next_rest.max((vain as u32).min(MAX_VAIN_REST));
+        self.streak = 0;
+    }
+}
+
+/// Seconds that a look for drafts takes.
+#[derive(Debug, Clone, Copy, Default)]
+struct LookCost {
+    seconds: f64,
+    num_looks: u32,
+}
+
+impl LookCost {
+    /// The first look may compute whole prompts; it says nothing of those that follow.
+    fn note(&mut self, seconds: f64) {
+        self.num_looks = self.num_looks.saturating_add(1);
+        match self.num_looks {
+            1 => {}
+            2 => self.seconds = seconds,
+            _ if seconds > 0.0 && self.seconds > 0.0 => {
+                self.seconds *= (LOOK_WEIGHT * (seconds / self.seconds).ln().clamp(-1.0, 1.0)).exp();
+            }
+            _ => self.seconds = seconds,
+        }
     }
 }
 
@@ -269,6 +324,38 @@ mod tests {
         let draft = [0.9; 60];
         let first = lens(&mut budget, 4, &[&draft])[0];
         assert!((1..=6).contains(&first), "twice the known size at most, not {first} rows more");
+    }
+
+    /// Rows are free, and every draft comes true: three tokens a step for the price of one, were it not for the look.
+    #[test]
+    fn a_look_must_earn_what_it_takes() {
+        let drafts: &[&[f64]] = &[&[1.0, 1.0]];
+        for (seconds, is_worth_it) in [(0.0, true), (0.5, true), (1.5, true), (2.5, false), (100.0, false)] {
+            let mut budget = trained(1.0, 0.0);
+            let (mut num_looks, mut num_drafts) = (0, 0);
+            for _ in 0..2000 {
+                if budget.is_worth_asking(1, 1.0) {
+                    num_looks += 1;
+                    num_drafts += usize::from(budget.choose(1, drafts[0].iter().map(|s| (*s, 0)))[0] > 0);
+                    budget.note_look(Duration::from_secs_f64(seconds));
+                }
+            }
+            let looks = f64::from(num_looks) * seconds;
+            assert!(is_worth_it || looks <= 200.0, "{num_looks} looks of {seconds} s");
+            assert!(!is_worth_it || num_drafts >= 1900, "{num_drafts} drafts where a look takes {seconds} s");
+            assert!(num_drafts < 2000, "some steps go without");
+        }
+    }
+
+    #[test]
+    fn a_first_look_that_computes_prompts_is_forgiven() {
+        let mut budget = trained(1.0, 0.0);
+        let looks = [500.0, 0.1, 0.1, 8.0, 0.1, 0.1];
+        for seconds in looks {
+            assert!(budget.is_worth_asking(1, 1.0), "before a look of {seconds} s");
+            assert_eq!(budget.choose(1, [(1.0, 0), (1.0, 0)].into_iter()), [2]);
+            budget.note_look(Duration::from_secs_f64(seconds));
+        }
     }
 
     #[test]

@@ -92,8 +92,9 @@ impl<M: Model> Drafter for ModelDrafter<M> {
             .collect();
         while !self.engine.is_idle() {
             if self.engine.step().is_err() {
-                // A model that cannot be read drafts nothing.
+                // A model that cannot be read drafts nothing, and what it has drafted is of no use without the rest.
                 self.engine.open_groups().into_iter().for_each(|group_id| drop(self.engine.abort(group_id)));
+                while self.engine.pop_finished().is_some() {}
                 return;
             }
         }

@@ -334,12 +334,15 @@ impl Speculation {
 
     /// Record that of the first `num_drafted` tokens of `proposal`, all computed, `num_accepted` were what was drawn.
     pub fn settle(&mut self, proposal: &Proposal, num_drafted: usize, num_accepted: usize) {
+        if num_drafted == 0 {
+            return;
+        }
         let counts = match self.drafters[proposal.drafter].kind() {
             DrafterKind::Suffix => &mut self.stats.suffix,
             DrafterKind::Replay => &mut self.stats.replay,
             DrafterKind::Model => &mut self.stats.model,
         };
-        self.stats.num_drafts += u64::from(num_drafted > 0);
+        self.stats.num_drafts += 1;
         for (index, cell) in proposal.draft.cells[..num_drafted].iter().enumerate() {
             let DraftCounts { num_draft_tokens, num_accepted_tokens } = &mut counts[cell.match_bucket()];
             *num_draft_tokens += 1;
@@ -378,7 +381,12 @@ impl Speculation {
         }
     }
 
-    /// A step of `num_rows` rows, none of them of a prompt, took `elapsed`.
+    /// Looking for the drafts of a step took `elapsed`.
+    pub fn note_look(&mut self, elapsed: Duration) {
+        self.budget.note_look(elapsed);
+    }
+
+    /// A step of `num_rows` rows, none of them of a prompt, took `elapsed`, looking for drafts not counted.
     pub fn note_step(&mut self, num_rows: usize, elapsed: Duration) {
         self.budget.note_step(num_rows, elapsed);
     }

@@ -108,6 +108,20 @@ fn the_search_equals_a_plain_one() {
     check(Model::llama(8), &BeamSpec { width: 3, length_penalty: 1.0, max_new_tokens: 3, stop_token_ids: vec![] });
 }
 
+/// Where the likeliest ids all end a response, as many others go on.
+#[test]
+fn more_stop_ids_than_beams_leave_no_beam_out() {
+    let model = Model::llama(5);
+    let log_probs = Oracle::new(model).log_probs(&[]);
+    let mut ids: Vec<u32> = (0..VOCAB).collect();
+    ids.sort_by(|a, b| log_probs[*b as usize].total_cmp(&log_probs[*a as usize]));
+    ids.truncate(9);
+    let spec = BeamSpec { width: 2, length_penalty: 5.0, max_new_tokens: 4, stop_token_ids: ids };
+    check(model, &spec);
+    let (found, _) = engine_of(model).beam_search(&PROMPT, &spec).expect("it fits");
+    assert!(found[0].token_ids.len() > 1, "a longer response is better: {found:?}");
+}
+
 /// As wide as the vocabulary, the search over two tokens is exhaustive: its best is the best of all.
 #[test]
 fn a_beam_as_wide_as_the_vocabulary_finds_the_best_of_all() {
@@ -144,6 +158,7 @@ fn a_search_that_does_not_fit_is_refused_and_leaves_the_engine_whole() {
         (spec(0, 4, &[]), "beam.width = 0"),
         (spec(2, 0, &[]), "beam.max_new_tokens = 0"),
         (spec(2, 4, &[61]), "beam.token_id = 61"),
+        (BeamSpec { length_penalty: f64::NAN, ..spec(2, 4, &[]) }, "beam.length_penalty = NaN"),
         (spec(9, 60, &[]), "at most 8 of the pool's blocks"),
         (spec(1, 2000, &[]), "1024 positions in all"),
     ] {

@@ -277,4 +277,14 @@ fn masked_ids_are_never_drawn_and_seeds_differ() {
     let drawn: Vec<&[u32]> = samples[0].iter().map(|sample| sample.token_ids.as_slice()).collect();
     assert!(drawn.iter().all(|ids| ids.iter().all(|id| !MASKED.contains(id))));
     assert!(drawn.windows(2).any(|pair| pair[0] != pair[1]), "siblings draw with noise of their own");
+    let mut request = singles(1).remove(0);
+    request.sampling.allowed_token_ids = MASKED.to_vec();
+    let service = LocalRolloutService::new(
+        Arc::clone(&fixture.device),
+        Arc::clone(&fixture.policy),
+        EngineConfig::default(),
+        Arc::new(TokenByteTable(vec![vec![0]; VOCAB as usize])),
+    );
+    let error = service.expect("limits within range").submit(vec![request]).expect_err("nothing can be drawn");
+    assert!(error.to_string().contains("the tokenizer has none of the"), "{error}");
 }

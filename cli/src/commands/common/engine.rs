@@ -15,8 +15,7 @@ use temper_actor::{PackedPolicy, ParamStore, PolicyFormat};
 use temper_proto::{GeneratedSample, GroupRequest, GroupResult, RolloutService, TextService};
 use temper_rollout::{EngineConfig, LocalRolloutService, TokenByteTable};
 use temper_types::{
-    DType, FinishReason, GroupId, PolicyVersion, PromptContent, PromptRow, Sample, SamplingParams, Step, WeightFormat,
-    derive_seed,
+    DType, GroupId, PolicyVersion, PromptContent, PromptRow, Sample, SamplingParams, Step, WeightFormat, derive_seed,
 };
 
 /// Samples that are queued in the engine at once; more wait outside of it.
@@ -133,10 +132,7 @@ impl Generator {
 
     /// Text of a response, the stop token left out; empty without a tokenizer.
     pub fn response(&self, sample: &GeneratedSample) -> String {
-        let ids = match (sample.finish_reason, sample.token_ids.split_last()) {
-            (FinishReason::Stop, Some((_, rest))) => rest,
-            _ => &sample.token_ids,
-        };
+        let ids = sample.finish_reason.text_ids(&sample.token_ids);
         self.text.as_ref().map_or_else(String::new, |text| text.decode(ids))
     }
 

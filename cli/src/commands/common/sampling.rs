@@ -9,7 +9,7 @@ use temper_types::SamplingParams;
 /// How tokens are drawn and when a response ends.
 #[derive(Debug, Clone, clap::Args)]
 pub struct SamplingArgs {
-    /// Divides the logits; 0 takes the most likely token. Default: 1.
+    /// Divides the logits, at least 1e-6; 0 takes the most likely token. Default: 1.
     #[arg(long, value_name = "T", allow_negative_numbers = true)]
     temperature: Option<f32>,
     /// Nucleus mass that is kept, in (0, 1]. Default: 1, all.
@@ -24,6 +24,12 @@ pub struct SamplingArgs {
     /// Divide (positive) or multiply (negative) the logits of tokens seen before. Default: 1, off.
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     repetition_penalty: Option<f32>,
+    /// Subtract X from the logits of tokens that the response has. Default: 0, off.
+    #[arg(long, value_name = "X", default_value_t = 0.0, hide_default_value = true, allow_negative_numbers = true)]
+    presence_penalty: f32,
+    /// Subtract X from the logit of a token for every time that the response has it. Default: 0, off.
+    #[arg(long, value_name = "X", default_value_t = 0.0, hide_default_value = true, allow_negative_numbers = true)]
+    frequency_penalty: f32,
     /// Add BIAS to the logit of token id ID; may be given several times.
     #[arg(long, value_name = "ID=BIAS", value_parser = parse_bias)]
     logit_bias: Vec<(u32, f32)>,
@@ -103,6 +109,8 @@ impl SamplingArgs {
                 .repetition_penalty
                 .or(config.repetition_penalty)
                 .unwrap_or(defaults.repetition_penalty),
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
             logit_bias: self.logit_bias.iter().copied().collect(),
             allowed_token_ids: self.allowed_token_id.clone(),
             bad_words: self.bad_word.clone(),
