@@ -1,8 +1,11 @@
 //! A stage that distils a teacher: it learns, it resumes, it knows its teacher, and what is refused.
 
 mod common;
+#[path = "run/metrics.rs"]
+mod metrics;
 
 use common::{SMALL, recipe, stderr, temper};
+use metrics::metrics;
 use serde_json::{Map, Value};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
@@ -54,16 +57,6 @@ fn prepared(text: &str) -> tempfile::TempDir {
     assert!(output.status.success(), "{}", stderr(&output));
     recipe(dir.path(), text);
     dir
-}
-
-fn metrics(dir: &Path) -> Vec<Map<String, Value>> {
-    let text = std::fs::read_to_string(dir.join("metrics.jsonl")).expect("metrics");
-    let row = |line: &str| {
-        let mut row: Map<String, Value> = serde_json::from_str(line).expect("a row");
-        row.retain(|key, _| !key.ends_with("_seconds") && key != "tokens_per_second");
-        row
-    };
-    text.lines().map(row).collect()
 }
 
 fn weights(dir: &Path) -> Vec<u8> {

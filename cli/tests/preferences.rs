@@ -1,8 +1,11 @@
 //! Stages over preferences: one step against `temper score` and the formula, resume, labels, and what is refused.
 
 mod common;
+#[path = "run/metrics.rs"]
+mod metrics;
 
 use common::{SMALL, recipe, stderr, temper};
+use metrics::metrics;
 use serde_json::{Map, Value, json};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -47,18 +50,7 @@ fn train(dir: &Path, run: &str, args: &[&str], kill_at: Option<&str>) -> Output 
 fn train_whole(dir: &Path, run: &str, args: &[&str]) -> Vec<Map<String, Value>> {
     let output = train(dir, run, args, None);
     assert!(output.status.success(), "{}", stderr(&output));
-    metrics(dir, run)
-}
-
-/// Rows of metrics without what the clock decides.
-fn metrics(dir: &Path, run: &str) -> Vec<Map<String, Value>> {
-    let text = std::fs::read_to_string(dir.join(run).join("metrics.jsonl")).expect("metrics");
-    let row = |line: &str| {
-        let mut row: Map<String, Value> = serde_json::from_str(line).expect("a row");
-        row.retain(|key, _| !key.ends_with("_seconds") && key != "tokens_per_second");
-        row
-    };
-    text.lines().map(row).collect()
+    metrics(&dir.join(run))
 }
 
 fn weights(dir: &Path, run: &str) -> Vec<u8> {

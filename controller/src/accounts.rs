@@ -43,6 +43,8 @@ struct Books {
     /// Since the last balance: samples issued, and samples settled, by what became of them.
     issued: u64,
     settled: BTreeMap<Fate, u64>,
+    /// The engine's counters at the last balance.
+    counted: RolloutStats,
 }
 
 fn wrong(operation: &'static str, message: String) -> ServiceError {
@@ -182,8 +184,11 @@ impl Accounts {
         Err(Error::Unaccounted { step, num_samples, samples: lost[..num_samples.min(MAX_NAMED)].join(", ") })
     }
 
-    /// What was issued and settled since the last row, as columns of this one; none where nothing was.
+    /// What was issued, settled and computed since the last row, as columns of this one; none where nothing was.
     pub(crate) fn columns(&self, row: &mut MetricsRow) {
+        let now = self.engine.stats();
+        let earlier = std::mem::replace(&mut self.books().counted, now);
+        engine_columns(&now, &earlier, row);
         let (issued, settled) = {
             let mut books = self.books();
             (std::mem::take(&mut books.issued), std::mem::take(&mut books.settled))
@@ -247,6 +252,41 @@ impl RolloutService for Accounts {
 
     fn fleet_counts(&self) -> Option<FleetCounts> {
         self.engine.fleet_counts()
+    }
+}
+
+/// One of an engine's counters.
+type Counter = fn(&RolloutStats) -> u64;
+
+/// What engines did between two looks at their counters; nothing where they did not compute. Depends on the clock, as
+/// drafts, workers and their losses do.
+fn engine_columns(now: &RolloutStats, earlier: &RolloutStats, row: &mut MetricsRow) {
+    let since = |count: Counter| count(now).saturating_sub(count(earlier));
+    let num_steps = since(|stats| stats.num_steps);
+    if num_steps == 0 {
+        return;
+    }
+    row.set("engine/rows_per_step", since(|stats| stats.num_rows) as f64 / num_steps as f64);
+    row.set("engine/kv_cache_peak_usage_perc", now.peak_kv_blocks as f64 / now.kv_blocks.max(1) as f64);
+    let counts: [(&str, Counter); 6] = [
+        ("engine/num_preemptions", |stats| stats.num_preemptions),
+        ("engine/prefill_tokens", |stats| stats.num_prefill_tokens),
+        ("engine/prefix_cache_queries", |stats| stats.prefix_cache_queries),
+        ("engine/prefix_cache_hits", |stats| stats.prefix_cache_hits),
+        ("engine/spec_decode_num_draft_tokens", |stats| stats.speculation.total().num_draft_tokens),
+        ("engine/spec_decode_num_accepted_tokens", |stats| stats.speculation.total().num_accepted_tokens),
+    ];
+    for (name, count) in counts {
+        row.set_count(name, since(count));
+    }
+    let times: [(&str, Counter); 4] = [
+        ("engine/step_seconds", |stats| stats.step_micros),
+        ("engine/tail_seconds", |stats| stats.tail_micros),
+        ("engine/refit_seconds", |stats| stats.refit_micros),
+        ("engine/pause_seconds", |stats| stats.pause_micros),
+    ];
+    for (name, micros) in times {
+        row.set(name, since(micros) as f64 / 1e6);
     }
 }
 

@@ -1,6 +1,9 @@
 //! Runs of the small recipe, and what two equal runs have in common.
 
+mod metrics;
+
 use crate::common::temper;
+use metrics::metrics;
 use std::path::Path;
 use std::process::Output;
 use temper_controller::{latest_checkpoint, verify_checkpoint};
@@ -42,7 +45,6 @@ pub fn outcome(run_dir: &Path) -> Outcome {
 pub fn whole_outcome(run_dir: &Path) -> Outcome {
     let last = latest_checkpoint(&run_dir.join("checkpoints")).expect("readable").expect("a checkpoint");
     verify_checkpoint(&last.path).expect("an intact checkpoint");
-    let metrics = std::fs::read_to_string(run_dir.join("metrics.jsonl")).expect("metrics");
     let mut samples = read_dataset(&run_dir.join("rollouts")).expect("a dataset");
     for sample in &mut samples {
         sample.timings = SampleTimings::default();
@@ -52,14 +54,7 @@ pub fn whole_outcome(run_dir: &Path) -> Outcome {
     }
     Outcome {
         weights: std::fs::read(last.model().join("model.safetensors")).expect("weights"),
-        metrics: metrics.lines().map(without_clock).collect(),
+        metrics: metrics(run_dir).iter().map(|row| serde_json::to_string(row).expect("plain data")).collect(),
         samples,
     }
-}
-
-/// A row of metrics without what the clock and the loss of workers decide.
-fn without_clock(line: &str) -> String {
-    let mut row: serde_json::Map<String, serde_json::Value> = serde_json::from_str(line).expect("a row");
-    row.retain(|key, _| !key.ends_with("_seconds") && key != "tokens_per_second" && !key.starts_with("fleet/"));
-    serde_json::to_string(&row).expect("plain data")
 }

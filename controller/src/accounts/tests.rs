@@ -10,6 +10,7 @@ struct Engine {
     asked: Mutex<Vec<GroupRequest>>,
     repeats: bool,
     settled: Mutex<Vec<(u64, usize)>>,
+    stats: Mutex<RolloutStats>,
 }
 
 fn result(request: &GroupRequest) -> GroupResult {
@@ -48,7 +49,7 @@ impl RolloutService for Engine {
         Ok(())
     }
     fn stats(&self) -> RolloutStats {
-        RolloutStats::default()
+        *self.stats.lock().unwrap()
     }
     fn settle(&self, step: u64, samples: &[Settled]) -> ServiceResult<()> {
         self.settled.lock().unwrap().push((step, samples.len()));
@@ -155,4 +156,34 @@ fn what_goes_on_is_counted_once() {
     let expected = [("issued", 5.0), ("trained", 2.0), ("dropped/filtered", 1.0)];
     assert_eq!(columns(&accounts), expected.map(|(name, n)| (name.to_owned(), n)));
     assert_eq!(engine.settled.lock().unwrap().len(), 2);
+}
+
+/// A row has what was counted since the row before, and nothing where the engine did nothing.
+#[test]
+fn a_row_says_what_the_engine_did_since_the_last() {
+    let (engine, accounts) = accounts(false);
+    let row = || {
+        let mut row = MetricsRow::new(1, "s");
+        accounts.columns(&mut row);
+        row
+    };
+    assert_eq!(row().get("engine/rows_per_step"), None);
+    let first = RolloutStats { num_steps: 4, num_rows: 8, kv_blocks: 10, peak_kv_blocks: 5, ..RolloutStats::default() };
+    *engine.stats.lock().unwrap() = first;
+    assert_eq!(row().get("engine/rows_per_step"), Some(2.0));
+    assert_eq!(row().get("engine/rows_per_step"), None, "nothing since");
+    let mut second = RolloutStats { num_steps: 6, num_rows: 18, num_preemptions: 3, tail_micros: 250_000, ..first };
+    second.speculation.suffix[2].num_draft_tokens = 7;
+    *engine.stats.lock().unwrap() = second;
+    let row = row();
+    for (name, expected) in [
+        ("engine/rows_per_step", 5.0),
+        ("engine/kv_cache_peak_usage_perc", 0.5),
+        ("engine/num_preemptions", 3.0),
+        ("engine/prefill_tokens", 0.0),
+        ("engine/tail_seconds", 0.25),
+        ("engine/spec_decode_num_draft_tokens", 7.0),
+    ] {
+        assert_eq!(row.get(name), Some(expected), "{name}");
+    }
 }

@@ -313,7 +313,14 @@ impl RolloutService for FleetRollout {
 
 /// Counters of a worker that does nothing any more.
 fn at_rest(stats: RolloutStats) -> RolloutStats {
-    RolloutStats { kv_blocks: 0, kv_blocks_in_use: 0, num_requests_running: 0, num_requests_waiting: 0, ..stats }
+    RolloutStats {
+        peak_kv_blocks: 0,
+        kv_blocks: 0,
+        kv_blocks_in_use: 0,
+        num_requests_running: 0,
+        num_requests_waiting: 0,
+        ..stats
+    }
 }
 
 fn sum(a: RolloutStats, b: RolloutStats) -> RolloutStats {

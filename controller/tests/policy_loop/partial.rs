@@ -54,8 +54,8 @@ fn check_samples(all: &[Sample]) {
         assert_eq!(sample.policy_versions.iter().map(|(_, n)| *n as usize).sum::<usize>(), num_tokens);
         assert!(versions.is_sorted_by(|a, b| a < b), "{versions:?}");
         assert_eq!(u64::from(sample.staleness), sample.step.0 - 1 - versions[0]);
-        let words: Vec<String> = sample.response_token_ids.iter().map(u32::to_string).collect();
-        assert_eq!(sample.response, words.join(" "), "the text is that of the whole response");
+        let words: Vec<String> = sample.response_token_ids[..num_tokens - 1].iter().map(u32::to_string).collect();
+        assert_eq!(sample.response, words.join(" "), "the text is that of the whole response but for the stop token");
     }
 }
 

@@ -11,6 +11,8 @@ use tonic::transport::Channel;
 
 /// What a call may take beyond the wait that it asks for.
 const GRACE: Duration = Duration::from_secs(30);
+/// What counters are waited for: nothing depends on them.
+const STATS_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// [`RolloutService`] of another process.
 #[derive(Debug)]
@@ -83,10 +85,10 @@ impl RolloutService for RolloutClient {
         Ok(answer.into_inner().num_bytes)
     }
 
-    /// The counters that were read last, where the engine does not answer.
+    /// The counters that were read last, where the engine does not answer at once.
     fn stats(&self) -> RolloutStats {
         let mut client = self.client.clone();
-        let call = ("stats", self.call_timeout());
+        let call = ("stats", self.call_timeout().min(STATS_TIMEOUT));
         let answer = self.endpoint.call(call, v1::Empty {}, |request| async move { client.stats(request).await });
         let mut last = self.last_stats.lock().unwrap_or_else(PoisonError::into_inner);
         if let Ok(answer) = answer {
