@@ -27,7 +27,8 @@ use temper_types::{FinishReason, PolicyVersion};
 pub struct BeamSpec {
     /// Beams that are followed, and results at most; at least 1.
     pub width: usize,
-    /// Power of the length that divides a sum of log-probs, finite: 0 compares sums, 1 means; more prefers longer responses.
+    /// Power of the length that divides a sum of log-probs, finite: 0 compares sums, 1 means; more prefers longer
+    /// responses.
     pub length_penalty: f64,
     /// Longest response; at least 1.
     pub max_new_tokens: usize,

@@ -1,7 +1,8 @@
 //! A model without numbers: its logits are a hash of the tokens that it reads back through block tables.
 //!
-//! A wrong block, a missed copy, an overwritten slot or one that other weights stored changes the hash and thereby every
-//! later token, so equality of responses proves the paging. [`respond`] computes the same response without any engine.
+//! A wrong block, a missed copy, an overwritten slot or one that other weights stored changes the hash and thereby
+//! every later token, so equality of responses proves the paging. [`respond`] computes the same response without any
+//! engine.
 
 use crate::model::{Model, ModelLimits, StepBatch, StepOutput};
 use crate::{BlockCopy, Error};

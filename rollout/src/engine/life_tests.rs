@@ -1,5 +1,6 @@
 //! Groups of any priority that come, are aborted at any step, and share a pool of any size, over a model that fails now
-//! and then and whose weights change between them: those that end say what they would have said alone, those that are aborted say the beginning of it, and nothing is left behind.
+//! and then and whose weights change between them: those that end say what they would have said alone, those that are
+//! aborted say the beginning of it, and nothing is left behind.
 
 use super::fake_model::respond_under;
 use super::tests::{engine, request, roomy, run};

@@ -21,9 +21,9 @@
 //! # When weights change between steps
 //! Every token is tagged with the version that drew it. K/V of running sequences are kept: a token drawn after a
 //! change attends to K/V that older weights stored. A sequence that is preempted after a change is recomputed under
-//! the weights of the day, but for what it shares of its prompt with a running sibling. Callers who want neither change weights only while the engine is idle. Cached prefixes are
-//! forgotten at every change, their names begin with the version, and what a sequence stored across a change is never
-//! cached: no later prompt attends to K/V of older weights.
+//! the weights of the day, but for what it shares of its prompt with a running sibling. Callers who want neither change
+//! weights only while the engine is idle. Cached prefixes are forgotten at every change, their names begin with the
+//! version, and what a sequence stored across a change is never cached: no later prompt attends to K/V of older weights.
 //!
 //! # Invariants
 //! Every group that was accepted ends with exactly one [`GroupResult`], from [`Engine::pop_finished`] or

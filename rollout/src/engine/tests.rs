@@ -484,8 +484,8 @@ fn the_tail_is_what_few_of_many_still_draw() {
 
 const AUTO: SpeculationConfig = SpeculationConfig { speculative: Speculative::Auto, ..SpeculationConfig::OFF };
 
-/// Bookkeeping alone, the drafters' included: 100,000 short requests, 10,000 queued at once, steady memory, totals that add up. An end that
-/// cost as much as the queue is long would take minutes.
+/// Bookkeeping alone, the drafters' included: 100,000 short requests, 10,000 queued at once, steady memory, totals that
+/// add up. An end that cost as much as the queue is long would take minutes.
 #[test]
 fn many_short_requests_leave_nothing_behind() {
     let mut engine = engine(roomy());
