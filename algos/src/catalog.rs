@@ -154,7 +154,12 @@ const AROUND_THE_LOSS: &[Entry] = &[
         "policy_loss.rollout_correction.rollout_rs, rollout_rs_threshold",
     ),
     entry(Kind::SamplingControl, "dynamic sampling", "2503.14476", "filter_groups.enable, metric, max_num_gen_batches"),
-    entry(Kind::SamplingControl, "overlong penalty", "2503.14476", "overlong.enable, len, penalty_factor"),
+    entry(
+        Kind::SamplingControl,
+        "overlong penalty",
+        "2503.14476",
+        "overlong.enable, len, penalty_factor, max_response_length",
+    ),
     entry(Kind::SamplingControl, "mask_truncated_completions", "2503.14476", "mask_truncated_completions = true"),
     entry(Kind::SamplingControl, "pf_ppo", "2409.06957", "pf_ppo.enable, reweight_method, weight_pow"),
     entry(Kind::SamplingControl, "best-of-n", "2504.13818", "best_of_n.best, worst"),

@@ -41,13 +41,13 @@ pub struct OverlongConfig {
     pub len: u32,
     /// The penalty at the longest length.
     pub penalty_factor: f64,
-    /// Longest response in tokens.
+    /// Longest response in tokens; 0: the stage's `max_new_tokens`.
     pub max_response_length: u32,
 }
 
 impl Default for OverlongConfig {
     fn default() -> Self {
-        OverlongConfig { enable: false, len: 4096, penalty_factor: 1.0, max_response_length: 20_480 }
+        OverlongConfig { enable: false, len: 4096, penalty_factor: 1.0, max_response_length: 0 }
     }
 }
 
@@ -57,10 +57,29 @@ impl OverlongConfig {
     /// # Errors
     /// An empty buffer, or one longer than the response.
     pub fn validate(&self) -> Result<(), Error> {
-        if self.enable && (self.len == 0 || self.len > self.max_response_length) {
+        let longest = if self.max_response_length == 0 { u32::MAX } else { self.max_response_length };
+        if self.enable && (self.len == 0 || self.len > longest) {
             return Err(Error::setting("overlong.len", self.len, "a number from 1 to max_response_length"));
         }
         Ok(())
+    }
+
+    /// The penalty of a stage whose responses have at most `max_new_tokens` tokens.
+    ///
+    /// # Errors
+    /// A buffer longer than the response, or one that no response reaches.
+    pub fn of_stage(&self, max_new_tokens: u32) -> Result<Self, Error> {
+        let mut resolved = self.clone();
+        if self.max_response_length == 0 {
+            resolved.max_response_length = max_new_tokens;
+        }
+        resolved.validate()?;
+        if self.enable && resolved.max_response_length - resolved.len >= max_new_tokens {
+            let expected =
+                "a length that a response comes near: less than max_new_tokens + len, or 0 for max_new_tokens";
+            return Err(Error::setting("overlong.max_response_length", resolved.max_response_length, expected));
+        }
+        Ok(resolved)
     }
 
     /// What is added to the reward of a response of `response_length` tokens:

@@ -25,14 +25,9 @@ pub fn attach(
     }
     let dir = Path::new(&engine.draft_model);
     let load = || -> Result<PackedPolicy> {
-        let config = ModelConfig::load(dir)?;
-        let reader = CheckpointReader::open(dir)?;
-        reader.validate(&config)?;
+        let (config, reader) = open(dir, text)?;
         let mut policy = PackedPolicy::load(device, &config, &reader, dtype)?;
         if let Some(text) = text {
-            if dir.join(TOKENIZER_FILE).is_file() {
-                check_words(text, &LocalText::load(dir)?, config.vocab_size)?;
-            }
             policy.set_masked_ids(text.tokenizer().missing_ids(config.vocab_size));
         }
         Ok(policy)
@@ -41,6 +36,31 @@ pub fn attach(
     service
         .with_draft_model(Arc::clone(device), Arc::new(RwLock::new(policy)), engine)
         .with_context(|| format!("the draft model {}", dir.display()))
+}
+
+/// Check that the model in `dir` can draft for one with the tokenizer `text` and `vocab_size` ids.
+///
+/// # Errors
+/// A model that cannot be read, or one of another vocabulary.
+pub fn check(dir: &Path, text: &LocalText, vocab_size: usize) -> Result<()> {
+    let (config, _) = open(dir, Some(text)).with_context(|| format!("the draft model {}", dir.display()))?;
+    ensure!(
+        config.vocab_size == vocab_size,
+        "the draft model {} has {} token ids, the model it drafts for has {vocab_size}: expected one vocabulary",
+        dir.display(),
+        config.vocab_size
+    );
+    Ok(())
+}
+
+fn open(dir: &Path, text: Option<&LocalText>) -> Result<(ModelConfig, CheckpointReader)> {
+    let config = ModelConfig::load(dir)?;
+    let reader = CheckpointReader::open(dir)?;
+    reader.validate(&config)?;
+    if let Some(text) = text.filter(|_| dir.join(TOKENIZER_FILE).is_file()) {
+        check_words(text, &LocalText::load(dir)?, config.vocab_size)?;
+    }
+    Ok((config, reader))
 }
 
 /// Every id means the same bytes to both.

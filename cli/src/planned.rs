@@ -1,12 +1,14 @@
 //! From a recipe to the work that is planned for it: its stage, its model's sizes, its prompts' lengths.
 
 use crate::plan::{Divisions, Expected, Workload, policy_stage};
-use crate::recipe::{Placement, Recipe, RecipeError, Source, check_teachers, config_error};
+use crate::recipe::{Placement, Recipe, RecipeError, Source, check_teachers, config_error, config_error_at};
+use crate::runtime::LocalText;
 use crate::{rollout_ranks, trainer_ranks, usage};
 use anyhow::{Context, Result};
 use std::path::Path;
-use temper_actor::{ModelConfig, Tokenizer};
+use temper_actor::ModelConfig;
 use temper_controller::{PolicyStage, Stage, load_dataset};
+use temper_proto::TextService;
 use temper_types::{DType, PromptRow, WeightFormat};
 
 /// Prompts whose lengths are taken for those of all.
@@ -138,27 +140,11 @@ fn mean_prompt_tokens(recipe: &Recipe, source: &Source, name: &str) -> Result<f6
     let Some(config) = recipe.data.get(name) else {
         return Err(usage(source.error(&key, format!("there is no dataset `{name}`"))));
     };
-    let rows = load_dataset(&key, config).map_err(|e| usage(source.error(&key, e)))?;
+    let (text, _) = LocalText::of(&recipe.model).map_err(|e| {
+        usage(source.error("model", format!("{e:#}; or say --prompt-tokens, which needs no tokenizer")))
+    })?;
+    let rows = load_dataset(&key, config, &text).map_err(|e| usage(config_error_at(source, &key, e)))?.rows;
     let rows = &rows[..rows.len().min(SAMPLED_PROMPTS)];
-    let total = match (&recipe.model.path, &recipe.model.init) {
-        (Some(path), _) => {
-            let tokenizer = Tokenizer::load(path).map_err(|e| {
-                usage(source.error("model.path", format!("{e}; or say --prompt-tokens, which needs no tokenizer")))
-            })?;
-            let count = |row: &PromptRow| Ok(tokenizer.encode_prompt(&row.prompt)?.len());
-            rows.iter().map(count).sum::<Result<usize>>()?
-        }
-        // A model that is made with the run has a token for every character.
-        (None, _) => rows.iter().map(characters).sum(),
-    };
-    Ok(total as f64 / rows.len() as f64)
-}
-
-fn characters(row: &PromptRow) -> usize {
-    use temper_types::PromptContent;
-    match &row.prompt {
-        PromptContent::Text(text) => text.chars().count(),
-        PromptContent::Messages(messages) => messages.iter().map(|m| m.content.chars().count()).sum(),
-        PromptContent::TokenIds(ids) => ids.len(),
-    }
+    let count = |row: &PromptRow| Ok(text.encode_prompt(&row.prompt)?.len());
+    Ok(rows.iter().map(count).sum::<Result<usize>>()? as f64 / rows.len() as f64)
 }

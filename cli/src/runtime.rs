@@ -2,7 +2,7 @@
 
 use crate::control::{LocalControl, write_address};
 use crate::draft_model;
-use crate::recipe::{CheckReport, PlacementMode, Recipe, Source, render};
+use crate::recipe::{CheckReport, ModelSource, PlacementMode, Recipe, Source, render};
 use crate::reward_models::RewardModels;
 use crate::rollout_ranks::{self, EngineSetting};
 use crate::tls::TlsPlacement;
@@ -11,7 +11,8 @@ use crate::{staleness, teachers, trainer_ranks};
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use temper_actor::{SpecialTokens, Tokenizer};
+use temper_actor::init::init_tokenizer;
+use temper_actor::{ModelConfig, SpecialTokens, Tokenizer};
 use temper_controller::{ReplaySpec, RunSpec, Services};
 use temper_proto::{RolloutService, ServiceError, ServiceResult, TextService};
 use temper_rollout::{LocalRolloutService, Replay, TokenByteTable};
@@ -35,12 +36,28 @@ impl LocalText {
     /// # Errors
     /// A file that is missing or damaged, by name.
     pub fn load(model_dir: &Path) -> Result<Self> {
-        let tokenizer = Tokenizer::load(model_dir)?;
-        let config = temper_actor::ModelConfig::load(model_dir)?;
-        let mut stop_token_ids: Vec<u32> = tokenizer.eos_token_id().into_iter().chain(config.eos_token_ids).collect();
+        Ok(Self::new(Tokenizer::load(model_dir)?, &ModelConfig::load(model_dir)?))
+    }
+
+    /// The tokenizer of the model that a recipe names or makes, and that model's shape.
+    ///
+    /// # Errors
+    /// As [`LocalText::load`]; no model, or one that cannot be made.
+    pub fn of(model: &ModelSource) -> Result<(Self, ModelConfig)> {
+        let (tokenizer, config) = match (&model.path, &model.init) {
+            (Some(path), _) => (Tokenizer::load(path)?, ModelConfig::load(path)?),
+            (None, Some(init)) => (init_tokenizer(init)?, init.model_config()?),
+            (None, None) => anyhow::bail!("the recipe has no model"),
+        };
+        Ok((Self::new(tokenizer, &config), config))
+    }
+
+    fn new(tokenizer: Tokenizer, config: &ModelConfig) -> Self {
+        let mut stop_token_ids: Vec<u32> =
+            tokenizer.eos_token_id().into_iter().chain(config.eos_token_ids.iter().copied()).collect();
         stop_token_ids.sort_unstable();
         stop_token_ids.dedup();
-        Ok(LocalText { tokenizer, stop_token_ids })
+        LocalText { tokenizer, stop_token_ids }
     }
 
     /// Bytes of every id, for stop strings.
@@ -129,7 +146,7 @@ pub fn embedded(recipe: &Recipe, report: &CheckReport, (model_dir, run_dir): (&P
     let device = device(recipe.placement.threads);
     let dtype = recipe.dtype.resolve(device.info().native_bf16);
     let text = Arc::new(LocalText::load(model_dir)?);
-    let vocab_size = temper_actor::ModelConfig::load(model_dir)?.vocab_size;
+    let vocab_size = ModelConfig::load(model_dir)?.vocab_size;
     let masked = text.tokenizer().missing_ids(vocab_size);
     let trainer = trainer_ranks::load(recipe, (&device, dtype), (model_dir, run_dir), &masked)?;
     let initial = trainer.version.hash;

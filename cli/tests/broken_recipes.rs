@@ -3,6 +3,7 @@
 mod common;
 
 use common::{SMALL, recipe, temper};
+use std::path::{Path, PathBuf};
 
 struct Case {
     name: &'static str,
@@ -210,6 +211,42 @@ const CASES: &[Case] = &[
         "[placement]\ntrainer_ranks = 4\nsequence_parallel = 4",
         &["recipe.toml:", "placement.sequence_parallel", "4 ranks cannot divide 2 query heads and 1 key/value heads"],
     ),
+    case(
+        "a system prompt before a text",
+        "num_rows = 32, seed = 2 }",
+        "num_rows = 32, seed = 2 }\nsystem_prompt = \"sort\"",
+        &["recipe.toml:", "data.train.system_prompt", "row 0 has no messages"],
+    ),
+    case(
+        "validation that draws nothing",
+        "every_steps = 3\n",
+        "every_steps = 3\nsampling = { temperature = -1.0 }\n",
+        &["recipe.toml:", "validation.sampling", "temperature"],
+    ),
+    case(
+        "validation longer than the model",
+        "every_steps = 3\n",
+        "every_steps = 3\nsampling = { temperature = 0.5 }\n",
+        &["data.held_out", "up to 128 are drawn behind it", "the model has 32 positions"],
+    ),
+    case(
+        "a draft model that is not there",
+        "[placement]",
+        "[engine]\ndraft_model = \"nowhere\"\n[placement]",
+        &["recipe.toml:", "engine.draft_model", "nowhere"],
+    ),
+    case(
+        "an overlong penalty that no response reaches",
+        "use_kl_loss = true, entropy_coeff = 0.001 }",
+        "use_kl_loss = true, entropy_coeff = 0.001 }, overlong = { enable = true, len = 4, max_response_length = 20 }",
+        &["stage.1.algorithm", "overlong.max_response_length", "less than max_new_tokens + len"],
+    ),
+    case(
+        "an overlong penalty longer than responses",
+        "use_kl_loss = true, entropy_coeff = 0.001 }",
+        "use_kl_loss = true, entropy_coeff = 0.001 }, overlong = { enable = true, len = 7 }",
+        &["stage.1.algorithm", "overlong.len"],
+    ),
     case("nothing to resume from", "keep_last = 2", "keep_last = 0", &["checkpoint.keep_last", "at least 1"]),
     case("bad heads", "num_attention_heads = 2", "num_attention_heads = 3", &["model.init", "multiple"]),
     case(
@@ -265,6 +302,71 @@ fn a_model_without_a_tokenizer_and_pickles_are_refused_by_name() {
         assert_eq!(output.status.code(), Some(2), "{message}");
         assert!(message.contains("model.path") && message.contains(says), "{message}");
     }
+}
+
+/// The small recipe over rows of files of its own.
+fn over_files(dir: &Path, rows: [&[&str]; 2], settings: &str) -> PathBuf {
+    let names = ["first.jsonl", "second.jsonl"].map(|name| dir.join(name));
+    for (name, rows) in names.iter().zip(rows) {
+        let line = |prompt: &&str| {
+            let (prompt, completion) = prompt.split_once('|').unwrap_or((prompt, "12"));
+            let row = serde_json::json!({"prompt": prompt, "ground_truth": "12", "completion": completion});
+            format!("{row}\n")
+        };
+        std::fs::write(name, rows.iter().map(line).collect::<String>()).expect("writable");
+    }
+    let made = "generate = { generator = { task = \"sort_digits\", min_digits = 2, max_digits = 3 }, num_rows = 32, \
+                seed = 2 }";
+    assert!(SMALL.contains(made));
+    recipe(dir, &SMALL.replace(made, &format!("files = {names:?}\n{settings}")))
+}
+
+const GOOD: &[&str] = &["sort 21=", "sort 12="];
+const LONG: &str = "sort 123 123 123 123 123 123 123=";
+
+#[test]
+fn rows_that_do_not_fit_the_model_are_named_by_file_and_row() {
+    let to_supervised = ["--set", "stage.0.data=train"];
+    let cases: [(&[&str], &[&str], &str); 5] = [
+        (
+            &["sort 21=", LONG],
+            &[],
+            "the prompt has 33 tokens and up to 6 are drawn behind it: the model has 32 positions",
+        ),
+        (&["sort 21=", LONG], &[], "expected max_prompt_tokens = 27 or less"),
+        (&["sort 21=", "sort z="], &[], "the prompt cannot be encoded: "),
+        (&["sort 21=", ""], &[], "the prompt has no token"),
+        (
+            &["sort 21=|12", "sort 21=|12345678901234567890123456"],
+            &to_supervised,
+            "the prompt has 8 tokens and `completion` 27: the model has 32 positions",
+        ),
+    ];
+    for (rows, sets, says) in cases {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = over_files(dir.path(), [GOOD, rows], "");
+        let output = temper().arg("check").arg(&path).args(sets).output().expect("the binary starts");
+        let message = common::stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{message}");
+        let place = format!("`data.train`: row 1 of {}: ", dir.path().join("second.jsonl").display());
+        assert!(message.contains(&place) && message.contains(says), "{says}: {message}");
+    }
+}
+
+#[test]
+fn long_prompts_are_left_out_where_asked_for_and_counted() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = over_files(dir.path(), [&["sort 21=", LONG, "sort 12="], GOOD], "max_prompt_tokens = 20");
+    let output = temper().arg("check").arg(&path).output().expect("the binary starts");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(text.contains("data.train: 1 of 5 prompts have more than 20 tokens and are left out"), "{text}");
+    let run_dir = dir.path().join("run");
+    let output = temper().arg("train").arg(&path).arg("--run-dir").arg(&run_dir).output().expect("the binary starts");
+    assert!(output.status.success(), "{}", common::stderr(&output));
+    let none = ["--set", "data.train.max_prompt_tokens=2"];
+    let output = temper().arg("check").arg(&path).args(none).output().expect("the binary starts");
+    let message = common::stderr(&output);
+    assert!(message.contains("every prompt has more than 2 tokens: no row is left"), "{message}");
 }
 
 #[test]

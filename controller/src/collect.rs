@@ -120,8 +120,9 @@ fn penalise_length(stage: &PolicyStage, sample: &mut Sample) {
         let value = if is_cut { filters::stop_properly_reward(*reward, coef) - *reward } else { 0.0 };
         penalties.push((STOP_PROPERLY_PENALTY, value));
     }
-    if algorithm.overlong.enable {
-        penalties.push((OVERLONG_PENALTY, algorithm.overlong.penalty(length)));
+    // A setting that is out of range was refused when the run began.
+    if let Some(overlong) = stage.overlong().ok().filter(|overlong| overlong.enable) {
+        penalties.push((OVERLONG_PENALTY, overlong.penalty(length)));
     }
     for (name, value) in penalties {
         components.push(RewardComponent { name: name.to_owned(), value });

@@ -8,6 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use temper_algos::filters::OverlongConfig;
 use temper_algos::{AlgorithmConfig, CurriculumConfig, Grouping, LrScheduleConfig, SftLossType};
 use temper_data::tasks::TaskConfig;
 use temper_proto::OptimizerConfig;
@@ -23,8 +24,10 @@ pub struct DatasetConfig {
     pub generate: Option<TaskConfig>,
     /// Only the first so many rows; absent: all.
     pub max_rows: Option<u64>,
-    /// Put before the messages of every chat prompt as a system message.
+    /// Put before the messages of every prompt as a system message; the prompts must be chats.
     pub system_prompt: Option<String>,
+    /// Leave out rows whose prompts have more tokens, the chat template's included; absent: none.
+    pub max_prompt_tokens: Option<u32>,
 }
 
 /// How much a trainer keeps in memory at once. Never changes a number.
@@ -259,6 +262,7 @@ impl PolicyStage {
             ));
         }
         self.algorithm.validate().map_err(|e| Error::config(format!("{key}.algorithm"), e))?;
+        self.overlong().map_err(|e| Error::config(format!("{key}.algorithm"), e))?;
         self.sampling.validate().map_err(|e| Error::config(format!("{key}.sampling"), e))?;
         self.check_grouping(key)?;
         self.check_critic(key)?;
@@ -267,6 +271,11 @@ impl PolicyStage {
         self.reference.validate(key, &self.algorithm.plan())?;
         self.curriculum.validate().map_err(|e| Error::config(format!("{key}.curriculum"), e))?;
         check_common(key, self.steps, &self.optimizer, &self.schedule, &self.memory)
+    }
+
+    /// The penalty of responses that come near the longest.
+    pub(crate) fn overlong(&self) -> Result<OverlongConfig, temper_algos::Error> {
+        self.algorithm.overlong.of_stage(self.sampling.max_new_tokens)
     }
 
     fn check_best_of_n(&self, key: &str) -> Result<(), Error> {

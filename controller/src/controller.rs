@@ -13,8 +13,8 @@ use crate::record::Record;
 use crate::reuse::EarlierSteps;
 use crate::rollouts::Group;
 use crate::{
-    CheckpointInfo, Clock, Error, Phase, PhaseObserver, RunDir, RunSpec, RunState, Stage, load_dataset,
-    verify_checkpoint,
+    CheckpointConfig, CheckpointInfo, Clock, Error, Phase, PhaseObserver, RunDir, RunSpec, RunState, Stage,
+    load_dataset, verify_checkpoint,
 };
 use serde_json::json;
 use std::collections::{BTreeMap, VecDeque};
@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use temper_algos::{Objective, SftLossType};
 use temper_proto::{MirrorReport, RewardService, RolloutService, ServiceError, StageSpec, TextService, TrainerService};
 use temper_telemetry::MetricsRow;
-use temper_types::PromptRow;
+use temper_types::{PromptRow, did_you_mean};
 
 /// The workers of a run, known by what they do.
 #[derive(Clone)]
@@ -78,6 +78,8 @@ pub struct Controller {
     pub(crate) control: Arc<RunControl>,
     /// The row of the last step and the checkpoint written after it.
     pub(crate) last_row: Option<MetricsRow>,
+    /// True where a row of this process had the metric that ranks checkpoints.
+    has_metric: bool,
     pub(crate) place: Place,
     /// True where the trainer's weights are newer than the last published version.
     pub(crate) unpublished: bool,
@@ -102,7 +104,8 @@ impl Controller {
     pub fn new(spec: RunSpec, services: Services, dir: RunDir, clock: Arc<dyn Clock>) -> Result<Self, Error> {
         let mut data = BTreeMap::new();
         for (name, config) in &spec.data {
-            data.insert(name.clone(), Arc::new(load_dataset(&format!("data.{name}"), config)?));
+            let loaded = load_dataset(&format!("data.{name}"), config, &*services.text)?;
+            data.insert(name.clone(), Arc::new(loaded.rows));
         }
         let control = Arc::new(RunControl::default());
         control.begin(&spec.name, spec.stages.iter().map(Stage::steps).sum());
@@ -129,6 +132,7 @@ impl Controller {
             place: Place::new(Arc::clone(&control)),
             control,
             last_row: None,
+            has_metric: false,
             unpublished: true,
             kept: VecDeque::new(),
             mirrored: MirrorReport::default(),
@@ -203,9 +207,20 @@ impl Controller {
                 return self.interrupted(last);
             }
         }
+        self.warn_of_unknown_metric();
         self.record.event("completed", &[("step", json!(self.state.step))])?;
         let model = last.unwrap_or_else(|| self.dir.checkpoints()).join("model");
         Ok(RunOutcome::Completed { model })
+    }
+
+    /// A metric that no row had ranked no checkpoint. The default is that of policy steps, which a run may not have.
+    fn warn_of_unknown_metric(&self) {
+        let (name, default) = (&self.spec.checkpoint.best_metric, CheckpointConfig::default().best_metric);
+        let Some(row) = self.last_row.as_ref().filter(|_| !self.has_metric && *name != default) else { return };
+        let row = row.to_json();
+        let known = did_you_mean(name, row.keys().map(String::as_str));
+        let hint = known.map(|known| format!("; did you mean `{known}`?")).unwrap_or_default();
+        tracing::warn!("no row of metrics had `{name}`, checkpoint.best_metric: no best checkpoint was kept{hint}");
     }
 
     /// What comes before the first step; gives the checkpoint that it begins with.
@@ -302,6 +317,7 @@ impl Controller {
         self.check_accounts()?;
         self.record.metrics(row)?;
         self.state.metric = row.get(&self.spec.checkpoint.best_metric);
+        self.has_metric |= self.state.metric.is_some();
         self.state.step += 1;
         self.state.stage_step += 1;
         Ok(())

@@ -64,7 +64,7 @@ pub use config::{
 };
 pub use control::RunControl;
 pub use controller::{Controller, RunOutcome, Services};
-pub use dataset::load_dataset;
+pub use dataset::{LoadedDataset, load_dataset};
 pub use distill_config::{DistillStage, TeacherConfig};
 pub use error::Error;
 pub use kept::{KeptStep, Recovery};

@@ -92,11 +92,13 @@ impl Controller {
             }
         }
         let mut columns = Columns::new();
+        for (source, failed) in &failed {
+            columns.push((format!("{prefix}/{source}/num_reward_errors"), *failed as f64));
+        }
         for (source, groups) in &sources {
             let over = |f: &dyn Fn(&[f64]) -> f64| groups.iter().map(|g| f(g)).sum::<f64>() / groups.len() as f64;
             let correct = |g: &[f64]| g.iter().map(|s| *s >= self.spec.validation.correct_at).collect::<Vec<bool>>();
             columns.push((format!("{prefix}/{source}/mean@{n}"), over(&mean_at_n)));
-            columns.push((format!("{prefix}/{source}/num_reward_errors"), failed[source] as f64));
             if n > 1 {
                 columns.push((format!("{prefix}/{source}/best@{n}"), over(&|g| best_at_k(g, g.len()))));
                 columns.push((format!("{prefix}/{source}/pass@{n}"), over(&|g| pass_at_k(&correct(g), g.len()))));

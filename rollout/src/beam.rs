@@ -196,6 +196,11 @@ impl<M: Model> Search<'_, M> {
             let draws: Vec<SampleRow<'_>> = banned.iter().map(|banned_ids| most_likely(banned_ids)).collect();
             let drawn = self.model.draw_again(&rows, &draws)?;
             for (beam, Sampled { token_id, log_prob, .. }) in drawn.into_iter().enumerate() {
+                if log_prob.is_nan() {
+                    return Err(Error::Model(format!(
+                        "the log-prob of token {token_id} is no number: nor are the weights"
+                    )));
+                }
                 banned[beam].push(token_id);
                 out.push(Candidate { beam, token_id, log_prob, sum: self.beams[beam].sum + f64::from(log_prob) });
             }

@@ -11,6 +11,7 @@ pub use weights::fill_tensor;
 
 use crate::config::{Family, ModelConfig};
 use crate::error::{Error, Result};
+use crate::tokenizer::Tokenizer;
 use crate::weights_io::writer::write_json;
 use crate::weights_io::{TensorData, WriteOptions, write_checkpoint};
 use alphabet::Alphabet;
@@ -173,6 +174,17 @@ pub fn init_model(dir: &Path, init: &InitConfig, seed: u64) -> Result<ModelConfi
         Ok(TensorData::F32(data.into()))
     })?;
     Ok(config)
+}
+
+/// The tokenizer of the model that [`init_model`] would make.
+///
+/// # Errors
+/// A setting is out of range.
+pub fn init_tokenizer(init: &InitConfig) -> Result<Tokenizer> {
+    let alphabet = Alphabet::new(&init.alphabet)?;
+    let text = alphabet.tokenizer_json().to_string();
+    let settings = alphabet.settings_json(init.max_position_embeddings);
+    Tokenizer::from_parts("tokenizer.json".into(), text.as_bytes(), (settings, None))
 }
 
 fn fail(key: &'static str, got: impl ToString, expected: &str) -> Error {

@@ -54,12 +54,21 @@ impl Tokenizer {
     pub fn load(model_dir: &Path) -> Result<Self> {
         let file = model_dir.join(TOKENIZER_FILE);
         let text = std::fs::read(&file).map_err(Error::io("read the tokenizer", &file))?;
-        let json: Value = serde_json::from_slice(&text).map_err(|e| Error::format(&file, format!("not JSON: {e}")))?;
-        let invalid = |cause: tokenizers::Error| Error::format(&file, format!("not a tokenizer: {cause}"));
-        let mut inner = tokenizers::Tokenizer::from_bytes(&text).map_err(invalid)?;
-        inner.with_truncation(None).map_err(invalid)?.with_padding(None);
         let settings = chat::read_settings(model_dir)?;
         let chat = ChatTemplate::find(model_dir, &settings)?;
+        Self::from_parts(file, &text, (settings, chat))
+    }
+
+    /// The tokenizer that `text`, the content of `file`, describes, and what stands beside it.
+    pub(crate) fn from_parts(
+        file: PathBuf,
+        text: &[u8],
+        (settings, chat): (Value, Option<ChatTemplate>),
+    ) -> Result<Self> {
+        let json: Value = serde_json::from_slice(text).map_err(|e| Error::format(&file, format!("not JSON: {e}")))?;
+        let invalid = |cause: tokenizers::Error| Error::format(&file, format!("not a tokenizer: {cause}"));
+        let mut inner = tokenizers::Tokenizer::from_bytes(text).map_err(invalid)?;
+        inner.with_truncation(None).map_err(invalid)?.with_padding(None);
         let added = inner.get_added_tokens_decoder();
         Ok(Tokenizer {
             bytes: token_bytes::table(&inner, &json, &file)?,

@@ -1,6 +1,7 @@
 //! Whether a typed recipe can run: against itself, its data and its model. Nothing is computed and nothing written.
 
 use super::check_reward_model::{self, check_directories, check_earlier, check_pairs};
+use super::check_texts::Texts;
 use super::render::to_table;
 use super::{ModelSource, PlacementMode, Recipe, RecipeError, Source};
 use super::{check_distill, check_partial, check_replay, check_weights, preference_stage};
@@ -29,6 +30,7 @@ pub struct CheckReport {
 /// The first thing that cannot work, by file, line and key, with what would be right.
 pub fn check(recipe: &Recipe, source: &Source) -> Result<CheckReport, RecipeError> {
     check_model(&recipe.model, source)?;
+    let texts = Texts::of(&recipe.model, source)?;
     if recipe.stages.is_empty() {
         return Err(source.error("stage", "there is no stage: expected at least one [[stage]] table"));
     }
@@ -36,11 +38,13 @@ pub fn check(recipe: &Recipe, source: &Source) -> Result<CheckReport, RecipeErro
     trainer_ranks::check(&recipe.placement, source)?;
     trainer_ranks::check_heads(recipe, source)?;
     rollout_ranks::check(recipe, source)?;
-    let data = load_data(recipe, source)?;
+    let (data, left_out) = load_data(recipe, source, &texts)?;
     for (index, stage) in recipe.stages.iter().enumerate() {
         check_stage(recipe, source, &data, (index, stage))?;
     }
     check_validation(recipe, source, &data)?;
+    check_texts(recipe, source, (&data, &texts))?;
+    texts.check_draft_model(recipe, source)?;
     if recipe.checkpoint.keep_last == 0 {
         return Err(
             source.error("checkpoint.keep_last", "0 is out of range: expected at least 1, or nothing could be resumed")
@@ -55,7 +59,8 @@ pub fn check(recipe: &Recipe, source: &Source) -> Result<CheckReport, RecipeErro
     check_weights::check(recipe, source)?;
     let identity = identity(recipe, &data);
     let num_rows: BTreeMap<String, usize> = data.into_iter().map(|(name, rows)| (name, rows.len())).collect();
-    Ok(CheckReport { summary: summary(recipe, &num_rows), num_rows, identity })
+    let summary = [summary(recipe, &num_rows)].into_iter().chain(left_out).collect::<Vec<String>>().join("\n");
+    Ok(CheckReport { summary, num_rows, identity })
 }
 
 fn check_model(model: &ModelSource, source: &Source) -> Result<(), RecipeError> {
@@ -81,13 +86,43 @@ pub(super) fn check_model_dir(path: &Path) -> Result<(), String> {
 
 type Data = BTreeMap<String, Vec<PromptRow>>;
 
-fn load_data(recipe: &Recipe, source: &Source) -> Result<Data, RecipeError> {
-    let load = |(name, config)| {
+/// The rows of every dataset, and in words what was left out of them.
+fn load_data(recipe: &Recipe, source: &Source, texts: &Texts) -> Result<(Data, Vec<String>), RecipeError> {
+    let (mut data, mut left_out) = (Data::new(), Vec::new());
+    for (name, config) in &recipe.data {
         let key = format!("data.{name}");
-        let rows = load_dataset(&key, config).map_err(|e| source.error(&key, e))?;
-        Ok((String::clone(name), rows))
-    };
-    recipe.data.iter().map(load).collect()
+        let loaded = load_dataset(&key, config, texts.service()).map_err(|e| config_error_at(source, &key, e))?;
+        if let (Some(max_tokens), 1..) = (config.max_prompt_tokens, loaded.num_left_out) {
+            let num_rows = loaded.rows.len() + loaded.num_left_out;
+            let left = loaded.num_left_out;
+            left_out.push(format!(
+                "{key}: {left} of {num_rows} prompts have more than {max_tokens} tokens and are left out"
+            ));
+        }
+        data.insert(name.clone(), loaded.rows);
+    }
+    Ok((data, left_out))
+}
+
+/// Every row that a stage or validation reads can be encoded and fits the model.
+fn check_texts(recipe: &Recipe, source: &Source, (data, texts): (&Data, &Texts)) -> Result<(), RecipeError> {
+    let rows = |name: &str| data.get(name).map_or(&[][..], Vec::as_slice);
+    for stage in &recipe.stages {
+        let held_out = match stage {
+            Stage::RewardModel(stage) => rows(&stage.held_out),
+            Stage::Preference(stage) => rows(&stage.held_out),
+            _ => &[],
+        };
+        texts.check_stage(recipe, source, (stage, rows(stage.data()), held_out))?;
+        let own = match stage {
+            Stage::Policy(stage) => &stage.sampling,
+            Stage::OnlinePreference(stage) => &stage.policy.sampling,
+            _ => continue,
+        };
+        let sampling = recipe.validation.sampling.as_ref().unwrap_or(own);
+        texts.check_validation(recipe, source, (rows(&recipe.validation.data), sampling))?;
+    }
+    Ok(())
 }
 
 fn dataset<'a>(data: &'a Data, source: &Source, key: &str, name: &str) -> Result<&'a [PromptRow], RecipeError> {
@@ -142,9 +177,14 @@ fn check_stage(
 
 /// An error of a stage's own check, by file and line.
 pub fn config_error(source: &Source, error: temper_controller::Error) -> RecipeError {
+    config_error_at(source, "stage", error)
+}
+
+/// An error by file and line of the key that it names, of `key` where it names none.
+pub fn config_error_at(source: &Source, key: &str, error: temper_controller::Error) -> RecipeError {
     match error {
         temper_controller::Error::Config { key, problem } => source.error(&key, problem),
-        other => source.error("stage", other),
+        other => source.error(key, other),
     }
 }
 
@@ -247,6 +287,9 @@ fn check_validation(recipe: &Recipe, source: &Source, data: &Data) -> Result<(),
     }
     if validation.num_samples == 0 {
         return Err(source.error("validation.num_samples", "0 is out of range: expected at least 1"));
+    }
+    if let Some(sampling) = &validation.sampling {
+        sampling.validate().map_err(|e| source.error("validation.sampling", e))?;
     }
     let rows = dataset(data, source, "validation.data", &validation.data)?;
     check_ground_truth(recipe, source, "validation.data", rows)

@@ -91,8 +91,15 @@ fn length_penalties_are_components_of_every_sample() {
     let reward = |r: &ScoreRequest| Some(f64::from(first_id(r) % 3));
     let algorithm = json!({"stop_properly_penalty_coef": 0.5,
         "overlong": {"enable": true, "len": 2, "max_response_length": 3}});
-    let (dir, _) = run(PolicyStage { ..stage(1, algorithm) }, Behaviour { reward, ..Behaviour::default() });
-    for sample in super::samples(dir.path()) {
+    let behaviour = Behaviour { reward, ..Behaviour::default() };
+    let (dir, _) = run(PolicyStage { ..stage(1, algorithm.clone()) }, behaviour);
+    let mut of_the_stage = stage(1, algorithm);
+    // The longest response of the stage stands for a length that is not said.
+    of_the_stage.algorithm.overlong.max_response_length = 0;
+    of_the_stage.sampling.max_new_tokens = 3;
+    let (same, _) = run(of_the_stage, behaviour);
+    assert_eq!(super::samples(same.path()).len(), super::samples(dir.path()).len());
+    for sample in super::samples(dir.path()).into_iter().chain(super::samples(same.path())) {
         let Some(temper_types::RewardOutcome::Scored { reward, components }) = &sample.outcome else {
             panic!("scored")
         };

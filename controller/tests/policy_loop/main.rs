@@ -9,10 +9,10 @@ mod replay;
 mod staleness;
 mod streaming;
 
-use fakes::{Behaviour, Call, engine_log_prob, first_id, metrics, run_in, stage, updates};
+use fakes::{Behaviour, Call, engine_log_prob, first_id, metrics, run_in, run_spec, spec, stage, updates};
 use serde_json::{Value, json};
 use std::path::Path;
-use temper_controller::{Error, PolicyStage, ReferenceConfig, Stage};
+use temper_controller::{Error, PolicyStage, ReferenceConfig, Stage, ValidationConfig};
 use temper_data::trajectories::read_dataset;
 use temper_proto::{PolicyRole, ScoreRequest};
 use temper_types::Sample;
@@ -139,6 +139,25 @@ fn a_failed_greedy_response_masks_its_group_out() {
     let lost = number(&metrics(dir.path())[0], "num_baseline_errors") as usize;
     assert!(lost > 0 && lost < 8, "{lost}");
     assert_eq!(updates(&calls)[0].rows.len(), 4 * (8 - lost));
+}
+
+/// Errors are counted also where every reward of a validation failed.
+#[test]
+fn a_validation_that_cannot_be_scored_says_so() {
+    let reward = |r: &ScoreRequest| {
+        let is_validation = r.key.group_id.0 > u64::MAX / 2;
+        (!is_validation).then(|| f64::from(first_id(r) % 3))
+    };
+    let behaviour = Behaviour { reward, ..Behaviour::default() };
+    let mut spec = spec(stage(1, json!({})), behaviour.replay);
+    spec.validation = ValidationConfig { data: "train".to_owned(), num_samples: 2, ..ValidationConfig::default() };
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    run_spec(dir.path(), spec, behaviour).expect("the run ends well");
+    let row = &metrics(dir.path())[0];
+    for prefix in ["val_start", "val"] {
+        assert_eq!(number(row, &format!("{prefix}/temper/sort_digits/num_reward_errors")), 16.0, "{row:?}");
+        assert!(!row.contains_key(&format!("{prefix}/temper/sort_digits/mean@2")), "no mean of nothing: {row:?}");
+    }
 }
 
 #[test]

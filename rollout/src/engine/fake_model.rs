@@ -21,6 +21,8 @@ pub(crate) struct FakeModel {
     /// One more step that fails, by its number, failed ones counted.
     pub failing_step: Option<usize>,
     num_tried: usize,
+    /// Whether its weights are no numbers.
+    pub is_broken: bool,
     /// Ids that are said to be masked.
     pub masked: Vec<u32>,
     /// Whether the pool has memory.
@@ -38,6 +40,7 @@ impl FakeModel {
             version: PolicyVersion::default(),
             fails: false,
             failing_step: None,
+            is_broken: false,
             num_tried: 0,
             masked: Vec::new(),
             is_awake: false,
@@ -121,7 +124,10 @@ impl Model for FakeModel {
             let last = span.first_slot + row - span.row_start;
             sample((0..=last).fold(7, |h, slot| mix(h, self.memory[place(span.blocks, slot)])), draw)
         };
-        let sampled = batch.draw_rows.iter().zip(batch.draws).map(draw).collect();
+        let mut sampled: Vec<Sampled> = batch.draw_rows.iter().zip(batch.draws).map(draw).collect();
+        if self.is_broken {
+            sampled.iter_mut().for_each(|token| token.log_prob = f32::NAN);
+        }
         Ok(StepOutput { version: self.version, sampled })
     }
 

@@ -23,7 +23,8 @@
 //! change attends to K/V that older weights stored. A sequence that is preempted after a change is recomputed under
 //! the weights of the day, but for what it shares of its prompt with a running sibling. Callers who want neither change
 //! weights only while the engine is idle. Cached prefixes are forgotten at every change, their names begin with the
-//! version, and what a sequence stored across a change is never cached: no later prompt attends to K/V of older weights.
+//! version, and what a sequence stored across a change is never cached: no later prompt attends to K/V of older
+//! weights.
 //!
 //! # Invariants
 //! Every group that was accepted ends with exactly one [`GroupResult`], from [`Engine::pop_finished`] or
@@ -213,6 +214,7 @@ impl<M: Model> Engine<M> {
         self.scheduler.schedule();
         self.model.copy_blocks(&self.scheduler.plan().copies);
         let output = self.buffers.run(&mut self.model, &self.scheduler, &self.samples)?;
+        self.check_finite(&output)?;
         self.follow_version(output.version);
         self.note_starts();
         self.scheduler.commit();
@@ -457,6 +459,17 @@ impl<M: Model> Engine<M> {
             std::mem::swap(&mut sample.proposal, proposal);
         });
         true
+    }
+
+    /// Weights that are not finite numbers draw nothing that could be used.
+    fn check_finite(&self, output: &StepOutput) -> Result<(), Error> {
+        let mut drawn = self.scheduler.plan().draws.iter().zip(&output.sampled);
+        let Some((draw, token)) = drawn.find(|(_, token)| !token.log_prob.is_finite()) else { return Ok(()) };
+        let sample = self.samples[draw.key.index()].as_ref().expect("a drawing sample is open");
+        Err(Error::Model(format!(
+            "the log-prob of token {} of group {} is {}: the weights of version {} give logits that are no finite numbers",
+            draw.slot, sample.context.request.group_id, token.log_prob, output.version
+        )))
     }
 
     fn record(&mut self, output: &StepOutput) {

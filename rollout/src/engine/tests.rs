@@ -442,6 +442,20 @@ fn a_failed_step_can_be_tried_again() {
     check_responses(&mut engine, &requests);
 }
 
+/// Nothing is taken from weights that are no numbers; whoever mends them can go on.
+#[test]
+fn weights_that_are_no_numbers_draw_nothing() {
+    let mut engine = engine(roomy());
+    let requests = [request(7, 20, 2, 5)];
+    engine.submit(requests.to_vec()).unwrap();
+    engine.step().unwrap();
+    engine.model_mut().is_broken = true;
+    let error = engine.step().unwrap_err().to_string();
+    assert!(error.contains("token 21 of group 7 is NaN"), "{error}");
+    engine.model_mut().is_broken = false;
+    check_responses(&mut engine, &requests);
+}
+
 #[test]
 fn timings_split_queue_and_rollout() {
     let mut engine = engine(SchedulerLimits { max_num_seqs: 1, ..roomy() });

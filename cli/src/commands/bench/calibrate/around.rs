@@ -47,7 +47,7 @@ fn score_seconds(bench: &Bench<'_>, service: &dyn RewardService, per_call: usize
     let policy = bench.planned.policy()?;
     let key = format!("data.{}", policy.data);
     let dataset = recipe.data.get(&policy.data).with_context(|| format!("{key}: no such dataset"))?;
-    let rows = load_dataset(&key, dataset)?;
+    let rows = load_dataset(&key, dataset, &*bench.text)?.rows;
     let samples: Vec<(&PromptRow, Vec<u32>)> =
         rows.iter().cycle().take(SAMPLES).zip(0..).map(|(row, i)| (row, bench.ids(bench.lengths.1, i))).collect();
     let seconds = median_seconds(|| {
