@@ -158,7 +158,7 @@ impl Use {
     }
 }
 
-/// A row by its file and its number there, from 0; only its number where it was made, or the files cannot be read again.
+/// A row by its file and its number there, from 0; only its number where it was made, or files cannot be read again.
 fn place(config: &DatasetConfig, row: &PromptRow) -> String {
     let mut number = row.prompt_id.0;
     for file in &config.files {

@@ -141,6 +141,20 @@ fn a_tiny_pool_preempts_and_changes_nothing() {
     assert!(engine.stats().num_preemptions > 0, "the pool is too small for all of them");
 }
 
+/// Responses of all lengths in a pool for a few of them, of which admission guesses too little.
+#[test]
+fn what_outgrows_its_reserve_is_given_room() {
+    let limits =
+        SchedulerLimits { num_blocks: 60, watermark_blocks: 1, reserve_tokens: 16, max_num_seqs: 64, ..roomy() };
+    let mut engine = engine(SchedulerLimits { max_batch_tokens: 128, ..limits });
+    let requests: Vec<_> = (0..48).map(|group| request(group, 10, 2, 20 + (group as u32 * 37) % 180)).collect();
+    engine.submit(requests.clone()).unwrap();
+    check_responses(&mut engine, &requests);
+    let stats = engine.stats();
+    let recomputed = stats.num_rows as f64 / (stats.num_prefill_tokens + stats.num_generated_tokens) as f64 - 1.0;
+    assert!(recomputed < 0.12, "{recomputed} of the rows again, {} preemptions", stats.num_preemptions);
+}
+
 #[test]
 fn a_group_costs_one_prefill() {
     let mut engine = engine(roomy());

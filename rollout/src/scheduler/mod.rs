@@ -10,7 +10,8 @@
 //! - Order of service: the oldest open group, then by falling priority, then by arrival. "Oldest" and "youngest" below
 //!   mean first and last in this order.
 //! - Sequences start in this order, and only where the pool covers the expected length of everything that runs (the
-//!   group's reserve ahead, or `reserve_tokens`) and a watermark stays free. Alone, a sequence always starts.
+//!   group's reserve ahead, or `reserve_tokens`; a few tokens more of what outgrew it) and a watermark stays free.
+//!   Alone, a sequence always starts.
 //! - The first sequence of a group computes the prompt, but for the full blocks that the prefix cache has; its siblings
 //!   wait, draw their first token from the same row, and then share its blocks. A sibling that comes later shares the
 //!   prompt's full blocks.

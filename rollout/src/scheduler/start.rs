@@ -3,6 +3,10 @@
 use super::{Rank, Scheduler, SeqKey, Sequence, shares_first_draw};
 use crate::block_manager::BlockHash;
 
+/// Tokens that a sequence longer than its reserve is expected to go on for. Of 0, what starts beside it is preempted
+/// soon and computed again; many leave blocks idle.
+const OUTGROWN_TOKENS: usize = 32;
+
 /// Where the prompt of a starting sequence comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum PromptSource {
@@ -176,9 +180,11 @@ impl Scheduler {
         self.own_demand(sequence) + prompt_blocks
     }
 
-    /// Blocks beyond the prompt's full ones that a sequence is expected to need.
+    /// Blocks beyond the prompt's full ones that a sequence is expected to need. One that outgrew its reserve goes on.
     fn own_demand(&self, sequence: &Sequence) -> usize {
-        let expected = sequence.max_slots.min(sequence.prompt_len + sequence.reserve_tokens);
+        let guess = sequence.prompt_len + sequence.reserve_tokens;
+        let guess = if sequence.len <= guess { guess } else { sequence.len + OUTGROWN_TOKENS };
+        let expected = sequence.max_slots.min(guess);
         self.blocks.blocks_for(expected.max(sequence.len)) - sequence.prompt_len / self.limits.block_size
     }
 
