@@ -1,5 +1,6 @@
 //! Where results go: stdout, or a file that appears whole or not at all.
 
+use crate::usage;
 use anyhow::{Context, Result};
 use serde::Serialize;
 use serde_json::Value;
@@ -91,6 +92,17 @@ pub fn write_json(path: Option<&Path>, value: &Value) -> Result<()> {
     let mut output = Output::create(path)?;
     output.line(&serde_json::to_string_pretty(value)?)?;
     output.finish()
+}
+
+/// Refuse a directory that holds something already.
+///
+/// # Errors
+/// Its name (exit code 2).
+pub fn require_empty(dir: &Path) -> Result<()> {
+    if dir.read_dir().is_ok_and(|mut entries| entries.next().is_some()) {
+        return Err(usage(format!("--output {}: the directory is not empty", dir.display())));
+    }
+    Ok(())
 }
 
 /// Print lines of text to stdout.
