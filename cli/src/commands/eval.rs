@@ -2,7 +2,7 @@
 
 use super::common::compute::{ComputeArgs, WeightsArgs};
 use super::common::engine::{Generator, Naming, Request, as_chat, write_dataset};
-use super::common::output::print;
+use super::common::output::{prepare_dir, print};
 use super::common::sampling::SamplingArgs;
 use crate::reward_models::launcher;
 use crate::usage;
@@ -110,6 +110,9 @@ impl Eval {
         }
         if self.chat {
             as_chat(&mut rows);
+        }
+        if let Some(dir) = &self.output {
+            prepare_dir(dir)?;
         }
         let naming = if self.output.is_some() { Naming::Hash } else { Naming::None };
         let engine = EngineConfig { weights: self.weights.format(), ..EngineConfig::default() };

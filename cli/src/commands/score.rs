@@ -1,7 +1,7 @@
 //! `temper score`: log-probs, values or scores of given token ids, and norms of gradients.
 
 use super::common::compute::{ComputeArgs, WeightsArgs, open_model};
-use super::common::output::{Output, print, write_json};
+use super::common::output::{Output, print};
 use crate::usage;
 use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::{Map, Value, json};
@@ -62,6 +62,8 @@ impl Score {
         if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
             return Err(usage(format!("--temperature {}: expected a number, 0 or more", self.temperature)));
         }
+        let output = Output::create(self.output.as_deref())?;
+        let norms = self.grad_norms.as_deref().map(|path| Output::create(Some(path))).transpose()?;
         let (config, reader) = open_model(&self.model)?;
         if self.grad_norms.is_some() && config.head != Head::CausalLm {
             return Err(usage(format!(
@@ -84,16 +86,15 @@ impl Score {
         };
         let mut scorer =
             Scorer { device, policy, gradients, temperature, arena: TrainArena::new(), totals: Totals::default() };
-        self.stream(&mut scorer, &config)?;
-        if let Some(path) = &self.grad_norms {
-            write_json(Some(path), &scorer.grad_norms(&self.input)?)?;
+        self.stream(&mut scorer, &config, output)?;
+        if let Some(output) = norms {
+            output.document(&scorer.grad_norms(&self.input)?)?;
         }
         self.report(&scorer.totals, (dtype, weights))
     }
 
-    fn stream(&self, scorer: &mut Scorer, config: &ModelConfig) -> Result<()> {
+    fn stream(&self, scorer: &mut Scorer, config: &ModelConfig, mut output: Output) -> Result<()> {
         let file = File::open(&self.input).with_context(|| format!("opening {}", self.input.display()))?;
-        let mut output = Output::create(self.output.as_deref())?;
         let mut waiting: Vec<Sequence> = Vec::new();
         let mut num_waiting = 0;
         let mut flush = |waiting: &mut Vec<Sequence>| -> Result<()> {

@@ -7,6 +7,7 @@ use serde_json::Value;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Lines of results.
 pub struct Output {
@@ -53,6 +54,15 @@ impl Output {
         writeln!(writer, "{text}").with_context(|| format!("writing {}", self.name))
     }
 
+    /// Write a JSON document over several lines, and finish.
+    ///
+    /// # Errors
+    /// Where it cannot be written.
+    pub fn document(mut self, value: &Value) -> Result<()> {
+        self.line(&serde_json::to_string_pretty(value)?)?;
+        self.finish()
+    }
+
     /// Write what is buffered and give the file its name.
     ///
     /// # Errors
@@ -78,9 +88,11 @@ impl Drop for Output {
     }
 }
 
+/// A name beside `path` that no other process and no other output has.
 fn unfinished(path: &Path) -> PathBuf {
+    static NUM_NAMED: AtomicU64 = AtomicU64::new(0);
     let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(format!(".tmp-{}", std::process::id()));
+    name.push(format!(".tmp-{}-{}", std::process::id(), NUM_NAMED.fetch_add(1, Ordering::Relaxed)));
     path.with_file_name(name)
 }
 
@@ -89,9 +101,7 @@ fn unfinished(path: &Path) -> PathBuf {
 /// # Errors
 /// Where it cannot be written.
 pub fn write_json(path: Option<&Path>, value: &Value) -> Result<()> {
-    let mut output = Output::create(path)?;
-    output.line(&serde_json::to_string_pretty(value)?)?;
-    output.finish()
+    Output::create(path)?.document(value)
 }
 
 /// Refuse a directory that holds something already.
@@ -103,6 +113,17 @@ pub fn require_empty(dir: &Path) -> Result<()> {
         return Err(usage(format!("--output {}: the directory is not empty", dir.display())));
     }
     Ok(())
+}
+
+/// Make a directory for results before work is done for them: it is empty, and files can be written there.
+///
+/// # Errors
+/// A directory that holds something already (exit code 2), or cannot be written.
+pub fn prepare_dir(dir: &Path) -> Result<()> {
+    require_empty(dir)?;
+    let probe = unfinished(&dir.join("probe"));
+    let written = std::fs::create_dir_all(dir).and_then(|()| File::create(&probe)).map(drop);
+    written.and_then(|()| std::fs::remove_file(&probe)).with_context(|| format!("--output {}", dir.display()))
 }
 
 /// Print lines of text to stdout.
