@@ -1,8 +1,9 @@
 //! `temper recipes`: what there is to run.
 
+use crate::commands::common::output::{print, print_json};
 use crate::recipe::{Recipe, Source};
 use anyhow::Context;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::path::PathBuf;
 
 /// List the recipes of a folder, with what each shows.
@@ -34,12 +35,11 @@ impl Recipes {
             rows.push(json!({"recipe": path, "description": description}));
         }
         if self.json {
-            println!("{}", serde_json::to_string_pretty(&rows)?);
-            return Ok(());
+            return print_json(&rows);
         }
-        for row in &rows {
-            println!("{}\n    {}", row["recipe"].as_str().unwrap_or(""), row["description"].as_str().unwrap_or(""));
-        }
-        Ok(())
+        let text = |row: &Value| {
+            format!("{}\n    {}\n", row["recipe"].as_str().unwrap_or(""), row["description"].as_str().unwrap_or(""))
+        };
+        print(&rows.iter().map(text).collect::<String>())
     }
 }

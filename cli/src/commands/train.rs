@@ -1,5 +1,6 @@
 //! `temper train`: run a recipe.
 
+use crate::commands::common::output::print;
 use crate::control::LocalControl;
 use crate::kill::KillAt;
 use crate::recipe::{CheckReport, Recipe, Source, check, render};
@@ -59,7 +60,10 @@ impl Train {
             std::fs::write(dir.recipe(), render(&recipe, &source)).context("writing the resolved recipe")?;
         }
         let outcome = self.drive(&recipe, (&source, &report), dir, resume)?;
-        self.report(&root, &outcome)?;
+        if let Err(error) = print(&self.report(&root, &outcome)?) {
+            // The run is what it is, whether or not anybody reads of it.
+            tracing::warn!("the report of the run is lost: {error:#}");
+        }
         match outcome {
             RunOutcome::Completed { .. } => Ok(()),
             RunOutcome::Interrupted { .. } => Err(anyhow::Error::new(Interrupted)),
@@ -140,7 +144,7 @@ impl Train {
         )
     }
 
-    fn report(&self, root: &Path, outcome: &RunOutcome) -> anyhow::Result<()> {
+    fn report(&self, root: &Path, outcome: &RunOutcome) -> anyhow::Result<String> {
         let rows = read_metrics(&root.join("metrics.jsonl"))?;
         let (status, model) = match outcome {
             RunOutcome::Completed { model } => ("completed", model.clone()),
@@ -151,18 +155,18 @@ impl Train {
                 "status": status, "run_dir": root, "model": model, "rollouts": root.join("rollouts"),
                 "metrics": root.join("metrics.jsonl"), "last": rows.last().map(MetricsRow::to_json),
             });
-            println!("{}", serde_json::to_string_pretty(&object)?);
-            return Ok(());
+            return Ok(format!("{object:#}\n"));
         }
-        println!("{status}{}", change(&rows));
-        println!("  model     {}", model.display());
-        println!("  rollouts  {}", root.join("rollouts").display());
-        println!("  metrics   {}", root.join("metrics.jsonl").display());
-        println!("  look      temper inspect {}", root.display());
+        let mut text = format!("{status}{}\n", change(&rows));
+        text += &format!("  model     {}\n", model.display());
+        text += &format!("  rollouts  {}\n", root.join("rollouts").display());
+        text += &format!("  metrics   {}\n", root.join("metrics.jsonl").display());
+        text += &format!("  look      temper inspect {}\n", root.display());
         if status == "interrupted" {
-            println!("  go on     temper train {} --run-dir {} --resume", self.recipe.display(), root.display());
+            text +=
+                &format!("  go on     temper train {} --run-dir {} --resume\n", self.recipe.display(), root.display());
         }
-        Ok(())
+        Ok(text)
     }
 }
 

@@ -1,6 +1,8 @@
 //! What a stranger gets wrong first.
 
+use crate::common::{SMALL, recipe, stderr, temper};
 use crate::support::{fail, run, text, write};
+use std::process::Stdio;
 
 /// An address that is none is refused at once: nothing waits for it to answer.
 #[test]
@@ -49,4 +51,36 @@ fn a_result_has_a_place_before_anything_is_computed() {
     }
     assert_eq!(std::fs::read_to_string(&kept).unwrap(), "something");
     assert_eq!(dir.path().read_dir().unwrap().count(), 2, "an unfinished file was left behind");
+}
+
+/// Run with a stdout that nobody reads.
+fn unheard(args: &[&str]) -> (Option<i32>, String) {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = temper().args(args).stdout(Stdio::from(writer)).output().unwrap();
+    (output.status.code(), stderr(&output))
+}
+
+#[test]
+fn a_closed_stdout_is_an_error_and_no_panic() {
+    let dir = tempfile::tempdir().unwrap();
+    let recipe = recipe(dir.path(), SMALL);
+    let (recipe, run_dir) = (text(&recipe), dir.path().join("run"));
+    let check = ["check", recipe];
+    for args in [
+        &check[..],
+        &[&check[..], &["--json"]].concat(),
+        &[&check[..], &["--resolved"]].concat(),
+        &["recipes", "--dir", text(dir.path())],
+        &["recipes", "--dir", text(dir.path()), "--json"],
+        &["certs", text(&dir.path().join("tls")), "localhost"],
+    ] {
+        let (code, stderr) = unheard(args);
+        assert!(code == Some(1) && stderr.starts_with("error: writing stdout"), "{args:?}: {code:?}, {stderr}");
+    }
+    // What was trained is there whether or not its report is read.
+    for more in [&[][..], &["--resume", "--json"]] {
+        let (code, stderr) = unheard(&[&["train", recipe, "--run-dir", text(&run_dir)], more].concat());
+        assert!(code == Some(0) && stderr.contains("writing stdout"), "{more:?}: {code:?}, {stderr}");
+    }
 }

@@ -126,7 +126,15 @@ pub fn prepare_dir(dir: &Path) -> Result<()> {
     written.and_then(|()| std::fs::remove_file(&probe)).with_context(|| format!("--output {}", dir.display()))
 }
 
-/// Print lines of text to stdout.
+/// Print a JSON value to stdout, over several lines.
+///
+/// # Errors
+/// Where stdout is closed.
+pub fn print_json(value: &impl Serialize) -> Result<()> {
+    print(&format!("{}\n", serde_json::to_string_pretty(value)?))
+}
+
+/// Print lines of text to stdout. (`println!` panics where stdout is closed.)
 ///
 /// # Errors
 /// Where stdout is closed.
