@@ -165,7 +165,8 @@ impl Eval {
             for ((name, source), metrics) in rows() {
                 object.insert(name.clone(), source.to_json(metrics));
             }
-            print(&format!("{:#}\n", json!({"model": self.model, "n": n, "reward": self.reward, "sources": object})))?;
+            let model = self.model.display().to_string();
+            print(&format!("{:#}\n", json!({"model": model, "n": n, "reward": self.reward, "sources": object})))?;
         } else {
             let mut text = String::new();
             for ((name, source), metrics) in rows() {

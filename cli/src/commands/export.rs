@@ -79,9 +79,10 @@ impl Export {
             let name = |value: &dyn ToString| value.to_string();
             let dtype = self.dtype.to_possible_value().map(|v| name(&v.get_name()));
             let format = self.format.to_possible_value().map(|v| name(&v.get_name()));
+            let (model, output) = (model.display().to_string(), written.display().to_string());
             return print(&format!(
                 "{}\n",
-                json!({"model": model, "output": written, "format": format, "dtype": dtype})
+                json!({"model": model, "output": output, "format": format, "dtype": dtype})
             ));
         }
         print(&format!("{}\n", written.display()))

@@ -58,7 +58,8 @@ impl Fetch {
                 let client = TableClient::new(self.target.endpoint()?);
                 let num_rows = write(&client, &self.request(), (output, format))?;
                 if self.target.json {
-                    print(&format!("{}\n", json!({"output": output, "rows": num_rows})))
+                    let object = json!({"output": output.display().to_string(), "rows": num_rows});
+                    print(&format!("{object}\n"))
                 } else {
                     print(&format!("{num_rows} rows in {}\n", output.display()))
                 }

@@ -32,7 +32,7 @@ impl Recipes {
         for path in &paths {
             let recipe = Source::read(path, &[]).and_then(|source| Recipe::from_source(&source));
             let description = recipe.map_or_else(|error| format!("broken: {error}"), |recipe| recipe.description);
-            rows.push(json!({"recipe": path, "description": description}));
+            rows.push(json!({"recipe": path.display().to_string(), "description": description}));
         }
         if self.json {
             return print_json(&rows);

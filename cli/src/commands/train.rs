@@ -151,9 +151,11 @@ impl Train {
             RunOutcome::Interrupted { checkpoint } => ("interrupted", checkpoint.join("model")),
         };
         if self.json {
+            let text = |path: &Path| path.display().to_string();
             let object = json!({
-                "status": status, "run_dir": root, "model": model, "rollouts": root.join("rollouts"),
-                "metrics": root.join("metrics.jsonl"), "last": rows.last().map(MetricsRow::to_json),
+                "status": status, "run_dir": text(root), "model": text(&model),
+                "rollouts": text(&root.join("rollouts")), "metrics": text(&root.join("metrics.jsonl")),
+                "last": rows.last().map(MetricsRow::to_json),
             });
             return Ok(format!("{object:#}\n"));
         }
