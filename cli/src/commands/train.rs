@@ -1,6 +1,7 @@
 //! `temper train`: run a recipe.
 
 use crate::commands::common::output::print;
+use crate::commands::common::shell::quoted;
 use crate::control::LocalControl;
 use crate::kill::KillAt;
 use crate::recipe::{CheckReport, Recipe, Source, check, render};
@@ -144,6 +145,12 @@ impl Train {
         )
     }
 
+    /// What goes on with this run, as a shell reads it.
+    fn resume_command(&self, root: &Path) -> String {
+        let sets: String = self.set.iter().map(|set| format!(" --set {}", quoted(set))).collect();
+        format!("temper train {}{sets} --run-dir {} --resume", quoted(&self.recipe), quoted(root))
+    }
+
     fn report(&self, root: &Path, outcome: &RunOutcome) -> anyhow::Result<String> {
         let rows = read_metrics(&root.join("metrics.jsonl"))?;
         let (status, model) = match outcome {
@@ -163,10 +170,9 @@ impl Train {
         text += &format!("  model     {}\n", model.display());
         text += &format!("  rollouts  {}\n", root.join("rollouts").display());
         text += &format!("  metrics   {}\n", root.join("metrics.jsonl").display());
-        text += &format!("  look      temper inspect {}\n", root.display());
+        text += &format!("  look      temper inspect {}\n", quoted(root));
         if status == "interrupted" {
-            text +=
-                &format!("  go on     temper train {} --run-dir {} --resume\n", self.recipe.display(), root.display());
+            text += &format!("  go on     {}\n", self.resume_command(root));
         }
         Ok(text)
     }

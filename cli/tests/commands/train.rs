@@ -3,9 +3,10 @@
 use crate::common::{SMALL, recipe, stderr, temper};
 use serde_json::Value;
 use std::ffi::{OsStr, OsString};
+use std::io::BufRead;
 use std::os::unix::ffi::OsStringExt;
-use std::path::PathBuf;
-use std::process::Output;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
 
 /// Run with any arguments.
 fn run(args: &[&OsStr]) -> Output {
@@ -36,4 +37,49 @@ fn a_path_that_is_no_utf8_is_shown_and_ends_nothing() {
     assert!(shown["checkpoints"][0]["path"].as_str().unwrap().contains("run\u{fffd}dir"));
     let recipes = json(&[OsStr::new("recipes"), OsStr::new("--dir"), dir.path().as_ref(), json_flag]);
     assert!(recipes[0]["recipe"].as_str().unwrap().ends_with("odd\u{fffd}.toml"));
+}
+
+/// Start a run, interrupt it after its first step, and give what it printed.
+fn interrupted(args: &[&OsStr]) -> String {
+    let mut command = temper();
+    let mut child = command.args(args).stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = std::io::BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
+    assert!(lines.any(|line| line.contains("step 1/")), "no step was announced");
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    lines.for_each(drop);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Run a command that was printed, by a shell that finds the binary as `temper`.
+fn pasted(line: &str) -> Output {
+    let bin = Path::new(env!("CARGO_BIN_EXE_temper")).parent().unwrap();
+    let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap());
+    Command::new("sh").args(["-c", line]).env("PATH", path).output().unwrap()
+}
+
+#[test]
+fn the_command_that_goes_on_can_be_pasted() {
+    let dir = tempfile::tempdir().unwrap();
+    let place = dir.path().join("two words");
+    std::fs::create_dir(&place).unwrap();
+    let (recipe, run_dir) = (recipe(&place, SMALL), place.join("it's a run"));
+    let args = [
+        "train".as_ref(),
+        recipe.as_os_str(),
+        "--set".as_ref(),
+        "seed=6".as_ref(),
+        "--set".as_ref(),
+        "stage.1.sampling={max_new_tokens = 5}".as_ref(),
+        "--run-dir".as_ref(),
+        run_dir.as_os_str(),
+    ];
+    let printed = interrupted(&args);
+    let line = |name: &str| printed.lines().find_map(|line| line.trim().strip_prefix(name)).map(str::trim).unwrap();
+    let look = pasted(line("look"));
+    assert!(look.status.success(), "{printed}{}", stderr(&look));
+    let output = pasted(line("go on"));
+    assert!(output.status.success(), "{printed}{}", stderr(&output));
+    assert!(String::from_utf8_lossy(&output.stdout).starts_with("completed"));
 }
