@@ -17,6 +17,7 @@ mod recipe;
 mod recovery;
 mod reward_models;
 mod rollout_ranks;
+mod run_dirs;
 mod runtime;
 mod staleness;
 mod tables;

@@ -6,6 +6,7 @@ use crate::control::LocalControl;
 use crate::kill::KillAt;
 use crate::recipe::{CheckReport, Recipe, Source, check, render};
 use crate::recovery::{Start, after_loss};
+use crate::run_dirs;
 use crate::runtime::{self, Runtime};
 use crate::workers::Cluster;
 use crate::{Interrupted, usage};
@@ -31,7 +32,8 @@ const MAX_RECOVERIES: usize = 1000;
 pub struct Train {
     /// The recipe.
     recipe: PathBuf,
-    /// Where the run is kept; default: runs/NAME, or runs/NAME-2, ... where that exists.
+    /// Where the run is kept; default: runs/NAME, or runs/NAME-2, ... where that exists; with --resume that of them
+    /// which was started last.
     #[arg(long)]
     run_dir: Option<PathBuf>,
     /// Go on from the last complete checkpoint of the run directory.
@@ -72,15 +74,10 @@ impl Train {
     }
 
     fn run_dir(&self, recipe: &Recipe) -> anyhow::Result<PathBuf> {
-        let first = Path::new("runs").join(&recipe.name);
         match &self.run_dir {
             Some(dir) => Ok(dir.clone()),
-            None if self.resume || !first.exists() => Ok(first),
-            None => {
-                let numbered = |n: u32| Path::new("runs").join(format!("{}-{n}", recipe.name));
-                let free = (2..10_000).map(numbered).find(|dir| !dir.exists());
-                free.ok_or_else(|| usage("runs/ is full of runs of this name: give --run-dir"))
-            }
+            None if self.resume => Ok(run_dirs::latest(&recipe.name)),
+            None => run_dirs::free(&recipe.name),
         }
     }
 

@@ -83,3 +83,32 @@ fn the_command_that_goes_on_can_be_pasted() {
     assert!(output.status.success(), "{printed}{}", stderr(&output));
     assert!(String::from_utf8_lossy(&output.stdout).starts_with("completed"));
 }
+
+/// The run that is meant is the last one that was started, whatever its number.
+#[test]
+fn a_resume_takes_the_run_that_was_started_last() {
+    let dir = tempfile::tempdir().unwrap();
+    let recipe = recipe(dir.path(), SMALL);
+    let resume = || {
+        let output =
+            temper().current_dir(&dir).args([OsStr::new("train"), recipe.as_ref(), "--resume".as_ref()]).output();
+        let output = output.unwrap();
+        (output.status.code(), stderr(&output))
+    };
+    let first = temper().current_dir(&dir).arg("train").arg(&recipe).output().unwrap();
+    assert!(first.status.success(), "{}", stderr(&first));
+    let mut second = temper();
+    second.current_dir(&dir).arg("train").arg(&recipe).env("TEMPER_KILL_AT", "5:rollout");
+    assert_eq!(second.output().unwrap().status.code(), None);
+    // A number that never began comes behind those that did.
+    std::fs::create_dir(dir.path().join("runs/small-3")).unwrap();
+    let (code, says) = resume();
+    assert!(code == Some(0) && says.contains("--resume: runs/small-2 is the run that was started last"), "{says}");
+    assert!(says.contains("run directory: runs/small-2\n") && says.contains("step 10/10"), "{says}");
+    // The first name is taken again, later than the second.
+    let runs = |name: &str| dir.path().join("runs").join(name);
+    std::fs::remove_dir_all(runs("small")).unwrap();
+    let again = temper().current_dir(&dir).arg("train").arg(&recipe).output().unwrap();
+    assert!(again.status.success() && runs("small").is_dir(), "{}", stderr(&again));
+    assert!(resume().1.contains("run directory: runs/small\n"));
+}
