@@ -15,6 +15,7 @@ mod plan;
 mod planned;
 mod recipe;
 mod recovery;
+mod resume;
 mod reward_models;
 mod rollout_ranks;
 mod run_dirs;

@@ -6,6 +6,7 @@ use crate::control::LocalControl;
 use crate::kill::KillAt;
 use crate::recipe::{CheckReport, Recipe, Source, check, render};
 use crate::recovery::{Start, after_loss};
+use crate::resume::require_same_run;
 use crate::run_dirs;
 use crate::runtime::{self, Runtime};
 use crate::workers::Cluster;
@@ -59,7 +60,9 @@ impl Train {
         let root = self.run_dir(&recipe)?;
         let dir = RunDir::open(&root)?;
         let resume = self.checkpoint(&dir)?;
-        if resume.is_none() {
+        if let Some(checkpoint) = &resume {
+            require_same_run(checkpoint, &report.identity, (&recipe, &dir.recipe()))?;
+        } else {
             std::fs::write(dir.recipe(), render(&recipe, &source)).context("writing the resolved recipe")?;
         }
         let outcome = self.drive(&recipe, (&source, &report), dir, resume)?;
@@ -107,6 +110,9 @@ impl Train {
         let model_dir = runtime::initial_model(recipe, dir.root())?;
         let control = Arc::new(LocalControl::default());
         let mut runtime = runtime::start(recipe, (source, report), (&model_dir, dir.root()), &control)?;
+        if let Some(checkpoint) = &resume {
+            require_same_run(checkpoint, &runtime.spec.identity, (recipe, &dir.recipe()))?;
+        }
         announce(&runtime, &report.summary, dir.root());
         let num_steps = recipe.stages.iter().map(temper_controller::Stage::steps).sum();
         let stop = stop_flag()?;

@@ -11,6 +11,7 @@ use std::path::Path;
 use temper_actor::{ModelConfig, Tokenizer};
 use temper_controller::{PolicyStage, SftStage, Stage, load_dataset};
 use temper_types::{PromptRow, did_you_mean};
+use toml::Table;
 
 /// What a check found out.
 #[derive(Debug)]
@@ -252,19 +253,25 @@ fn check_validation(recipe: &Recipe, source: &Source, data: &Data) -> Result<(),
     check_ground_truth(recipe, source, "validation.data", rows)
 }
 
-/// Hash of all that decides the run's numbers: the recipe without what never changes one (limits of the engine,
-/// placement but for its staleness, checkpoints, names), and the data.
-fn identity(recipe: &Recipe, data: &Data) -> String {
+/// The tables whose every key decides the run's numbers.
+pub(super) fn deciding_table(recipe: &Recipe) -> Table {
     let mut table = to_table(recipe);
     for key in ["name", "description", "engine", "placement", "checkpoint", "rollout_timeout_seconds"] {
         table.remove(key);
     }
-    if recipe.placement.staleness > 0 {
-        table.insert("staleness".to_owned(), i64::from(recipe.placement.staleness).into());
-    }
     let components = table.get_mut("reward").and_then(|reward| reward.get_mut("components"));
     for component in components.and_then(toml::Value::as_array_mut).into_iter().flatten() {
         component.as_table_mut().and_then(|component| component.remove("workers"));
+    }
+    table
+}
+
+/// Hash of all that decides the run's numbers: the recipe without what never changes one (limits of the engine,
+/// placement but for its staleness, checkpoints, names), and the data.
+fn identity(recipe: &Recipe, data: &Data) -> String {
+    let mut table = deciding_table(recipe);
+    if recipe.placement.staleness > 0 {
+        table.insert("staleness".to_owned(), i64::from(recipe.placement.staleness).into());
     }
     let mut hasher = blake3::Hasher::new();
     hasher.update(table.to_string().as_bytes());

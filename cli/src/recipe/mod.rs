@@ -12,6 +12,7 @@ mod check_partial;
 mod check_replay;
 mod check_reward_model;
 mod check_weights;
+mod differences;
 mod error;
 mod preference_stage;
 mod render;
@@ -21,6 +22,7 @@ mod typed;
 
 pub use check::{CheckReport, check, config_error};
 pub use check_distill::check_teachers;
+pub use differences::differences;
 pub use error::RecipeError;
 pub use render::render;
 pub use source::Source;

@@ -1,6 +1,7 @@
 //! `temper train`: where it runs, what it says of it, and what a run directory holds.
 
 use crate::common::{SMALL, recipe, stderr, temper};
+use crate::support::{fail, text, write};
 use serde_json::Value;
 use std::ffi::{OsStr, OsString};
 use std::io::BufRead;
@@ -111,4 +112,39 @@ fn a_resume_takes_the_run_that_was_started_last() {
     let again = temper().current_dir(&dir).arg("train").arg(&recipe).output().unwrap();
     assert!(again.status.success() && runs("small").is_dir(), "{}", stderr(&again));
     assert!(resume().1.contains("run directory: runs/small\n"));
+}
+
+/// A run of the small recipe that was killed in its step 5.
+fn killed(dir: &Path, args: &[&str]) -> (PathBuf, PathBuf) {
+    let (recipe, run_dir) = (recipe(dir, SMALL), dir.join("run"));
+    let mut command = temper();
+    command.arg("train").arg(&recipe).arg("--run-dir").arg(&run_dir).args(args).env("TEMPER_KILL_AT", "5:rollout");
+    assert_eq!(command.output().unwrap().status.code(), None);
+    (recipe, run_dir)
+}
+
+#[test]
+fn a_refused_resume_names_what_differs() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows: String = (0..4).map(|i| format!("{{\"prompt\": \"{i}=\", \"ground_truth\": \"{i}\"}}\n")).collect();
+    let data = write(dir.path(), "rows.jsonl", &rows);
+    let set = format!("data.train={{files=[\"{data}\"]}}");
+    let (recipe, run_dir) = killed(dir.path(), &["--set", &set]);
+    let kept = || std::fs::read_to_string(run_dir.join("recipe.toml")).unwrap();
+    let before = kept();
+    let refused = |more: &[&str], parts: &[&str]| {
+        let args = ["train", text(&recipe), "--run-dir", text(&run_dir), "--resume", "--set", &set];
+        fail(&[&args[..], more].concat(), 1, &[&["another recipe"], parts].concat());
+        assert_eq!(kept(), before, "{more:?} was refused and written");
+    };
+    refused(&["--set", "seed=6"], &["`seed` is 5 there and 6 here"]);
+    refused(
+        &["--set", "stage.1.sampling.max_new_tokens=5"],
+        &["`stage.1.sampling.max_new_tokens` is 6 there and 5 here"],
+    );
+    refused(&["--set", "dtype=bf16"], &["`dtype` is \"f32\" there and \"bf16\" here"]);
+    refused(&["--set", "placement.staleness=1"], &["`placement.staleness` is 0 there and 1 here"]);
+    refused(&["--set", "engine.replay=coupled"], &["`engine.replay` is \"exact\" there and \"coupled\" here"]);
+    write(dir.path(), "rows.jsonl", &rows.replace("3=", "4="));
+    refused(&[], &["no key differs, so its data files had other rows"]);
 }
