@@ -63,7 +63,7 @@ impl Train {
         if let Some(checkpoint) = &resume {
             require_same_run(checkpoint, &report.identity, (&recipe, &dir.recipe()))?;
         } else {
-            std::fs::write(dir.recipe(), render(&recipe, &source)).context("writing the resolved recipe")?;
+            write_recipe(&dir, &render(&recipe, &source))?;
         }
         let outcome = self.drive(&recipe, (&source, &report), dir, resume)?;
         if let Err(error) = print(&self.report(&root, &outcome)?) {
@@ -112,6 +112,8 @@ impl Train {
         let mut runtime = runtime::start(recipe, (source, report), (&model_dir, dir.root()), &control)?;
         if let Some(checkpoint) = &resume {
             require_same_run(checkpoint, &runtime.spec.identity, (recipe, &dir.recipe()))?;
+            // Settings that change no number may be others than before.
+            write_recipe(&dir, &render(recipe, source))?;
         }
         announce(&runtime, &report.summary, dir.root());
         let num_steps = recipe.stages.iter().map(temper_controller::Stage::steps).sum();
@@ -179,6 +181,14 @@ impl Train {
         }
         Ok(text)
     }
+}
+
+/// Replace the resolved recipe of the run directory. The directory is locked: nobody else writes there.
+fn write_recipe(dir: &RunDir, text: &str) -> anyhow::Result<()> {
+    let path = dir.recipe();
+    let unfinished = path.with_extension("toml.tmp");
+    let written = std::fs::write(&unfinished, text).and_then(|()| std::fs::rename(&unfinished, &path));
+    written.with_context(|| format!("writing {}", path.display()))
 }
 
 fn announce(runtime: &Runtime, summary: &str, root: &Path) {

@@ -148,3 +148,18 @@ fn a_refused_resume_names_what_differs() {
     write(dir.path(), "rows.jsonl", &rows.replace("3=", "4="));
     refused(&[], &["no key differs, so its data files had other rows"]);
 }
+
+#[test]
+fn the_recipe_of_the_run_directory_is_that_of_the_last_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let (recipe, run_dir) = killed(dir.path(), &["--set", "checkpoint.keep_last=3"]);
+    let keep = || {
+        let written: toml::Table = std::fs::read_to_string(run_dir.join("recipe.toml")).unwrap().parse().unwrap();
+        written["checkpoint"]["keep_last"].as_integer()
+    };
+    assert_eq!(keep(), Some(3));
+    let args = ["train", text(&recipe), "--run-dir", text(&run_dir), "--resume", "--set", "checkpoint.keep_last=4"];
+    assert!(temper().args(args).output().unwrap().status.success());
+    assert_eq!(keep(), Some(4));
+    assert!(!run_dir.join("recipe.toml.tmp").exists());
+}
