@@ -351,3 +351,27 @@ fn a_resolved_recipe_names_origins_and_is_a_recipe_of_the_same_run() {
     assert_eq!(identity(&resolved, &[]), identity(&path, &sets));
     assert_ne!(identity(&resolved, &[]), identity(&path, &[]));
 }
+
+/// What `--set` gives is the command line's, in the resolved recipe and in errors.
+#[test]
+fn what_is_set_is_blamed_on_set() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = recipe(dir.path(), SMALL);
+    let check = |sets: &[&str]| temper().arg("check").arg(&path).args(sets).output().expect("the binary starts");
+    let overlong = "stage.1.algorithm.overlong={enable=true,len=4}";
+    let output = check(&["--resolved", "--set", overlong]);
+    let text = String::from_utf8(output.stdout).expect("text");
+    let table = text.split_once("overlong]").map_or(text.as_str(), |(_, rest)| rest);
+    assert!(table.contains("enable = true  # --set\n") && table.contains("len = 4  # --set\n"), "{text}");
+    for (set, says) in [
+        ("stage.1.sampling.temperature=-1", "--set: `stage.1.sampling`: temperature"),
+        ("foo.bar=1", "--set: `foo`: unknown key"),
+        ("stage.1.sampling.foo=1", "--set: `stage.1.sampling.foo`: unknown key"),
+        ("engine.max_num_seqs=0", "--set: `engine`"),
+    ] {
+        let output = check(&["--set", set]);
+        let message = common::stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{set}: {message}");
+        assert!(message.starts_with(&format!("error: {says}")), "{set}: {message}");
+    }
+}
