@@ -120,6 +120,27 @@ fn a_single_token_has_no_log_prob_and_a_summary_counts() {
     assert!((summary["mean_nll"].as_f64().unwrap() - mean).abs() < 1e-12);
 }
 
+/// A model that gives values or scores has no log-likelihood: none is reported.
+#[test]
+fn the_summary_says_what_was_scored() {
+    let dir = tempfile::tempdir().unwrap();
+    let input = write(dir.path(), "in.jsonl", "{\"input_ids\": [5]}\n{\"input_ids\": [5, 6, 7]}\n");
+    let out = dir.path().join("out.jsonl");
+    for (model, scored, says) in [
+        ("llama", "log_probs", "2 lines, 2 tokens scored, mean negative log-likelihood "),
+        ("critic_qwen2", "values", "2 lines, 4 values of tokens\n"),
+        ("reward_llama", "scores", "2 lines, 2 scores of whole lines\n"),
+    ] {
+        let dir = fixture(model);
+        let args = ["score", "--model", text(&dir), "--input", &input, "--output", text(&out)];
+        let summary = succeed(&args);
+        assert!(summary.starts_with(says), "{model}: {summary}");
+        let summary: Value = serde_json::from_str(&succeed(&[&args[..], &["--json"]].concat())).unwrap();
+        assert_eq!(summary["scored"], scored);
+        assert_eq!(summary.get("mean_nll").is_some(), model == "llama", "{summary}");
+    }
+}
+
 #[test]
 fn bad_lines_are_named_by_file_and_line() {
     let dir = tempfile::tempdir().unwrap();
