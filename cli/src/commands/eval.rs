@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 use temper_algos::metrics::{best_at_k, maj_at_n, mean_at_n, pass_at_k};
 use temper_proto::ScoreRequest;
-use temper_reward::{LocalRewardService, RewardConfig, Scorer};
+use temper_reward::{LocalRewardService, RewardConfig, RewardKind, Scorer};
 use temper_rollout::EngineConfig;
 use temper_types::{RewardOutcome, Sample};
 
@@ -151,6 +151,13 @@ impl Eval {
         } else {
             RewardConfig::from_name(&self.reward).map_err(|e| usage(format!("--reward: {e}")))?
         };
+        if let Some(component) = config.components.iter().find(|c| matches!(c.kind, RewardKind::RewardModel(_))) {
+            return Err(usage(format!(
+                "--reward: component `{}` is a reward model, which only a run has at hand: expected rewards that score \
+                 by rules or by code of your own",
+                component.name()
+            )));
+        }
         let scorer = Scorer::new(config).map_err(|e| usage(format!("--reward: {e}")))?;
         let service = LocalRewardService::new(scorer, NonZeroUsize::MIN);
         service.with_external(&launcher()).map_err(|e| usage(format!("--reward: {e}")))
