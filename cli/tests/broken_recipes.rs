@@ -48,6 +48,12 @@ const CASES: &[Case] = &[
     case("bad pattern", "pattern = \"^[0-9]+$\"", "pattern = \"^[0-9+$\"", &["reward", "^[0-9+$"]),
     case("unknown stage kind", "kind = \"grpo\"", "kind = \"gppo\"", &["stage.1.kind", "grpo"]),
     case(
+        "no number to be correct at",
+        "every_steps = 3",
+        "every_steps = 3\ncorrect_at = nan",
+        &["recipe.toml:", "validation.correct_at", "finite number"],
+    ),
+    case(
         "missing dataset",
         "data = \"demonstrations\"",
         "data = \"demonstration\"",

@@ -102,6 +102,9 @@ impl Eval {
         if self.n == 0 {
             return Err(usage("--n 0: expected 1 or more"));
         }
+        if !self.correct_at.is_finite() {
+            return Err(usage(format!("--correct-at {}: expected a finite number", self.correct_at)));
+        }
         let reward = self.reward()?;
         let mut rows = temper_data::prompts::read_prompts(&self.data)?;
         rows.truncate(self.limit.unwrap_or(usize::MAX));

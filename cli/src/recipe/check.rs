@@ -243,6 +243,10 @@ fn placement_summary(recipe: &Recipe) -> Option<String> {
 
 fn check_validation(recipe: &Recipe, source: &Source, data: &Data) -> Result<(), RecipeError> {
     let validation = &recipe.validation;
+    if !validation.correct_at.is_finite() {
+        let problem = format!("{} is out of range: expected a finite number", validation.correct_at);
+        return Err(source.error("validation.correct_at", problem));
+    }
     if validation.data.is_empty() {
         return Ok(());
     }
