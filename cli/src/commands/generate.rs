@@ -27,12 +27,13 @@ enum Format {
 
 /// Answer prompts, and keep the token ids with the log-prob of every token.
 ///
-/// A prompts file has one prompt a row: JSONL, Parquet or Arrow with "prompt" (text, or chat messages, which go through
-/// the chat template) or "prompt_token_ids"; in a .txt file every line is a prompt. The result has --n rows for every
-/// prompt, in the prompts' order: prompt_token_ids, response_token_ids (the stop token included), response (without
-/// it), rollout_log_probs, finish_reason. rollout_log_probs is log_softmax(logits / temperature), never truncated;
-/// where --top-p, --top-k, --min-p, a penalty, a bias or a ban acts, sampled_log_probs and surviving_mass stand
-/// beside it. Tokens and log-probs do not depend on batch mates, threads, the order of prompts or speculation.
+/// A prompts file has one prompt a row: JSONL, Parquet (plain, Snappy or Zstandard) or Arrow (plain or Zstandard) with
+/// "prompt" (text, or chat messages, which go through the chat template) or "prompt_token_ids"; in a .txt file every
+/// line is a prompt. The result has --n rows for every prompt, in the prompts' order: prompt_token_ids,
+/// response_token_ids (the stop token included), response (without it), rollout_log_probs, finish_reason.
+/// rollout_log_probs is log_softmax(logits / temperature), never truncated; where --top-p, --top-k, --min-p, a
+/// penalty, a bias or a ban acts, sampled_log_probs and surviving_mass stand beside it. Tokens and log-probs do not
+/// depend on batch mates, threads, the order of prompts or speculation.
 #[derive(clap::Args)]
 #[command(
     after_help = "Examples:\n  temper generate --model models/smollm2-135m --prompt 'What is 2+2?' --chat --max-new-tokens 64\n  temper generate --model models/smollm2-135m --prompts prompts.jsonl --n 4 --seed 7 --max-new-tokens 128 --output out.jsonl\n  temper generate --model models/smollm2-135m --prompts prompts.jsonl --max-new-tokens 128 --format arrow --output out/\n  temper generate --model models/smollm2-135m --prompt '17 + 25 =' --beam-width 4 --n 2 --length-penalty 0.6 --max-new-tokens 16"
