@@ -1,5 +1,6 @@
 //! `temper score` against transformers.
 
+use crate::common::temper;
 use crate::support::{assert_close, fail, fixture, lines, numbers, reference, run, succeed, text, write};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -166,6 +167,31 @@ fn bad_lines_are_named_by_file_and_line() {
     }
     let empty = write(dir.path(), "empty.jsonl", "\n");
     fail(&["score", "--model", text(&model), "--input", &empty], 1, &["empty.jsonl", "no line to score"]);
+}
+
+/// An interrupted command leaves nothing behind, and a file that was there stays as it was.
+#[test]
+fn an_interruption_takes_the_unfinished_file_away() {
+    use std::os::unix::process::ExitStatusExt;
+    for (signal, number) in [("-INT", 2), ("-TERM", 15)] {
+        let dir = tempfile::tempdir().unwrap();
+        let model = fixture("llama");
+        let prompts = dir.path().join("prompts");
+        assert!(std::process::Command::new("mkfifo").arg(&prompts).status().unwrap().success());
+        let out = write(dir.path(), "out.jsonl", "earlier");
+        // The result has its place when the input is opened, which is never written: the command waits for it.
+        let args = ["score", "--model", text(&model), "--input", text(&prompts), "--output", &out];
+        let mut child = temper().args(args).spawn().unwrap();
+        let held = std::fs::OpenOptions::new().write(true).open(&prompts).unwrap();
+        let names = || dir.path().read_dir().unwrap().map(|e| e.unwrap().file_name()).collect::<Vec<_>>();
+        assert_eq!(names().len(), 3, "{:?}", names());
+        let sent = std::process::Command::new("kill").args([signal, &child.id().to_string()]).status();
+        assert!(sent.unwrap().success());
+        assert_eq!(child.wait().unwrap().signal(), Some(number));
+        drop(held);
+        assert_eq!(names().len(), 2, "{:?}", names());
+        assert_eq!(std::fs::read_to_string(&out).unwrap(), "earlier");
+    }
 }
 
 #[test]

@@ -8,3 +8,4 @@ pub mod output;
 pub mod sampling;
 pub mod shell;
 pub mod speculation;
+mod unfinished_file;

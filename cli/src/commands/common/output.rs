@@ -1,5 +1,6 @@
 //! Where results go: stdout, or a file that appears whole or not at all.
 
+use super::unfinished_file;
 use crate::usage;
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -9,7 +10,7 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Lines of results.
+/// Lines of results. What is unfinished when Ctrl-C or SIGTERM ends the process is removed.
 pub struct Output {
     writer: Option<BufWriter<Box<dyn Write>>>,
     /// Temporary and final name of a file being written; `None` where lines go straight to their place.
@@ -29,9 +30,13 @@ impl Output {
             return Ok(Output { writer, pending: None, name: "stdout".to_owned() });
         };
         let is_special = path.metadata().is_ok_and(|m| !m.is_file());
-        let target = if is_special { path.to_owned() } else { unfinished(path) };
-        let file = File::create(&target).with_context(|| format!("creating {}", path.display()))?;
-        let pending = (!is_special).then(|| (target, path.to_owned()));
+        let (file, pending) = if is_special {
+            (File::create(path), None)
+        } else {
+            let target = unfinished(path);
+            (unfinished_file::create(&target), Some((target, path.to_owned())))
+        };
+        let file = file.with_context(|| format!("creating {}", path.display()))?;
         let writer = Some(BufWriter::new(Box::new(file) as Box<dyn Write>));
         Ok(Output { writer, pending, name: path.display().to_string() })
     }
@@ -72,7 +77,7 @@ impl Output {
         writer.flush().with_context(|| format!("writing {}", self.name))?;
         drop(writer);
         if let Some((from, to)) = self.pending.take() {
-            std::fs::rename(&from, &to).with_context(|| format!("renaming {} into place", to.display()))?;
+            unfinished_file::rename(&from, &to).with_context(|| format!("renaming {} into place", to.display()))?;
         }
         Ok(())
     }
@@ -81,7 +86,7 @@ impl Output {
 impl Drop for Output {
     fn drop(&mut self) {
         if let Some((from, _)) = &self.pending
-            && let Err(error) = std::fs::remove_file(from)
+            && let Err(error) = unfinished_file::remove(from)
         {
             tracing::warn!(file = %from.display(), %error, "an unfinished file was left behind");
         }
