@@ -37,6 +37,20 @@ const CASES: &[Case] = &[
         "mini_batches = 3",
         &["stage.1.mini_batches", "4 prompts", "3 equal mini-batches", "divisor"],
     ),
+    case("no name", "name = \"small\"", "name = \"\"", &["recipe.toml:2", "`name`", "cannot name the directory"]),
+    case(
+        "a path as a name",
+        "name = \"small\"",
+        "name = \"../x\"",
+        &["recipe.toml:2", "`name`", "\"../x\"", "without `/`"],
+    ),
+    case("the directory above", "name = \"small\"", "name = \"..\"", &["recipe.toml:2", "`name`", "\"..\""]),
+    case(
+        "a seed beyond TOML",
+        "seed = 5",
+        "seed = 18446744073709551615",
+        &["recipe.toml:4", "at most 9223372036854775807"],
+    ),
     case("group of one", "num_generations = 4", "num_generations = 1", &["stage.1.num_generations", "at least 2"]),
     case(
         "missing data file",
@@ -374,6 +388,10 @@ fn what_is_set_is_blamed_on_set() {
         ("foo.bar=1", "--set: `foo`: unknown key"),
         ("stage.1.sampling.foo=1", "--set: `stage.1.sampling.foo`: unknown key"),
         ("engine.max_num_seqs=0", "--set: `engine`"),
+        (
+            "seed=18446744073709551615",
+            "--set: `seed`: 18446744073709551615 is out of range: expected an integer from 0 to 9223372036854775807",
+        ),
     ] {
         let output = check(&["--set", set]);
         let message = common::stderr(&output);

@@ -29,6 +29,7 @@ pub struct CheckReport {
 /// # Errors
 /// The first thing that cannot work, by file, line and key, with what would be right.
 pub fn check(recipe: &Recipe, source: &Source) -> Result<CheckReport, RecipeError> {
+    check_name(&recipe.name, source)?;
     check_model(&recipe.model, source)?;
     if recipe.stages.is_empty() {
         return Err(source.error("stage", "there is no stage: expected at least one [[stage]] table"));
@@ -57,6 +58,16 @@ pub fn check(recipe: &Recipe, source: &Source) -> Result<CheckReport, RecipeErro
     let identity = identity(recipe, &data);
     let num_rows: BTreeMap<String, usize> = data.into_iter().map(|(name, rows)| (name, rows.len())).collect();
     Ok(CheckReport { summary: summary(recipe, &num_rows), num_rows, identity })
+}
+
+/// A run is kept in runs/NAME where nothing else is said.
+fn check_name(name: &str, source: &Source) -> Result<(), RecipeError> {
+    let is_name = !["", ".", ".."].contains(&name) && !name.contains(['/', '\\', '\0']);
+    if is_name {
+        return Ok(());
+    }
+    let problem = format!("\"{name}\" cannot name the directory of a run: expected a name without `/` and `\\`");
+    Err(source.error("name", problem))
 }
 
 fn check_model(model: &ModelSource, source: &Source) -> Result<(), RecipeError> {

@@ -230,7 +230,10 @@ pub(super) fn merge(into: &mut Table, from: Table) {
 fn syntax(path: &Path, text: &str, error: &toml::de::Error) -> RecipeError {
     let offset = error.span().map_or(0, |span| span.start);
     let line = text[..offset.min(text.len())].matches('\n').count() + 1;
-    RecipeError::Syntax { path: path.to_path_buf(), line, problem: error.message().to_owned() }
+    let message = error.message();
+    let is_too_large = message.ends_with("too large") || message.contains("as i128");
+    let largest = if is_too_large { format!(": expected at most {}", i64::MAX) } else { String::new() };
+    RecipeError::Syntax { path: path.to_path_buf(), line, problem: format!("{message}{largest}") }
 }
 
 /// Line of every key of a parsed document, by dotted path.
