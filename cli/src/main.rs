@@ -1,6 +1,9 @@
 //! `temper`: the one binary. Reads flags and the environment, assembles the services, prints results.
 //!
 //! Exit codes: 0 done, 1 failed with the cause, 2 bad usage or recipe, 130 interrupted after a clean checkpoint.
+//! A stdout that is closed is an error as any other: all print by `commands::common::output`, never by `println!`.
+
+#![deny(clippy::print_stdout)]
 
 mod certs;
 mod commands;
@@ -12,8 +15,10 @@ mod plan;
 mod planned;
 mod recipe;
 mod recovery;
+mod resume;
 mod reward_models;
 mod rollout_ranks;
+mod run_dirs;
 mod runtime;
 mod staleness;
 mod tables;

@@ -38,6 +38,20 @@ const CASES: &[Case] = &[
         "mini_batches = 3",
         &["stage.1.mini_batches", "4 prompts", "3 equal mini-batches", "divisor"],
     ),
+    case("no name", "name = \"small\"", "name = \"\"", &["recipe.toml:2", "`name`", "cannot name the directory"]),
+    case(
+        "a path as a name",
+        "name = \"small\"",
+        "name = \"../x\"",
+        &["recipe.toml:2", "`name`", "\"../x\"", "without `/`"],
+    ),
+    case("the directory above", "name = \"small\"", "name = \"..\"", &["recipe.toml:2", "`name`", "\"..\""]),
+    case(
+        "a seed beyond TOML",
+        "seed = 5",
+        "seed = 18446744073709551615",
+        &["recipe.toml:4", "at most 9223372036854775807"],
+    ),
     case("group of one", "num_generations = 4", "num_generations = 1", &["stage.1.num_generations", "at least 2"]),
     case(
         "missing data file",
@@ -48,6 +62,12 @@ const CASES: &[Case] = &[
     case("unknown reward", "kind = \"exact_match\"", "kind = \"exact_mach\"", &["reward", "exact_mach", "exact_match"]),
     case("bad pattern", "pattern = \"^[0-9]+$\"", "pattern = \"^[0-9+$\"", &["reward", "^[0-9+$"]),
     case("unknown stage kind", "kind = \"grpo\"", "kind = \"gppo\"", &["stage.1.kind", "grpo"]),
+    case(
+        "no number to be correct at",
+        "every_steps = 3",
+        "every_steps = 3\ncorrect_at = nan",
+        &["recipe.toml:", "validation.correct_at", "finite number"],
+    ),
     case(
         "missing dataset",
         "data = \"demonstrations\"",
@@ -452,4 +472,32 @@ fn a_resolved_recipe_names_origins_and_is_a_recipe_of_the_same_run() {
     std::fs::write(&resolved, text).expect("writable");
     assert_eq!(identity(&resolved, &[]), identity(&path, &sets));
     assert_ne!(identity(&resolved, &[]), identity(&path, &[]));
+}
+
+/// What `--set` gives is the command line's, in the resolved recipe and in errors.
+#[test]
+fn what_is_set_is_blamed_on_set() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = recipe(dir.path(), SMALL);
+    let check = |sets: &[&str]| temper().arg("check").arg(&path).args(sets).output().expect("the binary starts");
+    let overlong = "stage.1.algorithm.overlong={enable=true,len=4}";
+    let output = check(&["--resolved", "--set", overlong]);
+    let text = String::from_utf8(output.stdout).expect("text");
+    let table = text.split_once("overlong]").map_or(text.as_str(), |(_, rest)| rest);
+    assert!(table.contains("enable = true  # --set\n") && table.contains("len = 4  # --set\n"), "{text}");
+    for (set, says) in [
+        ("stage.1.sampling.temperature=-1", "--set: `stage.1.sampling`: temperature"),
+        ("foo.bar=1", "--set: `foo`: unknown key"),
+        ("stage.1.sampling.foo=1", "--set: `stage.1.sampling.foo`: unknown key"),
+        ("engine.max_num_seqs=0", "--set: `engine`"),
+        (
+            "seed=18446744073709551615",
+            "--set: `seed`: 18446744073709551615 is out of range: expected an integer from 0 to 9223372036854775807",
+        ),
+    ] {
+        let output = check(&["--set", set]);
+        let message = common::stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{set}: {message}");
+        assert!(message.starts_with(&format!("error: {says}")), "{set}: {message}");
+    }
 }

@@ -293,6 +293,14 @@ fn a_run_is_paused_changed_saved_and_drained_while_it_runs() {
     assert_eq!(refused.status.code(), Some(1));
     assert!(stderr(&refused).contains("what can: learning_rate, temperature"), "{}", stderr(&refused));
     assert_eq!(control_json(&run_dir, &["status"]).expect("it answers")["step"].as_u64(), Some(step), "it waits");
+    for verb in ["status", "workers", "snapshot"] {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let mut command = temper();
+        let output = command.arg(verb).arg("--run-dir").arg(&run_dir).stdout(writer).output().expect("it starts");
+        let is_clean = output.status.code() == Some(1) && stderr(&output).starts_with("error: writing stdout");
+        assert!(is_clean, "{verb} with a closed stdout: {}", stderr(&output));
+    }
     assert_eq!(control_json(&run_dir, &["resume"]).expect("it goes on")["state"], "running");
     let rates = || -> Vec<(u64, f64)> {
         let metrics = std::fs::read_to_string(run_dir.join("metrics.jsonl")).unwrap_or_default();

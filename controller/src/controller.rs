@@ -402,7 +402,8 @@ impl Controller {
         let path = pending.publish()?;
         self.enter(Phase::CheckpointPrune);
         checkpoint::prune(&dir, self.spec.checkpoint.keep_last, self.spec.checkpoint.keep_best)?;
-        self.record.event("checkpoint", &[("step", json!(self.state.step)), ("path", json!(path))])?;
+        let fields = [("step", json!(self.state.step)), ("path", json!(path.display().to_string()))];
+        self.record.event("checkpoint", &fields)?;
         Ok(path)
     }
 

@@ -1,6 +1,7 @@
 //! `temper certs`: certificates for the processes of runs.
 
 use crate::certs::Authority;
+use crate::commands::common::output::print;
 use crate::usage;
 use std::path::PathBuf;
 
@@ -31,10 +32,10 @@ impl Certs {
     /// No name of a host, a file that is there already or cannot be written.
     pub fn run(self) -> anyhow::Result<()> {
         let authority = Authority::open(&self.dir, self.days).map_err(|error| usage(format!("{error:#}")))?;
-        println!("{:<20} {}", "CA", authority.ca().display());
+        print(&format!("{:<20} {}\n", "CA", authority.ca().display()))?;
         for host in &self.hosts {
             let issued = authority.issue(host)?;
-            println!("{:<20} {} {}", issued.host, issued.cert.display(), issued.key.display());
+            print(&format!("{:<20} {} {}\n", issued.host, issued.cert.display(), issued.key.display()))?;
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! `temper check`: what a recipe would do, and whether it can.
 
+use crate::commands::common::output::{print, print_json};
 use crate::recipe::{Recipe, Source, check, render};
 use crate::usage;
 use serde_json::json;
@@ -37,15 +38,14 @@ impl Check {
         let report = check(&recipe, &source).map_err(usage)?;
         if self.json {
             let object = json!({
-                "recipe": self.recipe, "name": recipe.name, "ok": true, "identity": report.identity,
+                "recipe": self.recipe.display().to_string(), "name": recipe.name, "ok": true, "identity": report.identity,
                 "num_rows": report.num_rows, "summary": report.summary,
             });
-            println!("{}", serde_json::to_string_pretty(&object)?);
+            print_json(&object)
         } else if self.resolved {
-            print!("{}", render(&recipe, &source));
+            print(&render(&recipe, &source))
         } else {
-            println!("{}\nok", report.summary);
+            print(&format!("{}\nok\n", report.summary))
         }
-        Ok(())
     }
 }

@@ -1,6 +1,7 @@
 //! `temper status`, `watch`, `workers`, `pause`, `drain`, `resume`, `snapshot`, `set`, `stop`: a run under way.
 
 use crate::commands::common::address::host_port;
+use crate::commands::common::output::{print, print_json};
 use crate::control::read_address;
 use crate::tls::{TlsFlags, transport};
 use crate::usage;
@@ -148,13 +149,11 @@ impl Watch {
     /// # Errors
     /// A run that does not answer, or a connection that breaks.
     pub fn run(self) -> anyhow::Result<()> {
-        let print = |event: temper_proto::RunEvent| {
-            use std::io::Write;
-            let line = format!("{{\"event\":{},\"data\":{}}}\n", json!(event.name), event.json);
+        let show = |event: temper_proto::RunEvent| {
             // A reader that is gone ends the watch.
-            std::io::stdout().lock().write_all(line.as_bytes()).is_ok()
+            print(&format!("{{\"event\":{},\"data\":{}}}\n", json!(event.name), event.json)).is_ok()
         };
-        Ok(self.target.connect()?.watch(print)?)
+        Ok(self.target.connect()?.watch(show)?)
     }
 }
 
@@ -166,18 +165,17 @@ impl Workers {
     pub fn run(self) -> anyhow::Result<()> {
         let workers = self.target.connect()?.workers()?;
         if self.target.json {
-            println!("{}", serde_json::to_string_pretty(&workers)?);
-            return Ok(());
+            return print_json(&workers);
         }
         if workers.is_empty() {
-            println!("no workers: the run is in one process");
+            print("no workers: the run is in one process\n")?;
         }
         for w in workers {
             let cause = if w.last_error.is_empty() { String::new() } else { format!("  {}", w.last_error) };
-            println!(
-                "{:<12} {:<8} {:<9} life {} pid {} at {}{cause}",
+            print(&format!(
+                "{:<12} {:<8} {:<9} life {} pid {} at {}{cause}\n",
                 w.name, w.role, w.state, w.incarnation, w.process_id, w.address
-            );
+            ))?;
         }
         Ok(())
     }
@@ -191,11 +189,10 @@ impl Snapshot {
     pub fn run(self) -> anyhow::Result<()> {
         let snapshot = self.target.connect()?.snapshot()?;
         if self.target.json {
-            println!("{}", json!({"path": snapshot.path, "step": snapshot.step}));
+            print(&format!("{}\n", json!({"path": snapshot.path, "step": snapshot.step})))
         } else {
-            println!("step {}: {}", snapshot.step, snapshot.path);
+            print(&format!("step {}: {}\n", snapshot.step, snapshot.path))
         }
-        Ok(())
     }
 }
 
@@ -209,31 +206,28 @@ impl Set {
         let (key, value) = self.assignment.split_once('=').ok_or_else(expected)?;
         let value: f64 = value.trim().parse().map_err(|_| expected())?;
         let changed = self.target.connect()?.set(key.trim(), value)?;
+        let (previous, from_step) = (changed.previous, changed.from_step);
         if self.target.json {
-            println!(
-                "{}",
-                json!({"key": key, "value": value, "previous": changed.previous, "from_step": changed.from_step})
-            );
+            let object = json!({"key": key, "value": value, "previous": previous, "from_step": from_step});
+            print(&format!("{object}\n"))
         } else {
-            println!("{key}: {} -> {value} from step {}", changed.previous, changed.from_step);
+            print(&format!("{key}: {previous} -> {value} from step {from_step}\n"))
         }
-        Ok(())
     }
 }
 
 fn print_status(status: &RunStatus, as_json: bool) -> anyhow::Result<()> {
     if as_json {
-        println!("{}", serde_json::to_string_pretty(status)?);
-        return Ok(());
+        return print_json(status);
     }
-    println!("{} is {}", status.run, status.state.name());
-    println!("  stage    {}, step {} of {}, phase {}", status.stage, status.step, status.num_steps, status.phase);
-    println!("  version  {}", status.version);
-    if !status.error.is_empty() {
-        println!("  error    {}", status.error);
+    let RunStatus { run, stage, step, num_steps, phase, version, error, metrics_json, .. } = status;
+    let mut text = format!("{run} is {}\n", status.state.name());
+    text += &format!("  stage    {stage}, step {step} of {num_steps}, phase {phase}\n  version  {version}\n");
+    if !error.is_empty() {
+        text += &format!("  error    {error}\n");
     }
-    if !status.metrics_json.is_empty() {
-        println!("  metrics  {}", status.metrics_json);
+    if !metrics_json.is_empty() {
+        text += &format!("  metrics  {metrics_json}\n");
     }
-    Ok(())
+    print(&text)
 }

@@ -2,7 +2,7 @@
 
 use super::common::compute::{ComputeArgs, WeightsArgs};
 use super::common::engine::{Generator, Naming, Request, as_chat, write_dataset};
-use super::common::output::print;
+use super::common::output::{prepare_dir, print};
 use super::common::sampling::SamplingArgs;
 use crate::reward_models::launcher;
 use crate::usage;
@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 use temper_algos::metrics::{best_at_k, maj_at_n, mean_at_n, pass_at_k};
 use temper_proto::ScoreRequest;
-use temper_reward::{LocalRewardService, RewardConfig, Scorer};
+use temper_reward::{LocalRewardService, RewardConfig, RewardKind, Scorer};
 use temper_rollout::EngineConfig;
 use temper_types::{RewardOutcome, Sample};
 
@@ -102,6 +102,9 @@ impl Eval {
         if self.n == 0 {
             return Err(usage("--n 0: expected 1 or more"));
         }
+        if !self.correct_at.is_finite() {
+            return Err(usage(format!("--correct-at {}: expected a finite number", self.correct_at)));
+        }
         let reward = self.reward()?;
         let mut rows = temper_data::prompts::read_prompts(&self.data)?;
         rows.truncate(self.limit.unwrap_or(usize::MAX));
@@ -110,6 +113,9 @@ impl Eval {
         }
         if self.chat {
             as_chat(&mut rows);
+        }
+        if let Some(dir) = &self.output {
+            prepare_dir(dir)?;
         }
         let naming = if self.output.is_some() { Naming::Hash } else { Naming::None };
         let engine = EngineConfig { weights: self.weights.format(), ..EngineConfig::default() };
@@ -148,6 +154,13 @@ impl Eval {
         } else {
             RewardConfig::from_name(&self.reward).map_err(|e| usage(format!("--reward: {e}")))?
         };
+        if let Some(component) = config.components.iter().find(|c| matches!(c.kind, RewardKind::RewardModel(_))) {
+            return Err(usage(format!(
+                "--reward: component `{}` is a reward model, which only a run has at hand: expected rewards that score \
+                 by rules or by code of your own",
+                component.name()
+            )));
+        }
         let scorer = Scorer::new(config).map_err(|e| usage(format!("--reward: {e}")))?;
         let service = LocalRewardService::new(scorer, NonZeroUsize::MIN);
         service.with_external(&launcher()).map_err(|e| usage(format!("--reward: {e}")))
@@ -162,7 +175,8 @@ impl Eval {
             for ((name, source), metrics) in rows() {
                 object.insert(name.clone(), source.to_json(metrics));
             }
-            print(&format!("{:#}\n", json!({"model": self.model, "n": n, "reward": self.reward, "sources": object})))?;
+            let model = self.model.display().to_string();
+            print(&format!("{:#}\n", json!({"model": model, "n": n, "reward": self.reward, "sources": object})))?;
         } else {
             let mut text = String::new();
             for ((name, source), metrics) in rows() {

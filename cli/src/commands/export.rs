@@ -1,12 +1,12 @@
 //! `temper export`: a checkpoint as a model that other programs load.
 
 use super::common::compute::open_model;
-use super::common::output::print;
+use super::common::output::{print, require_empty};
 use crate::usage;
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::ValueEnum;
 use serde_json::json;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use temper_actor::weights_io::gguf::{GgufType, export_gguf};
 use temper_actor::weights_io::{TensorData, WriteOptions, write_checkpoint};
 use temper_controller::verify_checkpoint;
@@ -44,7 +44,8 @@ pub struct Export {
     /// Checkpoint or model directory.
     #[arg(long, value_name = "DIR")]
     checkpoint: PathBuf,
-    /// Directory to write; with gguf, a file where it ends in .gguf, else DIR/model.gguf.
+    /// Directory to write, new or empty and outside the checkpoint; with gguf, a file where it ends in .gguf, else
+    /// DIR/model.gguf.
     #[arg(long, value_name = "PATH")]
     output: PathBuf,
     /// Layout.
@@ -62,8 +63,8 @@ impl Export {
     /// Export the model.
     ///
     /// # Errors
-    /// A pair of format and dtype that does not exist (exit code 2); a damaged checkpoint; a file that cannot be
-    /// written.
+    /// A pair of format and dtype that does not exist, or a directory that would lose what it holds (exit code 2); a
+    /// damaged checkpoint; a file that cannot be written.
     pub fn run(self) -> Result<()> {
         let model = self.model_dir()?;
         let written = match (self.format, self.dtype) {
@@ -78,9 +79,10 @@ impl Export {
             let name = |value: &dyn ToString| value.to_string();
             let dtype = self.dtype.to_possible_value().map(|v| name(&v.get_name()));
             let format = self.format.to_possible_value().map(|v| name(&v.get_name()));
+            let (model, output) = (model.display().to_string(), written.display().to_string());
             return print(&format!(
                 "{}\n",
-                json!({"model": model, "output": written, "format": format, "dtype": dtype})
+                json!({"model": model, "output": output, "format": format, "dtype": dtype})
             ));
         }
         print(&format!("{}\n", written.display()))
@@ -106,7 +108,24 @@ impl Export {
         }
     }
 
+    /// Refuse a directory that is the source, lies inside it or holds something already.
+    fn check_output(&self, model: &Path) -> Result<()> {
+        let output = real_path(&self.output)?;
+        let parent = model.parent().filter(|parent| parent.join("MANIFEST").is_file());
+        for source in [Some(model), parent].into_iter().flatten() {
+            if output.starts_with(real_path(source)?) {
+                return Err(usage(format!(
+                    "--output {}: it is part of the checkpoint {}: expected a directory outside of it",
+                    self.output.display(),
+                    source.display()
+                )));
+            }
+        }
+        require_empty(&self.output)
+    }
+
     fn hf(&self, model: &Path, dtype: DType) -> Result<PathBuf> {
+        self.check_output(model)?;
         let (config, reader) = open_model(model)?;
         let options = WriteOptions { dtype, side_files_from: Some(model), ..WriteOptions::default() };
         write_checkpoint(&self.output, &config, &options, |spec| {
@@ -129,4 +148,20 @@ impl Export {
         export_gguf(model, &path, kind)?;
         Ok(path)
     }
+}
+
+/// The path without links, `.` and `..`, whether or not it exists to its end.
+fn real_path(path: &Path) -> Result<PathBuf> {
+    let mut real = std::env::current_dir().context("finding the working directory")?;
+    for component in path.components() {
+        match component {
+            Component::CurDir => {}
+            Component::ParentDir => {
+                real.pop();
+            }
+            part => real.push(part),
+        }
+        real = real.canonicalize().unwrap_or(real);
+    }
+    Ok(real)
 }

@@ -1,5 +1,6 @@
 //! `temper fetch`: trajectories and metrics of a run under way, into a file.
 
+use crate::commands::common::output::{print, print_json};
 use crate::commands::control::Target;
 use crate::usage;
 use serde_json::json;
@@ -57,11 +58,11 @@ impl Fetch {
                 let client = TableClient::new(self.target.endpoint()?);
                 let num_rows = write(&client, &self.request(), (output, format))?;
                 if self.target.json {
-                    println!("{}", json!({"output": output, "rows": num_rows}));
+                    let object = json!({"output": output.display().to_string(), "rows": num_rows});
+                    print(&format!("{object}\n"))
                 } else {
-                    println!("{num_rows} rows in {}", output.display());
+                    print(&format!("{num_rows} rows in {}\n", output.display()))
                 }
-                Ok(())
             }
             None => self.list(),
         }
@@ -81,16 +82,14 @@ impl Fetch {
     fn list(&self) -> anyhow::Result<()> {
         let tables = TableClient::new(self.target.endpoint()?).tables()?;
         if self.target.json {
-            let tables: Vec<_> = tables.iter().map(as_json).collect();
-            println!("{}", serde_json::to_string_pretty(&tables)?);
-            return Ok(());
+            return print_json(&tables.iter().map(as_json).collect::<Vec<_>>());
         }
         for table in tables {
             let steps = match (table.steps.first(), table.steps.last()) {
                 (Some(first), Some(last)) => format!("{} steps from {first} to {last}", table.steps.len()),
                 _ => "no step yet".to_owned(),
             };
-            println!("{:<10} {steps}, {} rows, {} bytes", table.dataset, table.num_rows, table.num_bytes);
+            print(&format!("{:<10} {steps}, {} rows, {} bytes\n", table.dataset, table.num_rows, table.num_bytes))?;
         }
         Ok(())
     }

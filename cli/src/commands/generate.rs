@@ -3,7 +3,7 @@
 use super::common::beam::BeamArgs;
 use super::common::compute::{ComputeArgs, WeightsArgs};
 use super::common::engine::{Generator, Naming, Request, as_chat, write_dataset};
-use super::common::output::{Output, print};
+use super::common::output::{Output, prepare_dir, print};
 use super::common::sampling::SamplingArgs;
 use super::common::speculation::SpeculationArgs;
 use crate::usage;
@@ -27,12 +27,13 @@ enum Format {
 
 /// Answer prompts, and keep the token ids with the log-prob of every token.
 ///
-/// A prompts file has one prompt a row: JSONL, Parquet or Arrow with "prompt" (text, or chat messages, which go through
-/// the chat template) or "prompt_token_ids"; in a .txt file every line is a prompt. The result has --n rows for every
-/// prompt, in the prompts' order: prompt_token_ids, response_token_ids (the stop token included), response (without
-/// it), rollout_log_probs, finish_reason. rollout_log_probs is log_softmax(logits / temperature), never truncated;
-/// where --top-p, --top-k, --min-p, a penalty, a bias or a ban acts, sampled_log_probs and surviving_mass stand
-/// beside it. Tokens and log-probs do not depend on batch mates, threads, the order of prompts or speculation.
+/// A prompts file has one prompt a row: JSONL, Parquet (plain, Snappy or Zstandard) or Arrow (plain or Zstandard) with
+/// "prompt" (text, or chat messages, which go through the chat template) or "prompt_token_ids"; in a .txt file every
+/// line is a prompt. The result has --n rows for every prompt, in the prompts' order: prompt_token_ids,
+/// response_token_ids (the stop token included), response (without it), rollout_log_probs, finish_reason.
+/// rollout_log_probs is log_softmax(logits / temperature), never truncated; where --top-p, --top-k, --min-p, a
+/// penalty, a bias or a ban acts, sampled_log_probs and surviving_mass stand beside it. Tokens and log-probs do not
+/// depend on batch mates, threads, the order of prompts or speculation.
 #[derive(clap::Args)]
 #[command(
     after_help = "Examples:\n  temper generate --model models/smollm2-135m --prompt 'What is 2+2?' --chat --max-new-tokens 64\n  temper generate --model models/smollm2-135m --prompts prompts.jsonl --n 4 --seed 7 --max-new-tokens 128 --output out.jsonl\n  temper generate --model models/smollm2-135m --prompts prompts.jsonl --max-new-tokens 128 --format arrow --output out/\n  temper generate --model models/smollm2-135m --prompt '17 + 25 =' --beam-width 4 --n 2 --length-penalty 0.6 --max-new-tokens 16"
@@ -74,6 +75,14 @@ pub struct Generate {
     /// Print the summary as JSON.
     #[arg(long)]
     json: bool,
+}
+
+/// Where the result goes.
+enum Target<'a> {
+    /// A line a response.
+    Lines(Output),
+    /// A dataset in this directory.
+    Dir(&'a Path),
 }
 
 /// Where prompts come from.
@@ -132,15 +141,13 @@ impl Generate {
         if self.n == 0 {
             return Err(usage("--n 0: expected 1 or more"));
         }
-        if self.format == Format::Arrow && self.output.is_none() {
-            return Err(usage("--format arrow writes a directory: expected --output DIR"));
-        }
         let mut rows = self.prompts.rows()?;
         if self.chat {
             as_chat(&mut rows);
         }
         let naming = if self.format == Format::Arrow { Naming::Hash } else { Naming::None };
         let engine = EngineConfig { weights: self.weights.format(), ..self.speculation.engine()? };
+        let target = self.target()?;
         let generator = Generator::load(&self.model, &self.compute, naming, &engine)?;
         let request = Request {
             num_samples: self.n,
@@ -149,11 +156,23 @@ impl Generate {
             timeout: Duration::from_secs(self.timeout),
         };
         let begin = Instant::now();
-        let summary = match self.format {
-            Format::Jsonl => self.jsonl(&generator, &rows, &request)?,
-            Format::Arrow => self.arrow(&generator, &rows, &request)?,
+        let summary = match target {
+            Target::Lines(output) => self.jsonl(&generator, (&rows, &request), output)?,
+            Target::Dir(dir) => self.arrow(&generator, (&rows, &request), dir)?,
         };
         self.report(&summary, begin.elapsed(), &generator)
+    }
+
+    /// Where the result goes, known to be writable before anything is generated.
+    fn target(&self) -> Result<Target<'_>> {
+        match (self.format, self.output.as_deref()) {
+            (Format::Jsonl, path) => Ok(Target::Lines(Output::create(path)?)),
+            (Format::Arrow, Some(dir)) => {
+                prepare_dir(dir)?;
+                Ok(Target::Dir(dir))
+            }
+            (Format::Arrow, None) => Err(usage("--format arrow writes a directory: expected --output DIR")),
+        }
     }
 
     /// Answer every prompt by drawing or by searching; `each` gets the samples of a prompt, with their scores where
@@ -175,10 +194,9 @@ impl Generate {
         }
     }
 
-    fn jsonl(&self, generator: &Generator, rows: &[PromptRow], request: &Request) -> Result<Summary> {
-        let mut output = Output::create(self.output.as_deref())?;
+    fn jsonl(&self, generator: &Generator, work: (&[PromptRow], &Request), mut output: Output) -> Result<Summary> {
         let mut summary = Summary::default();
-        self.answer(generator, (rows, request), |samples, scores| {
+        self.answer(generator, work, |samples, scores| {
             for (index, sample) in samples.iter().enumerate() {
                 summary.add(sample);
                 output.json_line(&to_json(sample, scores.get(index).copied()))?;
@@ -189,11 +207,10 @@ impl Generate {
         Ok(summary)
     }
 
-    fn arrow(&self, generator: &Generator, rows: &[PromptRow], request: &Request) -> Result<Summary> {
-        let dir = self.output.as_deref().context("--format arrow needs --output")?;
+    fn arrow(&self, generator: &Generator, work: (&[PromptRow], &Request), dir: &Path) -> Result<Summary> {
         let mut summary = Summary::default();
         let mut all = Vec::new();
-        self.answer(generator, (rows, request), |samples, _| {
+        self.answer(generator, work, |samples, _| {
             all.extend(samples);
             Ok(())
         })?;

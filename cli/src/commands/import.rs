@@ -40,7 +40,7 @@ impl Import {
         let model_type = summary.config.family.model_type();
         if self.json {
             let object = json!({
-                "output": self.output, "model_type": model_type, "num_parameters": summary.num_parameters,
+                "output": self.output.display().to_string(), "model_type": model_type, "num_parameters": summary.num_parameters,
                 "tensor_types": summary.tensor_types, "has_chat_template": summary.has_chat_template,
             });
             return print(&format!("{object:#}\n"));

@@ -1,8 +1,9 @@
 //! `temper recipes`: what there is to run.
 
+use crate::commands::common::output::{print, print_json};
 use crate::recipe::{Recipe, Source};
 use anyhow::Context;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::path::PathBuf;
 
 /// List the recipes of a folder, with what each shows.
@@ -31,15 +32,14 @@ impl Recipes {
         for path in &paths {
             let recipe = Source::read(path, &[]).and_then(|source| Recipe::from_source(&source));
             let description = recipe.map_or_else(|error| format!("broken: {error}"), |recipe| recipe.description);
-            rows.push(json!({"recipe": path, "description": description}));
+            rows.push(json!({"recipe": path.display().to_string(), "description": description}));
         }
         if self.json {
-            println!("{}", serde_json::to_string_pretty(&rows)?);
-            return Ok(());
+            return print_json(&rows);
         }
-        for row in &rows {
-            println!("{}\n    {}", row["recipe"].as_str().unwrap_or(""), row["description"].as_str().unwrap_or(""));
-        }
-        Ok(())
+        let text = |row: &Value| {
+            format!("{}\n    {}\n", row["recipe"].as_str().unwrap_or(""), row["description"].as_str().unwrap_or(""))
+        };
+        print(&rows.iter().map(text).collect::<String>())
     }
 }

@@ -1,7 +1,7 @@
 //! `temper score`: log-probs, values or scores of given token ids, and norms of gradients.
 
 use super::common::compute::{ComputeArgs, WeightsArgs, open_model};
-use super::common::output::{Output, print, write_json};
+use super::common::output::{Output, print};
 use crate::usage;
 use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::{Map, Value, json};
@@ -48,7 +48,8 @@ pub struct Score {
     compute: ComputeArgs,
     #[command(flatten)]
     weights: WeightsArgs,
-    /// Print the summary as JSON.
+    /// Print the summary as JSON: what was "scored" (log_probs, values or scores), how much of it, and, of log-probs
+    /// alone, "mean_nll".
     #[arg(long)]
     json: bool,
 }
@@ -62,6 +63,8 @@ impl Score {
         if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
             return Err(usage(format!("--temperature {}: expected a number, 0 or more", self.temperature)));
         }
+        let output = Output::create(self.output.as_deref())?;
+        let norms = self.grad_norms.as_deref().map(|path| Output::create(Some(path))).transpose()?;
         let (config, reader) = open_model(&self.model)?;
         if self.grad_norms.is_some() && config.head != Head::CausalLm {
             return Err(usage(format!(
@@ -84,16 +87,15 @@ impl Score {
         };
         let mut scorer =
             Scorer { device, policy, gradients, temperature, arena: TrainArena::new(), totals: Totals::default() };
-        self.stream(&mut scorer, &config)?;
-        if let Some(path) = &self.grad_norms {
-            write_json(Some(path), &scorer.grad_norms(&self.input)?)?;
+        self.stream(&mut scorer, &config, output)?;
+        if let Some(output) = norms {
+            output.document(&scorer.grad_norms(&self.input)?)?;
         }
-        self.report(&scorer.totals, (dtype, weights))
+        self.report(&scorer.totals, config.head, (dtype, weights))
     }
 
-    fn stream(&self, scorer: &mut Scorer, config: &ModelConfig) -> Result<()> {
+    fn stream(&self, scorer: &mut Scorer, config: &ModelConfig, mut output: Output) -> Result<()> {
         let file = File::open(&self.input).with_context(|| format!("opening {}", self.input.display()))?;
-        let mut output = Output::create(self.output.as_deref())?;
         let mut waiting: Vec<Sequence> = Vec::new();
         let mut num_waiting = 0;
         let mut flush = |waiting: &mut Vec<Sequence>| -> Result<()> {
@@ -121,15 +123,25 @@ impl Score {
         output.finish()
     }
 
-    fn report(&self, totals: &Totals, (dtype, weights): (DType, WeightFormat)) -> Result<()> {
-        ensure!(totals.num_sequences > 0, "{}: no line to score", self.input.display());
-        let mean_nll = (totals.num_scored > 0).then(|| -totals.log_prob_sum / totals.num_scored as f64);
-        let object = json!({
-            "num_sequences": totals.num_sequences, "num_tokens": totals.num_tokens, "num_scored": totals.num_scored,
-            "mean_nll": mean_nll, "dtype": dtype, "weights": weights,
+    fn report(&self, totals: &Totals, head: Head, (dtype, weights): (DType, WeightFormat)) -> Result<()> {
+        let Totals { num_sequences, num_tokens, num_scored, log_prob_sum } = *totals;
+        ensure!(num_sequences > 0, "{}: no line to score", self.input.display());
+        let (scored, of_what) = match head {
+            Head::CausalLm => ("log_probs", "tokens scored"),
+            Head::TokenValue => ("values", "values of tokens"),
+            Head::SequenceScore => ("scores", "scores of whole lines"),
+        };
+        let mut object = json!({
+            "num_sequences": num_sequences, "num_tokens": num_tokens, "num_scored": num_scored, "scored": scored,
+            "dtype": dtype, "weights": weights,
         });
-        let nll = mean_nll.map_or_else(String::new, |nll| format!(", mean negative log-likelihood {nll:.6}"));
-        let text = format!("{} lines, {} tokens scored{nll}\n", totals.num_sequences, totals.num_scored);
+        let mut text = format!("{num_sequences} lines, {num_scored} {of_what}");
+        if head == Head::CausalLm {
+            let mean_nll = (num_scored > 0).then(|| -log_prob_sum / num_scored as f64);
+            object["mean_nll"] = json!(mean_nll);
+            text += &mean_nll.map_or_else(String::new, |nll| format!(", mean negative log-likelihood {nll:.6}"));
+        }
+        text.push('\n');
         let text = if self.json { format!("{object}\n") } else { text };
         if self.output.is_some() {
             return print(&text);

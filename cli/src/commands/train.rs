@@ -1,9 +1,13 @@
 //! `temper train`: run a recipe.
 
+use crate::commands::common::output::print;
+use crate::commands::common::shell::quoted;
 use crate::control::LocalControl;
 use crate::kill::KillAt;
 use crate::recipe::{CheckReport, Recipe, Source, check, render};
 use crate::recovery::{Start, after_loss};
+use crate::resume::require_same_run;
+use crate::run_dirs;
 use crate::runtime::{self, Runtime};
 use crate::workers::Cluster;
 use crate::{Interrupted, usage};
@@ -29,7 +33,8 @@ const MAX_RECOVERIES: usize = 1000;
 pub struct Train {
     /// The recipe.
     recipe: PathBuf,
-    /// Where the run is kept; default: runs/NAME, or runs/NAME-2, ... where that exists.
+    /// Where the run is kept; default: runs/NAME, or runs/NAME-2, ... where that exists; with --resume that of them
+    /// which was started last.
     #[arg(long)]
     run_dir: Option<PathBuf>,
     /// Go on from the last complete checkpoint of the run directory.
@@ -55,11 +60,16 @@ impl Train {
         let root = self.run_dir(&recipe)?;
         let dir = RunDir::open(&root)?;
         let resume = self.checkpoint(&dir)?;
-        if resume.is_none() {
-            std::fs::write(dir.recipe(), render(&recipe, &source)).context("writing the resolved recipe")?;
+        if let Some(checkpoint) = &resume {
+            require_same_run(checkpoint, &report.identity, (&recipe, &dir.recipe()))?;
+        } else {
+            write_recipe(&dir, &render(&recipe, &source))?;
         }
         let outcome = self.drive(&recipe, (&source, &report), dir, resume)?;
-        self.report(&root, &outcome)?;
+        if let Err(error) = print(&self.report(&root, &outcome)?) {
+            // The run is what it is, whether or not anybody reads of it.
+            tracing::warn!("the report of the run is lost: {error:#}");
+        }
         match outcome {
             RunOutcome::Completed { .. } => Ok(()),
             RunOutcome::Interrupted { .. } => Err(anyhow::Error::new(Interrupted)),
@@ -67,15 +77,10 @@ impl Train {
     }
 
     fn run_dir(&self, recipe: &Recipe) -> anyhow::Result<PathBuf> {
-        let first = Path::new("runs").join(&recipe.name);
         match &self.run_dir {
             Some(dir) => Ok(dir.clone()),
-            None if self.resume || !first.exists() => Ok(first),
-            None => {
-                let numbered = |n: u32| Path::new("runs").join(format!("{}-{n}", recipe.name));
-                let free = (2..10_000).map(numbered).find(|dir| !dir.exists());
-                free.ok_or_else(|| usage("runs/ is full of runs of this name: give --run-dir"))
-            }
+            None if self.resume => Ok(run_dirs::latest(&recipe.name)),
+            None => run_dirs::free(&recipe.name),
         }
     }
 
@@ -105,6 +110,11 @@ impl Train {
         let model_dir = runtime::initial_model(recipe, dir.root())?;
         let control = Arc::new(LocalControl::default());
         let mut runtime = runtime::start(recipe, (source, report), (&model_dir, dir.root()), &control)?;
+        if let Some(checkpoint) = &resume {
+            require_same_run(checkpoint, &runtime.spec.identity, (recipe, &dir.recipe()))?;
+            // Settings that change no number may be others than before.
+            write_recipe(&dir, &render(recipe, source))?;
+        }
         announce(&runtime, &report.summary, dir.root());
         let num_steps = recipe.stages.iter().map(temper_controller::Stage::steps).sum();
         let stop = stop_flag()?;
@@ -140,30 +150,45 @@ impl Train {
         )
     }
 
-    fn report(&self, root: &Path, outcome: &RunOutcome) -> anyhow::Result<()> {
+    /// What goes on with this run, as a shell reads it.
+    fn resume_command(&self, root: &Path) -> String {
+        let sets: String = self.set.iter().map(|set| format!(" --set {}", quoted(set))).collect();
+        format!("temper train {}{sets} --run-dir {} --resume", quoted(&self.recipe), quoted(root))
+    }
+
+    fn report(&self, root: &Path, outcome: &RunOutcome) -> anyhow::Result<String> {
         let rows = read_metrics(&root.join("metrics.jsonl"))?;
         let (status, model) = match outcome {
             RunOutcome::Completed { model } => ("completed", model.clone()),
             RunOutcome::Interrupted { checkpoint } => ("interrupted", checkpoint.join("model")),
         };
         if self.json {
+            let text = |path: &Path| path.display().to_string();
             let object = json!({
-                "status": status, "run_dir": root, "model": model, "rollouts": root.join("rollouts"),
-                "metrics": root.join("metrics.jsonl"), "last": rows.last().map(MetricsRow::to_json),
+                "status": status, "run_dir": text(root), "model": text(&model),
+                "rollouts": text(&root.join("rollouts")), "metrics": text(&root.join("metrics.jsonl")),
+                "last": rows.last().map(MetricsRow::to_json),
             });
-            println!("{}", serde_json::to_string_pretty(&object)?);
-            return Ok(());
+            return Ok(format!("{object:#}\n"));
         }
-        println!("{status}{}", change(&rows));
-        println!("  model     {}", model.display());
-        println!("  rollouts  {}", root.join("rollouts").display());
-        println!("  metrics   {}", root.join("metrics.jsonl").display());
-        println!("  look      temper inspect {}", root.display());
+        let mut text = format!("{status}{}\n", change(&rows));
+        text += &format!("  model     {}\n", model.display());
+        text += &format!("  rollouts  {}\n", root.join("rollouts").display());
+        text += &format!("  metrics   {}\n", root.join("metrics.jsonl").display());
+        text += &format!("  look      temper inspect {}\n", quoted(root));
         if status == "interrupted" {
-            println!("  go on     temper train {} --run-dir {} --resume", self.recipe.display(), root.display());
+            text += &format!("  go on     {}\n", self.resume_command(root));
         }
-        Ok(())
+        Ok(text)
     }
+}
+
+/// Replace the resolved recipe of the run directory. The directory is locked: nobody else writes there.
+fn write_recipe(dir: &RunDir, text: &str) -> anyhow::Result<()> {
+    let path = dir.recipe();
+    let unfinished = path.with_extension("toml.tmp");
+    let written = std::fs::write(&unfinished, text).and_then(|()| std::fs::rename(&unfinished, &path));
+    written.with_context(|| format!("writing {}", path.display()))
 }
 
 fn announce(runtime: &Runtime, summary: &str, root: &Path) {

@@ -12,6 +12,7 @@ use std::path::Path;
 use temper_actor::{ModelConfig, Tokenizer};
 use temper_controller::{PolicyStage, SftStage, Stage, load_dataset};
 use temper_types::{PromptRow, did_you_mean};
+use toml::Table;
 
 /// What a check found out.
 #[derive(Debug)]
@@ -29,6 +30,7 @@ pub struct CheckReport {
 /// # Errors
 /// The first thing that cannot work, by file, line and key, with what would be right.
 pub fn check(recipe: &Recipe, source: &Source) -> Result<CheckReport, RecipeError> {
+    check_name(&recipe.name, source)?;
     check_model(&recipe.model, source)?;
     let texts = Texts::of(&recipe.model, source)?;
     if recipe.stages.is_empty() {
@@ -61,6 +63,16 @@ pub fn check(recipe: &Recipe, source: &Source) -> Result<CheckReport, RecipeErro
     let num_rows: BTreeMap<String, usize> = data.into_iter().map(|(name, rows)| (name, rows.len())).collect();
     let summary = [summary(recipe, &num_rows)].into_iter().chain(left_out).collect::<Vec<String>>().join("\n");
     Ok(CheckReport { summary, num_rows, identity })
+}
+
+/// A run is kept in runs/NAME where nothing else is said.
+fn check_name(name: &str, source: &Source) -> Result<(), RecipeError> {
+    let is_name = !["", ".", ".."].contains(&name) && !name.contains(['/', '\\', '\0']);
+    if is_name {
+        return Ok(());
+    }
+    let problem = format!("\"{name}\" cannot name the directory of a run: expected a name without `/` and `\\`");
+    Err(source.error("name", problem))
 }
 
 fn check_model(model: &ModelSource, source: &Source) -> Result<(), RecipeError> {
@@ -282,6 +294,10 @@ fn placement_summary(recipe: &Recipe) -> Option<String> {
 
 fn check_validation(recipe: &Recipe, source: &Source, data: &Data) -> Result<(), RecipeError> {
     let validation = &recipe.validation;
+    if !validation.correct_at.is_finite() {
+        let problem = format!("{} is out of range: expected a finite number", validation.correct_at);
+        return Err(source.error("validation.correct_at", problem));
+    }
     if validation.data.is_empty() {
         return Ok(());
     }
@@ -295,19 +311,25 @@ fn check_validation(recipe: &Recipe, source: &Source, data: &Data) -> Result<(),
     check_ground_truth(recipe, source, "validation.data", rows)
 }
 
-/// Hash of all that decides the run's numbers: the recipe without what never changes one (limits of the engine,
-/// placement but for its staleness, checkpoints, names), and the data.
-fn identity(recipe: &Recipe, data: &Data) -> String {
+/// The tables whose every key decides the run's numbers.
+pub(super) fn deciding_table(recipe: &Recipe) -> Table {
     let mut table = to_table(recipe);
     for key in ["name", "description", "engine", "placement", "checkpoint", "rollout_timeout_seconds"] {
         table.remove(key);
     }
-    if recipe.placement.staleness > 0 {
-        table.insert("staleness".to_owned(), i64::from(recipe.placement.staleness).into());
-    }
     let components = table.get_mut("reward").and_then(|reward| reward.get_mut("components"));
     for component in components.and_then(toml::Value::as_array_mut).into_iter().flatten() {
         component.as_table_mut().and_then(|component| component.remove("workers"));
+    }
+    table
+}
+
+/// Hash of all that decides the run's numbers: the recipe without what never changes one (limits of the engine,
+/// placement but for its staleness, checkpoints, names), and the data.
+fn identity(recipe: &Recipe, data: &Data) -> String {
+    let mut table = deciding_table(recipe);
+    if recipe.placement.staleness > 0 {
+        table.insert("staleness".to_owned(), i64::from(recipe.placement.staleness).into());
     }
     let mut hasher = blake3::Hasher::new();
     hasher.update(table.to_string().as_bytes());

@@ -13,6 +13,7 @@ mod check_replay;
 mod check_reward_model;
 mod check_texts;
 mod check_weights;
+mod differences;
 mod error;
 mod preference_stage;
 mod render;
@@ -22,6 +23,7 @@ mod typed;
 
 pub use check::{CheckReport, check, config_error, config_error_at};
 pub use check_distill::check_teachers;
+pub use differences::differences;
 pub use error::RecipeError;
 pub use render::render;
 pub use source::Source;

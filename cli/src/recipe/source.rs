@@ -84,13 +84,14 @@ impl Source {
         self.origins.get(key).cloned().unwrap_or(Origin::Default)
     }
 
-    /// An error about a key, naming where it was given.
+    /// An error about a key, naming where it was given; about a table, where the key in it was that the problem names.
     pub fn error(&self, key: &str, problem: impl fmt::Display) -> RecipeError {
-        let at = match self.origin(key) {
+        let problem = problem.to_string();
+        let at = match self.named_origin(key, &problem).unwrap_or_else(|| self.origin(key)) {
             Origin::Default => self.path.display().to_string(),
             origin => origin.to_string(),
         };
-        RecipeError::Key { at, key: key.to_owned(), problem: problem.to_string() }
+        RecipeError::Key { at, key: key.to_owned(), problem }
     }
 
     fn extend_from(&mut self, path: &Path, seen: &mut Vec<PathBuf>) -> Result<(), RecipeError> {
@@ -130,13 +131,42 @@ impl Source {
         let (key, text) = assignment.split_once('=').ok_or_else(|| fail("expected key=value, such as seed=7"))?;
         let parts: Vec<&str> = key.trim().split('.').collect();
         let mut root = Value::Table(std::mem::take(&mut self.table));
-        let assigned = assign(&mut root, &parts, parse_value(text.trim()));
+        let value = parse_value(text.trim());
+        let assigned = assign(&mut root, &parts, value.clone());
         if let Value::Table(table) = root {
             self.table = table;
         }
         let path = assigned.map_err(|problem| fail(&problem))?;
-        self.origins.insert(path.join("."), Origin::Set);
+        // Tables on the way there that nobody had given before are the assignment's too.
+        for len in 1..path.len() {
+            self.origins.entry(path[..len].join(".")).or_insert(Origin::Set);
+        }
+        let path = path.join(".");
+        let below = format!("{path}.");
+        self.origins.retain(|key, _| !key.starts_with(&below));
+        self.set_origins(path, &value);
         Ok(())
+    }
+
+    /// Note that `value` at `path`, and all in it, comes from the command line.
+    fn set_origins(&mut self, path: String, value: &Value) {
+        match value {
+            Value::Table(table) => {
+                table.iter().for_each(|(key, value)| self.set_origins(format!("{path}.{key}"), value));
+            }
+            Value::Array(items) => {
+                items.iter().enumerate().for_each(|(i, value)| self.set_origins(format!("{path}.{i}"), value));
+            }
+            _ => {}
+        }
+        self.origins.insert(path, Origin::Set);
+    }
+
+    /// Origin of the key in the table `key` that `problem` names first, where it names one that was given.
+    fn named_origin(&self, key: &str, problem: &str) -> Option<Origin> {
+        let is_word = |c: char| c.is_alphanumeric() || c == '_';
+        let mut words = problem.split(|c| !is_word(c));
+        words.find_map(|word| self.origins.get(&format!("{key}.{word}")).cloned())
     }
 }
 
@@ -200,7 +230,10 @@ pub(super) fn merge(into: &mut Table, from: Table) {
 fn syntax(path: &Path, text: &str, error: &toml::de::Error) -> RecipeError {
     let offset = error.span().map_or(0, |span| span.start);
     let line = text[..offset.min(text.len())].matches('\n').count() + 1;
-    RecipeError::Syntax { path: path.to_path_buf(), line, problem: error.message().to_owned() }
+    let message = error.message();
+    let is_too_large = message.ends_with("too large") || message.contains("as i128");
+    let largest = if is_too_large { format!(": expected at most {}", i64::MAX) } else { String::new() };
+    RecipeError::Syntax { path: path.to_path_buf(), line, problem: format!("{message}{largest}") }
 }
 
 /// Line of every key of a parsed document, by dotted path.
@@ -264,6 +297,24 @@ mod tests {
         assert_eq!(source.origin("model.path"), Origin::File { path: child, line: 4 });
         assert_eq!(source.exact_origin("model.other"), Origin::Default);
         assert!(base.exists());
+    }
+
+    #[test]
+    fn an_assignment_is_the_origin_of_all_that_it_gives() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let text = "seed = 1\n[[stage]]\nkind = \"grpo\"\nsampling = { top_p = 0.5 }\nmemory = { a = 1, b = 2 }\n";
+        let path = write(dir.path(), "r.toml", text);
+        let sets = ["stage.0.memory={b=3, deep={c=4}, list=[{d=5}]}", "stage.0.sampling.temperature=-1", "foo.bar=1"];
+        let source = Source::read(&path, &sets.map(str::to_owned)).expect("assignments");
+        for key in ["memory", "memory.b", "memory.deep.c", "memory.list.0.d", "sampling.temperature"] {
+            assert_eq!(source.exact_origin(&format!("stage.0.{key}")), Origin::Set, "{key}");
+        }
+        assert_eq!(source.exact_origin("stage.0.memory.a"), Origin::Default, "it was replaced");
+        let at = |key, problem: &str| source.error(key, problem).to_string();
+        assert!(at("stage.0.sampling", "temperature is -1: expected 0 or more").starts_with("--set: "));
+        assert!(at("stage.0.sampling", "`top_p` is 0.5").starts_with(&format!("{}:4: ", path.display())));
+        assert!(at("stage.0.sampling", "it is no good").starts_with(&format!("{}:4: ", path.display())));
+        assert!(at("foo", "unknown key").starts_with("--set: "));
     }
 
     #[test]

@@ -253,7 +253,17 @@ fn with_suggestion(message: &str) -> String {
             None => format!("unknown {what} `{given}`{list}"),
         };
     }
-    message.to_owned()
+    too_large(message).unwrap_or_else(|| message.to_owned())
+}
+
+/// What to say where an integer was expected and stands as text, because it is larger than any integer of TOML.
+fn too_large(message: &str) -> Option<String> {
+    let (given, rest) = message.strip_prefix("invalid type: string \"")?.split_once('"')?;
+    let is_integer = ["expected u", "expected i"].iter().any(|expected| rest.contains(expected));
+    let is_too_large = given.parse::<i128>().is_ok_and(|given| i64::try_from(given).is_err());
+    let least = if rest.contains("expected u") { 0 } else { i64::MIN };
+    (is_integer && is_too_large)
+        .then(|| format!("{given} is out of range: expected an integer from {least} to {}", i64::MAX))
 }
 
 fn quoted_after<'a>(message: &'a str, prefix: &str) -> Option<&'a str> {

@@ -5,6 +5,7 @@
 //! new ranks.
 
 use super::process::end_with_stdin;
+use crate::commands::common::output::print;
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -209,7 +210,7 @@ fn token() -> Result<u64> {
 /// What was told makes no sense, the others cannot be met, or one of them is lost.
 pub fn serve_rank() -> Result<()> {
     let listener = TcpListener::bind(("127.0.0.1", 0)).context("listening for other ranks")?;
-    println!("{}", listener.local_addr().context("listening for other ranks")?);
+    print(&format!("{}\n", listener.local_addr().context("listening for other ranks")?))?;
     let mut line = String::new();
     std::io::stdin().read_line(&mut line).context("reading whom to meet")?;
     ensure!(!line.is_empty(), "standard input ended: a rollout worker starts this process");

@@ -85,6 +85,14 @@ fn bad_rewards_and_data_are_refused() {
     case("exact_matc", 2, &["--reward", "exact_match"]);
     case("regex", 2, &["--reward", "pattern"]);
     case("{\"components\": []}", 2, &["--reward"]);
+    // Refused before the model is read: here it is not even there.
+    let trained = r#"{"components": [{"kind": "number"}, {"kind": "reward_model", "model": "trained"}]}"#;
+    let args = ["eval", "--model", "nowhere", "--data", &data, "--reward", trained];
+    fail(&args, 2, &["--reward", "`reward_model`", "only a run has at hand"]);
+    for threshold in ["nan", "inf"] {
+        let args = ["eval", "--model", "nowhere", "--data", &data, "--reward", "number", "--correct-at", threshold];
+        fail(&args, 2, &["--correct-at", "expected a finite number"]);
+    }
     let unknown = write(dir.path(), "u.jsonl", "{\"prompt\": \"ab\"}\n");
     let args = ["eval", "--model", text(&model), "--data", &unknown, "--max-new-tokens", "4", "--reward", "number"];
     fail(&args, 1, &["no sample could be scored", "number"]);

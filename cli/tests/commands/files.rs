@@ -27,6 +27,32 @@ fn an_exported_model_is_the_same_model() {
     succeed(&["export", "--checkpoint", text(dir.path()), "--output", text(&dir.path().join("again"))]);
 }
 
+/// An export onto its own source would read weights that it has begun to replace.
+#[test]
+fn an_export_never_writes_over_what_is_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = new_model(dir.path());
+    let weights = || std::fs::read(model.join("model.safetensors")).unwrap();
+    let before = weights();
+    let link = dir.path().join("link");
+    std::os::unix::fs::symlink(&model, &link).unwrap();
+    let refuse = |output: &std::path::Path, says: &str| {
+        let args = ["export", "--checkpoint", text(&model), "--output", text(output), "--dtype", "bf16"];
+        fail(&args, 2, &[text(output), says]);
+        assert!(weights() == before, "{} was written", output.display());
+    };
+    for output in [&model, &link, &model.join("."), &model.join("../model"), &link.join("new/deeper")] {
+        refuse(output, "part of the checkpoint");
+    }
+    assert!(!model.join("new").exists());
+    let other = dir.path().join("other");
+    std::fs::create_dir(&other).unwrap();
+    std::fs::write(other.join("notes"), "kept").unwrap();
+    refuse(&other, "the directory is not empty");
+    std::fs::remove_file(other.join("notes")).unwrap();
+    succeed(&["export", "--checkpoint", text(&model), "--output", text(&other)]);
+}
+
 #[test]
 fn exports_and_imports_that_cannot_be_are_refused() {
     let dir = tempfile::tempdir().unwrap();

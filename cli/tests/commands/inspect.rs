@@ -61,6 +61,10 @@ fn refusals(run: &Path) {
     fail(&["inspect", text(run), "--group", "9999"], 2, &["--group 9999"]);
     let checkpoints = run.join("checkpoints");
     let newest = std::fs::read_dir(&checkpoints).unwrap().map(|e| e.unwrap().path()).max().unwrap();
+    for output in ["model", "exported"].map(|name| newest.join(name)) {
+        let args = ["export", "--checkpoint", text(&newest), "--output", text(&output), "--dtype", "bf16"];
+        fail(&args, 2, &[text(&output), "part of the checkpoint"]);
+    }
     write(&newest.join("model"), "config.json", "{}");
     fail(&["inspect", text(run), "--verify"], 1, &["model/config.json"]);
     let out = run.join("out");

@@ -13,4 +13,5 @@ mod inspect;
 mod plan;
 mod score;
 mod support;
+mod train;
 mod usage;

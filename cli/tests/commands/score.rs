@@ -1,5 +1,6 @@
 //! `temper score` against transformers.
 
+use crate::common::temper;
 use crate::support::{assert_close, fail, fixture, lines, numbers, reference, run, succeed, text, write};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -120,6 +121,27 @@ fn a_single_token_has_no_log_prob_and_a_summary_counts() {
     assert!((summary["mean_nll"].as_f64().unwrap() - mean).abs() < 1e-12);
 }
 
+/// A model that gives values or scores has no log-likelihood: none is reported.
+#[test]
+fn the_summary_says_what_was_scored() {
+    let dir = tempfile::tempdir().unwrap();
+    let input = write(dir.path(), "in.jsonl", "{\"input_ids\": [5]}\n{\"input_ids\": [5, 6, 7]}\n");
+    let out = dir.path().join("out.jsonl");
+    for (model, scored, says) in [
+        ("llama", "log_probs", "2 lines, 2 tokens scored, mean negative log-likelihood "),
+        ("critic_qwen2", "values", "2 lines, 4 values of tokens\n"),
+        ("reward_llama", "scores", "2 lines, 2 scores of whole lines\n"),
+    ] {
+        let dir = fixture(model);
+        let args = ["score", "--model", text(&dir), "--input", &input, "--output", text(&out)];
+        let summary = succeed(&args);
+        assert!(summary.starts_with(says), "{model}: {summary}");
+        let summary: Value = serde_json::from_str(&succeed(&[&args[..], &["--json"]].concat())).unwrap();
+        assert_eq!(summary["scored"], scored);
+        assert_eq!(summary.get("mean_nll").is_some(), model == "llama", "{summary}");
+    }
+}
+
 #[test]
 fn bad_lines_are_named_by_file_and_line() {
     let dir = tempfile::tempdir().unwrap();
@@ -145,6 +167,31 @@ fn bad_lines_are_named_by_file_and_line() {
     }
     let empty = write(dir.path(), "empty.jsonl", "\n");
     fail(&["score", "--model", text(&model), "--input", &empty], 1, &["empty.jsonl", "no line to score"]);
+}
+
+/// An interrupted command leaves nothing behind, and a file that was there stays as it was.
+#[test]
+fn an_interruption_takes_the_unfinished_file_away() {
+    use std::os::unix::process::ExitStatusExt;
+    for (signal, number) in [("-INT", 2), ("-TERM", 15)] {
+        let dir = tempfile::tempdir().unwrap();
+        let model = fixture("llama");
+        let prompts = dir.path().join("prompts");
+        assert!(std::process::Command::new("mkfifo").arg(&prompts).status().unwrap().success());
+        let out = write(dir.path(), "out.jsonl", "earlier");
+        // The result has its place when the input is opened, which is never written: the command waits for it.
+        let args = ["score", "--model", text(&model), "--input", text(&prompts), "--output", &out];
+        let mut child = temper().args(args).spawn().unwrap();
+        let held = std::fs::OpenOptions::new().write(true).open(&prompts).unwrap();
+        let names = || dir.path().read_dir().unwrap().map(|e| e.unwrap().file_name()).collect::<Vec<_>>();
+        assert_eq!(names().len(), 3, "{:?}", names());
+        let sent = std::process::Command::new("kill").args([signal, &child.id().to_string()]).status();
+        assert!(sent.unwrap().success());
+        assert_eq!(child.wait().unwrap().signal(), Some(number));
+        drop(held);
+        assert_eq!(names().len(), 2, "{:?}", names());
+        assert_eq!(std::fs::read_to_string(&out).unwrap(), "earlier");
+    }
 }
 
 #[test]

@@ -6,6 +6,8 @@ use arrow_buffer::Buffer;
 use arrow_ipc::reader::StreamDecoder;
 use arrow_schema::SchemaRef;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use parquet::basic::Compression;
+use parquet::file::metadata::ParquetMetaData;
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -19,6 +21,9 @@ pub(crate) const CONTINUATION: [u8; 4] = [0xff; 4];
 /// Continuation mark and length 0: the end of an IPC stream.
 pub(crate) const END_OF_STREAM: [u8; 8] = [0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0];
 
+/// Most bytes that one byte stands for under Zstandard: a block of 128 KiB of equal bytes takes 4.
+const MAX_EXPANSION: i64 = 1 << 15;
+
 /// A schema and the batches that follow it.
 #[derive(Debug)]
 pub(crate) struct Table {
@@ -29,7 +34,8 @@ pub(crate) struct Table {
 /// Read an IPC file or stream whole.
 ///
 /// # Errors
-/// Names the file where it is empty, truncated, damaged, or no Arrow at all.
+/// Names the file where it is empty, truncated, damaged, compressed in a way that is not supported, or no Arrow at
+/// all.
 pub(crate) fn read_ipc(path: &Path) -> Result<Table, Error> {
     let bytes = Buffer::from(std::fs::read(path).map_err(Error::io("read", path))?);
     if bytes.is_empty() {
@@ -39,7 +45,14 @@ pub(crate) fn read_ipc(path: &Path) -> Result<Table, Error> {
     if !stream.ends_with(&END_OF_STREAM) {
         return Err(Error::file(path, "no Arrow IPC data, or truncated: the stream does not end with its end mark"));
     }
-    guarded(path, "Arrow IPC", || check_framing(&stream).and_then(|()| decode_stream(stream)))
+    let codec = guarded(path, "Arrow IPC", || check_framing(&stream))?;
+    guarded(path, "Arrow IPC", || decode_stream(stream)).map_err(|error| unsupported(path, codec).unwrap_or(error))
+}
+
+/// The error of a file that only a library with this codec reads.
+pub(crate) fn unsupported(path: &Path, codec: Option<&str>) -> Option<Error> {
+    let expected = "expected no compression, Zstandard or, in Parquet, Snappy";
+    codec.map(|codec| Error::file(path, format!("compressed with {codec}, which is not supported: {expected}")))
 }
 
 /// The stream inside an IPC file: what stands between the header and the footer.
@@ -53,29 +66,68 @@ fn stream_of_file(path: &Path, bytes: &Buffer) -> Result<Buffer, Error> {
 }
 
 /// Check that every message lies within the stream and every buffer within its message's body, which the decoder takes
-/// for granted.
-fn check_framing(stream: &[u8]) -> Result<(), String> {
+/// for granted. Gives the compression that it does not know, where there is one.
+fn check_framing(stream: &[u8]) -> Result<Option<&'static str>, String> {
     let mut rest = stream;
+    let mut codec = None;
     while !rest.is_empty() {
         let header = rest.strip_prefix(&CONTINUATION).unwrap_or(rest);
         let (length, after) = header.split_first_chunk::<4>().ok_or("a message header is cut")?;
         let metadata_length = u32::from_le_bytes(*length) as usize;
         if metadata_length == 0 {
-            return if after.is_empty() { Ok(()) } else { Err("data follow the end mark".to_owned()) };
+            return if after.is_empty() { Ok(codec) } else { Err("data follow the end mark".to_owned()) };
         }
         let (metadata, after) = after.split_at_checked(metadata_length).ok_or("a message is cut")?;
         let message = arrow_ipc::root_as_message(metadata).map_err(|e| format!("a damaged message: {e}"))?;
         let body_length = usize::try_from(message.bodyLength()).map_err(|_| "a body of negative length")?;
-        rest = after.get(body_length..).ok_or("a message's body is cut")?;
+        let (body, after) = after.split_at_checked(body_length).ok_or("a message's body is cut")?;
+        rest = after;
         check_buffers(&message)?;
+        check_expansion(&message, body)?;
+        codec = codec.or_else(|| unknown_codec(&message));
     }
     Err("the end mark is missing".to_owned())
 }
 
+fn batch_of<'a>(message: &arrow_ipc::Message<'a>) -> Option<arrow_ipc::RecordBatch<'a>> {
+    message.header_as_record_batch().or_else(|| message.header_as_dictionary_batch()?.data())
+}
+
+/// The compression of a message's body, where it is none that can be decoded.
+pub(crate) fn unknown_codec(message: &arrow_ipc::Message<'_>) -> Option<&'static str> {
+    let codec = batch_of(message)?.compression()?.codec();
+    (codec != arrow_ipc::CompressionType::ZSTD).then(|| codec.variant_name().unwrap_or("an unknown codec"))
+}
+
+/// The compression of a column of a Parquet file, where it is none that can be decoded.
+fn unknown_parquet_codec(metadata: &ParquetMetaData) -> Option<&'static str> {
+    let mut columns = metadata.row_groups().iter().flat_map(|group| group.columns());
+    columns.find_map(|column| match column.compression() {
+        Compression::UNCOMPRESSED | Compression::SNAPPY | Compression::ZSTD(_) => None,
+        Compression::GZIP(_) => Some("GZIP"),
+        Compression::LZO => Some("LZO"),
+        Compression::BROTLI(_) => Some("BROTLI"),
+        Compression::LZ4 | Compression::LZ4_RAW => Some("LZ4"),
+    })
+}
+
+/// Check that no compressed buffer says that it holds more than it can: that much memory would be asked for.
+pub(crate) fn check_expansion(message: &arrow_ipc::Message<'_>, body: &[u8]) -> Result<(), String> {
+    let batch = batch_of(message).filter(|batch| batch.compression().is_some());
+    for buffer in batch.and_then(|batch| batch.buffers()).into_iter().flatten() {
+        let range = usize::try_from(buffer.offset()).ok().zip(usize::try_from(buffer.length()).ok());
+        let bytes = range.and_then(|(offset, length)| body.get(offset..)?.get(..length)).unwrap_or_default();
+        let Some(length) = bytes.first_chunk().map(|bytes| i64::from_le_bytes(*bytes)) else { continue };
+        if length > MAX_EXPANSION.saturating_mul(buffer.length()) {
+            return Err(format!("a compressed buffer of {} bytes claims to hold {length}", buffer.length()));
+        }
+    }
+    Ok(())
+}
+
 /// Check that every buffer of a message lies within its body.
 pub(crate) fn check_buffers(message: &arrow_ipc::Message<'_>) -> Result<(), String> {
-    let batch = message.header_as_record_batch().or_else(|| message.header_as_dictionary_batch()?.data());
-    let Some(buffers) = batch.and_then(|batch| batch.buffers()) else { return Ok(()) };
+    let Some(buffers) = batch_of(message).and_then(|batch| batch.buffers()) else { return Ok(()) };
     for buffer in buffers {
         let (offset, length) = (buffer.offset(), buffer.length());
         let end = offset.checked_add(length).filter(|_| offset >= 0 && length >= 0);
@@ -101,14 +153,18 @@ fn decode_stream(mut stream: Buffer) -> Result<Table, String> {
 /// Read a Parquet file whole.
 ///
 /// # Errors
-/// Names the file where it is empty, truncated or damaged.
+/// Names the file where it is empty, truncated, damaged or compressed in a way that is not supported.
 pub(crate) fn read_parquet(path: &Path) -> Result<Table, Error> {
     let file = File::open(path).map_err(Error::io("open", path))?;
     if file.metadata().map_err(Error::io("read", path))?.len() == 0 {
         return Err(Error::file(path, "the file is empty: expected Parquet"));
     }
+    let open = || ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| e.to_string());
+    let builder = guarded(path, "Parquet", open)?;
+    if let Some(error) = unsupported(path, unknown_parquet_codec(builder.metadata())) {
+        return Err(error);
+    }
     guarded(path, "Parquet", || {
-        let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| e.to_string())?;
         let schema = builder.schema().clone();
         let reader = builder.build().map_err(|e| e.to_string())?;
         let batches = reader.collect::<Result<Vec<_>, _>>().map_err(|e| e.to_string())?;

@@ -1,7 +1,9 @@
 //! Reading an Arrow IPC stream message by message: one batch is in memory at a time.
 
 use crate::Error;
-use crate::arrow_io::{CONTINUATION, END_OF_STREAM, check_buffers, guarded};
+use crate::arrow_io::{
+    CONTINUATION, END_OF_STREAM, check_buffers, check_expansion, guarded, unknown_codec, unsupported,
+};
 use arrow_array::RecordBatch;
 use arrow_buffer::Buffer;
 use arrow_ipc::convert::try_fb_to_schema;
@@ -33,6 +35,8 @@ struct Header {
     metadata: Vec<u8>,
     body_length: u64,
     num_rows: u64,
+    /// The body's compression, where it is none that can be decoded.
+    unknown_codec: Option<&'static str>,
 }
 
 impl IpcStream {
@@ -97,15 +101,16 @@ impl IpcStream {
         let body_length = body_length.ok_or_else(|| self.damaged("a message's body is cut"))?;
         let num_rows = message.header_as_record_batch().map_or(0, |batch| batch.length());
         let num_rows = u64::try_from(num_rows).map_err(|_| self.damaged("a batch of fewer than 0 rows"))?;
-        Ok(Some(Header { metadata, body_length, num_rows }))
+        let unknown_codec = unknown_codec(&message);
+        Ok(Some(Header { metadata, body_length, num_rows, unknown_codec }))
     }
 
     fn next_batch(&mut self) -> Result<Option<RecordBatch>, Error> {
         while let Some(header) = self.header()? {
             let body = self.take(header.body_length, "a message's body")?;
             let schema = self.schema.clone();
-            let decoded = guarded(&self.path, "Arrow IPC", || decode(&header.metadata, body, schema))?;
-            match decoded {
+            let decoded = guarded(&self.path, "Arrow IPC", || decode(&header.metadata, body, schema));
+            match decoded.map_err(|error| unsupported(&self.path, header.unknown_codec).unwrap_or(error))? {
                 Decoded::Schema(schema) => self.schema = Some(schema),
                 Decoded::Batch(batch) => return Ok(Some(batch)),
             }
@@ -134,6 +139,7 @@ enum Decoded {
 
 fn decode(metadata: &[u8], body: Vec<u8>, schema: Option<SchemaRef>) -> Result<Decoded, String> {
     let message = arrow_ipc::root_as_message(metadata).map_err(|e| e.to_string())?;
+    check_expansion(&message, &body)?;
     match (message.header_as_schema(), message.header_as_record_batch(), schema) {
         (Some(schema), _, None) => {
             try_fb_to_schema(schema).map(|schema| Decoded::Schema(Arc::new(schema))).map_err(|e| e.to_string())

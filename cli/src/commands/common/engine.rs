@@ -1,6 +1,7 @@
 //! A model directory as something that answers prompts.
 
 use super::compute::{ComputeArgs, open_model};
+use super::output::require_empty;
 use super::sampling::SamplingArgs;
 use crate::draft_model;
 use crate::runtime::LocalText;
@@ -226,9 +227,7 @@ impl Generator {
 /// # Errors
 /// A directory that holds something already (exit code 2), or cannot be written.
 pub fn write_dataset(dir: &Path, run: &str, (samples, weights): (&[Sample], WeightFormat)) -> Result<()> {
-    if dir.read_dir().is_ok_and(|mut entries| entries.next().is_some()) {
-        return Err(usage(format!("--output {}: the directory is not empty", dir.display())));
-    }
+    require_empty(dir)?;
     let mut writer = temper_data::trajectories::DatasetWriter::open(dir, run)?;
     if let Some(note) = weights.dataset_note() {
         writer.describe(note)?;

@@ -6,4 +6,6 @@ pub mod compute;
 pub mod engine;
 pub mod output;
 pub mod sampling;
+pub mod shell;
 pub mod speculation;
+mod unfinished_file;

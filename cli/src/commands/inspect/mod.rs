@@ -150,14 +150,14 @@ impl Inspect {
 
     fn to_json(&self, findings: &Findings<'_>) -> Value {
         let mut object = Map::new();
-        object.insert("run".to_owned(), json!(self.run));
+        object.insert("run".to_owned(), json!(self.run.display().to_string()));
         object.insert("stages".to_owned(), findings.stages.iter().map(metrics::StageTrend::to_json).collect());
         object.insert("checkpoints".to_owned(), findings.checkpoints.iter().map(Checkpoint::to_json).collect());
         object.insert("rollouts".to_owned(), json!(findings.steps));
         let group = |group: &Vec<&Sample>| groups::to_json(group);
         object.insert("groups".to_owned(), findings.groups.iter().map(group).collect());
         if let Some((path, num_rows)) = &findings.parquet {
-            object.insert("parquet".to_owned(), json!({"path": path, "num_rows": num_rows}));
+            object.insert("parquet".to_owned(), json!({"path": path.display().to_string(), "num_rows": num_rows}));
         }
         Value::Object(object)
     }
@@ -194,7 +194,7 @@ impl Checkpoint {
         let verified = self.problem.as_ref().map(Result::is_ok);
         let problem = self.problem.as_ref().and_then(|p| p.as_ref().err());
         json!({
-            "path": self.info.path, "step": self.info.state.step, "policy_version": self.info.state.version,
+            "path": self.info.path.display().to_string(), "step": self.info.state.step, "policy_version": self.info.state.version,
             "metric": self.info.state.metric, "verified": verified, "problem": problem,
         })
     }

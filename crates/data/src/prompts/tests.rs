@@ -180,6 +180,32 @@ fn a_table_of_other_columns_is_refused() {
 }
 
 /// No cut of a binary file is taken for a whole one.
+/// Files that pyarrow wrote: what cannot be decoded is said to be that, and not damaged.
+#[test]
+fn a_compression_is_read_or_named() {
+    let rows = read_prompts(&[fixture("zstd.feather")]).expect("Zstandard is known");
+    assert_eq!(rows[0].prompt, text(&"2 + 2 = ".repeat(20)));
+    for (name, codec) in
+        [("lz4.feather", "LZ4"), ("gzip.parquet", "GZIP"), ("brotli.parquet", "BROTLI"), ("lz4.parquet", "LZ4")]
+    {
+        let error = read_prompts(&[fixture(name)]).expect_err(name).to_string();
+        assert!(error.contains(name) && error.contains(&format!("compressed with {codec}")), "{error}");
+        assert!(error.contains("not supported") && !error.contains("damaged"), "{error}");
+    }
+}
+
+/// A buffer that claims to hold 2^62 bytes is refused before memory is asked for.
+#[test]
+fn a_compressed_buffer_that_claims_too_much_is_refused() {
+    let mut bytes = std::fs::read(fixture("zstd.feather")).expect("a fixture");
+    // The length stands before the frame, which begins with its magic number.
+    let claim = [&160_i64.to_le_bytes()[..], &[0x28, 0xb5, 0x2f, 0xfd]].concat();
+    let at = bytes.windows(12).position(|window| window == claim).expect("the length of 20 times 8 characters");
+    bytes[at..at + 8].copy_from_slice(&(1_i64 << 62).to_le_bytes());
+    let error = read("claim.feather", &bytes).expect_err("too much").to_string();
+    assert!(error.contains("claim.feather") && error.contains("claims to hold 4611686018427387904"), "{error}");
+}
+
 #[test]
 fn truncated_tables_are_errors() {
     for name in ["chain_sum.parquet", "chain_sum.arrow"] {
@@ -197,11 +223,11 @@ proptest! {
     /// Changed bytes give rows or an error that names the file, never a panic.
     #[test]
     fn mutated_files_never_panic(
-        which in 0usize..3,
+        which in 0usize..4,
         changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
         cut in any::<Option<prop::sample::Index>>(),
     ) {
-        let name = ["chain_sum.jsonl", "chain_sum.parquet", "chain_sum.arrow"][which];
+        let name = ["chain_sum.jsonl", "chain_sum.parquet", "chain_sum.arrow", "zstd.feather"][which];
         let mut bytes = std::fs::read(fixture(name)).expect("a fixture");
         for (index, byte) in changes {
             let at = index.index(bytes.len());
