@@ -55,6 +55,9 @@ impl Train {
         let root = self.run_dir(&recipe)?;
         let dir = RunDir::open(&root)?;
         let resume = self.checkpoint(&dir)?;
+        if !self.resume {
+            dir.forget_changes()?;
+        }
         if resume.is_none() {
             std::fs::write(dir.recipe(), render(&recipe, &source)).context("writing the resolved recipe")?;
         }
