@@ -360,3 +360,46 @@ fn ranks_that_were_given_up_one_after_the_other_join_again() {
         without_communication(run::whole_outcome(&reference))
     );
 }
+
+/// Commands on the run in `run_dir` fail, and all say this.
+fn commands_are_refused(run_dir: &Path, complaints: &[&str]) {
+    for args in
+        [&["stop"][..], &["drain"], &["pause"], &["set", "learning_rate=0"], &["status"], &["workers"], &["fetch"]]
+    {
+        let output = control(run_dir, args);
+        assert_eq!(output.status.code(), Some(1), "{args:?}");
+        let said = stderr(&output);
+        complaints.iter().for_each(|complaint| assert!(said.contains(complaint), "{args:?}: {complaint}: {said}"));
+    }
+}
+
+#[test]
+fn commands_on_a_run_that_has_ended_reach_no_other_run() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let recipe = recipe(dir.path(), &SMALL.replace("steps = 6", "steps = 4000"));
+    let [killed, other] = ["killed", "other"].map(|name| dir.path().join(name));
+    let address = free_address();
+    let listen = format!("placement.listen={address}");
+    let steps = |run_dir: &Path| {
+        until("steps", || (control_json(run_dir, &["status"])?["step"].as_u64()? > 5).then_some(()));
+    };
+
+    let child = start(&recipe, &killed, &[&listen]);
+    steps(&killed);
+    signal(u64::from(child.id()), "KILL");
+    assert!(!child.wait_with_output().expect("the process ends").status.success());
+    let killed_path = killed.to_str().expect("UTF-8");
+    commands_are_refused(&killed, &[&format!("the run in {killed_path} has ended"), &address]);
+
+    let child = start(&recipe, &other, &[&listen]);
+    steps(&other);
+    let other_path = other.canonicalize().expect("it is there");
+    let other_path = other_path.to_str().expect("UTF-8");
+    commands_are_refused(&killed, &[&format!("the run in {killed_path} has ended"), &address, other_path]);
+    assert_eq!(control_json(&other, &["status"]).expect("it answers")["state"], "running", "it is undisturbed");
+    assert!(control(&other, &["drain"]).status.success());
+    let output = child.wait_with_output().expect("the process ends");
+    assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
+    assert!(!other.join("control").exists(), "nothing is controlled there any more");
+    commands_are_refused(&other, &[&format!("the run in {} has ended", other.display()), "interrupted"]);
+}

@@ -1,6 +1,6 @@
 //! `temper train`: run a recipe.
 
-use crate::control::LocalControl;
+use crate::control::{LocalControl, forget_address};
 use crate::kill::KillAt;
 use crate::recipe::{CheckReport, Recipe, Source, check, render};
 use crate::recovery::{Start, after_loss};
@@ -55,6 +55,8 @@ impl Train {
         let root = self.run_dir(&recipe)?;
         let dir = RunDir::open(&root)?;
         let resume = self.checkpoint(&dir)?;
+        // Whoever had the directory before is gone.
+        forget_address(&root).context("removing where an earlier run was controlled")?;
         if !self.resume {
             dir.forget_changes()?;
         }

@@ -17,8 +17,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use temper_controller::fleet::{FleetConfig, FleetReward, FleetRollout, LossCause, WorkerPhase, WorkerStatus};
 use temper_proto::grpc::{
-    ControlServer, Endpoint, FlightServer, GrpcRuntime, RewardClient, RolloutClient, ServedServices, ServerHandle,
-    TlsFiles, TrainerClient, TransportConfig, WorkerRegistryServer, serve,
+    ControlServer, Endpoint, FlightServer, GrpcRuntime, RewardClient, RolloutClient, ServedRun, ServedServices,
+    ServerHandle, TlsFiles, TrainerClient, TransportConfig, WorkerRegistryServer, serve,
 };
 use temper_proto::{RewardService, RolloutService, ServiceResult, TrainerService, WorkerRole};
 use temper_trainer::TrainerGroup;
@@ -28,6 +28,8 @@ use temper_trainer::TrainerGroup;
 pub struct ClusterSpec {
     /// What they are told.
     pub work: Work,
+    /// Tells the run from others that listen at its address before or after it.
+    pub run_id: String,
     /// Where workers join; port 0 takes any.
     pub listen: SocketAddr,
     /// Trainer ranks that share the rows of a micro-batch.
@@ -119,7 +121,9 @@ impl Cluster {
         let hub = Arc::new(Hub::new(spec.work.clone(), LEASE));
         let listener = TcpListener::bind(spec.listen).with_context(|| format!("listening at {}", spec.listen))?;
         let tables = Arc::new(RunTables::new(Path::new(&spec.work.run_dir)));
+        let run = ServedRun { id: spec.run_id.clone(), dir: spec.work.run_dir.clone() };
         let services = ServedServices::new()
+            .of_run(run)
             .with(WorkerRegistryServer::service(hub.clone()))
             .with(ControlServer::service(control.clone()))
             .with(FlightServer::service(tables.clone(), &TransportConfig::default()));
