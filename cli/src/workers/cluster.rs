@@ -1,6 +1,6 @@
 //! The workers of a run, joined into its services.
 
-use super::children::{Children, Killer, Meeting};
+use super::children::{Children, Killer, Meeting, names};
 use super::hub::{Change, Hub, Member, Standing, Work};
 use super::mirrors::RankHandle;
 use super::{LEASE, START_TIMEOUT};
@@ -128,12 +128,16 @@ impl Cluster {
             .with(ControlServer::service(control.clone()))
             .with(FlightServer::service(tables.clone(), &TransportConfig::default()));
         control.know(Arc::clone(&hub));
-        let server = serve(&runtime, listener, services, TransportConfig::default()).context("serving workers")?;
         let wanted = [
             (WorkerRole::Trainer, spec.work.world as usize),
             (WorkerRole::Rollout, spec.rollout_workers),
             (WorkerRole::Reward, spec.reward_workers),
         ];
+        if spec.is_local {
+            // Before anybody else can come by the names.
+            names(&wanted).for_each(|(_, name)| hub.reserve(&name, None));
+        }
+        let server = serve(&runtime, listener, services, TransportConfig::default()).context("serving workers")?;
         let meeting = Meeting { address: server.address(), tls: spec.tls.clone() };
         let children = if spec.is_local { Some(Children::start(&hub, meeting, &wanted)?) } else { None };
         let mut cluster = Cluster {
