@@ -428,6 +428,26 @@ fn a_name_is_free_again_when_whoever_had_it_is_gone() {
     assert_eq!(run::whole_outcome(&run_dir), run::whole_outcome(&reference));
 }
 
+/// The model is gone, so that an engine that ends cannot start again.
+#[test]
+fn a_run_whose_last_engine_cannot_start_again_ends_with_the_cause() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let recipe = recipe(dir.path(), &longer().replace("steps = 40", "steps = 4000"));
+    let run_dir = dir.path().join("run");
+    let child = start(&recipe, &run_dir, &[]);
+    let (pid, _) = until("the engine", || worker(&run_dir, "rollout-0", 0));
+    until("steps", || (control_json(&run_dir, &["status"])?["step"].as_u64()? > 5).then_some(()));
+    std::fs::remove_dir_all(run_dir.join("init")).expect("the initial model");
+    signal(pid, "KILL");
+    let begin = Instant::now();
+    let output = child.wait_with_output().expect("the process ends");
+    let said = stderr(&output);
+    assert!(begin.elapsed() < Duration::from_secs(60), "after {:?}: {said}", begin.elapsed());
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    let last = said.lines().last().unwrap_or_default();
+    assert!(last.contains("worker rollout-0 does not start") && last.contains("it exited with code 1"), "{said}");
+}
+
 /// Commands on the run in `run_dir` fail, and all say this.
 fn commands_are_refused(run_dir: &Path, complaints: &[&str]) {
     for args in

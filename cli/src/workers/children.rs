@@ -63,11 +63,32 @@ impl Killer {
     }
 }
 
+/// Which workers of this machine can still come.
+#[derive(Clone)]
+pub struct Prospects(Arc<Mutex<Table>>);
+
+impl Prospects {
+    /// Why no worker of this role will be started any more; nothing where one runs or may be started again.
+    pub fn end(&self, role: WorkerRole) -> Option<String> {
+        let table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if table.running.values().any(|running| running.role == role) {
+            return None;
+        }
+        let (name, given_up) = table.given_up.iter().find(|(_, given_up)| given_up.role == role)?;
+        Some(format!("worker {name} is not started again: {}", given_up.cause))
+    }
+}
+
 #[derive(Default)]
 struct Table {
     running: BTreeMap<String, Running>,
-    given_up: BTreeMap<String, String>,
+    given_up: BTreeMap<String, GivenUp>,
     is_ending: bool,
+}
+
+struct GivenUp {
+    role: WorkerRole,
+    cause: String,
 }
 
 struct Running {
@@ -106,9 +127,15 @@ impl Children {
         Killer(Arc::clone(&self.table))
     }
 
+    /// What knows which workers can still come.
+    pub fn prospects(&self) -> Prospects {
+        Prospects(Arc::clone(&self.table))
+    }
+
     /// Workers that will not be started again, and why.
     pub fn given_up(&self) -> BTreeMap<String, String> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner).given_up.clone()
+        let table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        table.given_up.iter().map(|(name, given_up)| (name.clone(), given_up.cause.clone())).collect()
     }
 }
 
@@ -222,9 +249,10 @@ impl Table {
             None => {
                 let text = format!("{cause}, after {} starts", running.starts);
                 tracing::error!(worker = name, cause = text, "a worker is not started again");
+                let role = running.role;
                 self.running.remove(name);
                 hub.release(name);
-                self.given_up.insert(name.to_owned(), text);
+                self.given_up.insert(name.to_owned(), GivenUp { role, cause: text });
             }
         }
     }

@@ -1,6 +1,6 @@
 //! The workers of a run, joined into its services.
 
-use super::children::{Children, Killer, Meeting, names};
+use super::children::{Children, Killer, Meeting, Prospects, names};
 use super::hub::{Change, Hub, Member, Standing, Work};
 use super::mirrors::RankHandle;
 use super::{LEASE, START_TIMEOUT};
@@ -279,6 +279,7 @@ impl Cluster {
             fleets: Arc::clone(&self.fleets),
             sources: Arc::clone(&self.sources),
             killer: self.killer(),
+            prospects: self.children.as_ref().map(Children::prospects),
             spares_ranks: Arc::clone(&self.spares_ranks),
             is_ending: Arc::clone(&self.is_ending),
         };
@@ -360,6 +361,7 @@ struct Joiner {
     fleets: Arc<Mutex<Fleets>>,
     sources: Arc<Mutex<Sources>>,
     killer: Option<Killer>,
+    prospects: Option<Prospects>,
     spares_ranks: Arc<AtomicBool>,
     is_ending: Arc<AtomicBool>,
 }
@@ -382,6 +384,25 @@ impl Joiner {
                     }
                     Change::Lost(member) => self.leave(&member),
                 }
+            }
+            self.expect_nobody();
+        }
+    }
+
+    /// Nobody waits for a worker of a role of which the last was given up on, unless one that was started by hand is
+    /// there.
+    fn expect_nobody(&self) {
+        let Some(prospects) = &self.prospects else { return };
+        for role in [WorkerRole::Rollout, WorkerRole::Reward] {
+            let Some(reason) = prospects.end(role) else { continue };
+            let is_there = |m: &Member| m.hello.role == role && m.standing != Standing::Lost;
+            if self.hub.members().iter().any(is_there) {
+                continue;
+            }
+            let fleets = self.fleets.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            match role {
+                WorkerRole::Rollout => fleets.rollout.expect_nobody(&reason),
+                _ => fleets.reward.expect_nobody(&reason),
             }
         }
     }
