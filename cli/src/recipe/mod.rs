@@ -19,7 +19,7 @@ mod source;
 mod stage;
 mod typed;
 
-pub use check::{CheckReport, check, config_error};
+pub use check::{CheckReport, MAX_WAIT_SECONDS, check, config_error};
 pub use check_distill::check_teachers;
 pub use error::RecipeError;
 pub use render::render;
