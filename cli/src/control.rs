@@ -1,8 +1,9 @@
 //! The control of a run, as its server offers it: the run's own control, and the workers.
 
 use crate::workers::Hub;
-use std::io;
-use std::net::SocketAddr;
+use anyhow::bail;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,30 +16,105 @@ use temper_types::ErrorCode;
 /// Name of the file in a run's directory that says where the run is controlled.
 const ADDRESS_FILE: &str = "control";
 
-/// Write where the run is controlled, and, on lines of their own, the certificates that it speaks TLS by: CA,
-/// certificate, key.
+/// Length in bytes of what makes a run's id.
+const RUN_ID_BYTES: usize = 16;
+
+/// An id that no other run has, nor the same one when it is started again.
+///
+/// # Errors
+/// A system that gives no random bytes.
+pub fn run_id() -> io::Result<String> {
+    let mut bytes = [0; RUN_ID_BYTES];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(format!("{:032x}", u128::from_le_bytes(bytes)))
+}
+
+/// How a run under way is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunAddress {
+    /// HOST:PORT.
+    pub address: String,
+    /// The run's id, by which it is told from another run that listens there later.
+    pub run_id: String,
+    /// The certificates that it speaks TLS by.
+    pub tls: Option<TlsFiles>,
+}
+
+/// Where the run is controlled, as its directory says for as long as this value lives.
+#[derive(Debug)]
+pub struct AddressFile(PathBuf);
+
+impl RunAddress {
+    /// Write this into `run_dir`: address, id, and, where the run speaks TLS, CA, certificate and key, a line each.
+    ///
+    /// # Errors
+    /// A directory that cannot be written.
+    pub fn write(&self, run_dir: &Path) -> io::Result<AddressFile> {
+        let mut text = format!("{}\n{}\n", self.address, self.run_id);
+        for path in self.tls.iter().flat_map(|tls| [&tls.ca, &tls.cert, &tls.key]) {
+            text = format!("{text}{}\n", std::path::absolute(path)?.display());
+        }
+        let path = run_dir.join(ADDRESS_FILE);
+        // Whoever reads meanwhile finds all of it or nothing.
+        let temporary = path.with_extension("tmp");
+        std::fs::write(&temporary, text)?;
+        std::fs::rename(&temporary, &path)?;
+        Ok(AddressFile(path))
+    }
+
+    /// How the run in `run_dir` is reached.
+    ///
+    /// # Errors
+    /// A run that is not controlled over the network, has ended, or whose file is damaged.
+    pub fn read(run_dir: &Path) -> anyhow::Result<Self> {
+        let shown = run_dir.display();
+        let path = run_dir.join(ADDRESS_FILE);
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) => match how_it_ended(run_dir) {
+                Some(end) => bail!("the run in {shown} has ended ({end}): nothing is left to control"),
+                None => {
+                    let what = format!("{shown} is not a run that is controlled over the network");
+                    return Err(anyhow::Error::new(error).context(what));
+                }
+            },
+        };
+        let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+        let (Some(address), Some(run_id)) = (lines.next(), lines.next()) else {
+            bail!("{}: expected a line with HOST:PORT and one with the run's id, got `{text}`", path.display());
+        };
+        let (address, run_id) = (address.to_owned(), run_id.to_owned());
+        let mut path = || lines.next().map(PathBuf::from);
+        let tls = path().and_then(|ca| Some(TlsFiles { ca, cert: path()?, key: path()? }));
+        Ok(RunAddress { address, run_id, tls })
+    }
+}
+
+impl Drop for AddressFile {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.0) {
+            tracing::warn!(path = %self.0.display(), %error, "cannot be removed");
+        }
+    }
+}
+
+/// Remove what a run that was killed has left in `run_dir` of where it was controlled.
 ///
 /// # Errors
 /// A directory that cannot be written.
-pub fn write_address(run_dir: &Path, address: SocketAddr, tls: Option<&TlsFiles>) -> io::Result<()> {
-    let mut text = format!("{address}\n");
-    for path in tls.iter().flat_map(|tls| [&tls.ca, &tls.cert, &tls.key]) {
-        text = format!("{text}{}\n", std::path::absolute(path)?.display());
+pub fn forget_address(run_dir: &Path) -> io::Result<()> {
+    match std::fs::remove_file(run_dir.join(ADDRESS_FILE)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
-    std::fs::write(run_dir.join(ADDRESS_FILE), text)
 }
 
-/// Where the run in `run_dir` is controlled, and by which certificates.
-///
-/// # Errors
-/// A run that is not controlled over the network.
-pub fn read_address(run_dir: &Path) -> io::Result<(String, Option<TlsFiles>)> {
-    let text = std::fs::read_to_string(run_dir.join(ADDRESS_FILE))?;
-    let mut lines = text.lines();
-    let address = lines.next().unwrap_or_default().trim().to_owned();
-    let mut path = || lines.next().map(PathBuf::from);
-    let files = path().and_then(|ca| Some(TlsFiles { ca, cert: path()?, key: path()? }));
-    Ok((address, files))
+/// The last event of the run in `run_dir`, where that is an end.
+fn how_it_ended(run_dir: &Path) -> Option<String> {
+    let text = std::fs::read_to_string(run_dir.join("events.jsonl")).ok()?;
+    let last: serde_json::Value = serde_json::from_str(text.lines().last()?).ok()?;
+    let event = last["event"].as_str()?;
+    ["completed", "interrupted", "failed"].contains(&event).then(|| event.to_owned())
 }
 
 /// The control of whichever controller drives the run now.

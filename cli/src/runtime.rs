@@ -1,6 +1,6 @@
 //! Assembly: from a checked recipe to the services of one process.
 
-use crate::control::{LocalControl, write_address};
+use crate::control::{AddressFile, LocalControl, RunAddress, run_id};
 use crate::draft_model;
 use crate::recipe::{CheckReport, ModelSource, PlacementMode, Recipe, Source, render};
 use crate::reward_models::RewardModels;
@@ -136,6 +136,8 @@ pub struct Runtime {
     pub device: Arc<dyn Device>,
     /// The worker processes, where there are any. They end with it.
     pub cluster: Option<Cluster>,
+    /// Where it is controlled, where that is over the network. Last: the file is there until nobody answers any more.
+    _address: Option<AddressFile>,
 }
 
 /// Load the model and start the services of embedded mode for a run in `run_dir`.
@@ -165,7 +167,7 @@ pub fn embedded(recipe: &Recipe, report: &CheckReport, (model_dir, run_dir): (&P
     let models = RewardModels { trainer: scorer, device: &device, policy_dir: model_dir, dtype };
     let services = Services { rollout, reward: Arc::new(models.reward_service(recipe)?), trainer, text };
     let spec = run_spec(recipe, report, (dtype, &format!("{initial}")), model_dir)?;
-    Ok(Runtime { services, spec, dtype, device, cluster: None })
+    Ok(Runtime { services, spec, dtype, device, cluster: None, _address: None })
 }
 
 /// Where drafters remember earlier responses.
@@ -213,6 +215,7 @@ pub fn processes(
             run_dir: path_text(&run_dir.canonicalize().context("finding the run directory")?)?,
             world: placement.trainer_ranks as u32,
         },
+        run_id: run_id().context("making an id for the run")?,
         listen: placement.listen,
         sequence_parallel: placement.sequence_parallel,
         mirrors: placement.mirror_shards.then(|| trainer_ranks::num_shards(placement)),
@@ -223,12 +226,13 @@ pub fn processes(
         is_local: placement.spawn_workers,
     };
     let cluster = Cluster::start(&spec, control)?;
-    write_address(run_dir, cluster.address(), spec.tls.as_ref()).context("writing where the run is controlled")?;
+    let address = RunAddress { address: cluster.address().to_string(), run_id: spec.run_id, tls: spec.tls };
+    let address = address.write(run_dir).context("writing where the run is controlled")?;
     let trainer = cluster.trainer()?;
     let initial = trainer.version().hash;
     let spec = run_spec(recipe, report, (dtype, &format!("{initial}")), model_dir)?;
     let services = Services { rollout: cluster.rollout(), reward: cluster.reward(), trainer, text };
-    Ok(Runtime { services, spec, dtype, device, cluster: Some(cluster) })
+    Ok(Runtime { services, spec, dtype, device, cluster: Some(cluster), _address: Some(address) })
 }
 
 fn path_text(path: &Path) -> Result<String> {

@@ -1,6 +1,6 @@
 //! The trainer of a run in this process: alone, or several ranks that share the compute device.
 
-use crate::recipe::{Placement, PlacementMode, Recipe, RecipeError, ShardingKind, Source};
+use crate::recipe::{MAX_WAIT_SECONDS, Placement, PlacementMode, Recipe, RecipeError, ShardingKind, Source};
 use anyhow::Result;
 use std::path::Path;
 use std::sync::Arc;
@@ -113,8 +113,10 @@ pub fn check(placement: &Placement, source: &Source) -> Result<(), RecipeError> 
         let problem = format!("{ranks} is out of range: expected 1 to {MAX_RANKS}");
         return Err(source.error("placement.trainer_ranks", problem));
     }
-    if placement.collective_timeout_seconds == 0 {
-        return Err(source.error("placement.collective_timeout_seconds", "0 is out of range: expected at least 1"));
+    let timeout = placement.collective_timeout_seconds;
+    if !(1..=MAX_WAIT_SECONDS).contains(&timeout) {
+        let problem = format!("{timeout} is out of range: expected 1 to {MAX_WAIT_SECONDS}");
+        return Err(source.error("placement.collective_timeout_seconds", problem));
     }
     let sequence = placement.sequence_parallel;
     if sequence == 0 || !ranks.is_multiple_of(sequence) {

@@ -127,6 +127,18 @@ const CASES: &[Case] = &[
         "[placement]\nmode = \"processes\"\nspawn_workers = false",
         &["placement.listen", "with a port"],
     ),
+    case(
+        "a wait without an end",
+        "seed = 5",
+        "seed = 5\nrollout_timeout_seconds = 1e300",
+        &["recipe.toml:5", "rollout_timeout_seconds", "1e300 is out of range", "more than 0, at most 1000000000"],
+    ),
+    case(
+        "ranks that wait without an end",
+        "[placement]",
+        "[placement]\ncollective_timeout_seconds = 9223372036854775807",
+        &["placement.collective_timeout_seconds", "out of range", "1 to 1000000000"],
+    ),
     case("no completions", "demonstration = \"solution\"", "demonstration = \"none\"", &["stage.0.data", "completion"]),
     case(
         "unknown estimator",

@@ -87,6 +87,27 @@ fn twenty_kills_in_every_phase_leave_the_result_as_it_was() {
     assert_eq!(outcome(&run_dir), expected);
 }
 
+/// An attempt dies before its first checkpoint, and has changed a setting. `--resume` goes on with it and makes the
+/// change again; a start without `--resume` is another attempt, which nobody has changed.
+#[test]
+fn a_start_without_resume_makes_no_change_of_an_attempt_that_died() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (recipe, expected) = reference(dir.path());
+    let change = "{\"event\":\"set\",\"step\":2,\"key\":\"learning_rate\",\"value\":\"0.5\"}\n";
+    for (args, is_changed) in [(&["--resume"][..], true), (&[], false)] {
+        let run_dir = dir.path().join(format!("changed-{is_changed}"));
+        let killed = train(&recipe, &run_dir, &[], Some("1:update"));
+        assert_eq!(killed.status.signal(), Some(9), "{}", stderr(&killed));
+        let journal = run_dir.join("control.jsonl");
+        std::fs::write(&journal, change).expect("the directory is writable");
+        let output = train(&recipe, &run_dir, args, None);
+        assert!(output.status.success(), "{}", stderr(&output));
+        assert_eq!(outcome(&run_dir) != expected, is_changed, "{args:?}");
+        let kept = std::fs::read_to_string(&journal).expect("a journal");
+        assert_eq!(kept, if is_changed { change } else { "" }, "{args:?}");
+    }
+}
+
 #[test]
 fn an_interrupted_run_exits_130_with_a_checkpoint_and_goes_on() {
     let dir = tempfile::tempdir().expect("a temporary directory");

@@ -368,3 +368,133 @@ fn ranks_that_were_given_up_one_after_the_other_join_again() {
         without_communication(run::whole_outcome(&reference))
     );
 }
+
+/// What a worker says that the run at `address` does not let in.
+fn refused(address: &str, role: &str, name: &str) -> String {
+    let mut command = temper();
+    command.args(["serve", role, "--join", address, "--name", name]).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut worker = Joined(command.spawn().expect("the binary starts"));
+    let status = until("its end", || worker.0.try_wait().expect("a process"));
+    let said = std::io::read_to_string(worker.0.stderr.take().expect("piped")).expect("text");
+    assert_eq!(status.code(), Some(1), "{said}");
+    said
+}
+
+/// The run's own workers keep their names, whoever else comes by those names, and whatever else the others do.
+#[test]
+fn nobody_takes_the_name_of_a_worker_that_the_run_starts() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let recipe = recipe(dir.path(), &longer());
+    let [reference, run_dir] = ["reference", "run"].map(|name| dir.path().join(name));
+    assert!(train(&recipe, &reference, &[], None).status.success());
+    let address = free_address();
+    let run = start(&recipe, &run_dir, &[&format!("placement.listen={address}")]);
+    until("steps", || (control_json(&run_dir, &["status"])?["step"].as_u64()? > 5).then_some(()));
+    assert_eq!(control_json(&run_dir, &["pause"]).expect("it pauses")["state"], "paused");
+    for name in ["trainer-0", "rollout-0", "reward-0"] {
+        for role in ["trainer", "rollout", "reward"] {
+            let said = refused(&address, role, name);
+            assert!(said.contains(name) && said.contains("the run starts itself"), "{role} as {name}: {said}");
+        }
+        assert_eq!(worker(&run_dir, name, 0).map(|(_, life)| life), Some(1), "{name} is undisturbed");
+    }
+    let (pid, life) = worker(&run_dir, "rollout-0", 0).expect("the engine");
+    signal(pid, "KILL");
+    until("its next life", || worker(&run_dir, "rollout-0", life));
+    assert_eq!(control_json(&run_dir, &["resume"]).expect("it goes on")["state"], "running");
+    finish(run);
+    assert_eq!(run::whole_outcome(&run_dir), run::whole_outcome(&reference));
+}
+
+/// Workers that were started by hand: one that lives is displaced by nobody; one that ended comes back under its name.
+#[test]
+fn a_name_is_free_again_when_whoever_had_it_is_gone() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let recipe = recipe(dir.path(), &longer());
+    let [reference, run_dir] = ["reference", "run"].map(|name| dir.path().join(name));
+    assert!(train(&recipe, &reference, &[], None).status.success());
+    let address = free_address();
+    let listen = format!("placement.listen={address}");
+    let run = start(&recipe, &run_dir, &["placement.spawn_workers=false", &listen]);
+    let workers = [("trainer", "anna"), ("rollout", "berta"), ("reward", "clara")];
+    let _workers = workers.map(|(role, name)| Joined::join_as(&address, role, name));
+    until("steps", || (control_json(&run_dir, &["status"])?["step"].as_u64()? > 5).then_some(()));
+    assert_eq!(control_json(&run_dir, &["pause"]).expect("it pauses")["state"], "paused");
+    for (role, name) in [("reward", "anna"), ("trainer", "berta"), ("rollout", "berta")] {
+        let said = refused(&address, role, name);
+        assert!(said.contains(&format!("worker {name} lives")), "{role} as {name}: {said}");
+    }
+    for (_, name) in workers {
+        assert_eq!(worker(&run_dir, name, 0).map(|(_, life)| life), Some(1), "{name} is undisturbed");
+    }
+    let (pid, life) = worker(&run_dir, "berta", 0).expect("the engine");
+    signal(pid, "KILL");
+    let _berta = Joined::join_as(&address, "rollout", "berta");
+    until("its next life", || worker(&run_dir, "berta", life));
+    assert_eq!(control_json(&run_dir, &["resume"]).expect("it goes on")["state"], "running");
+    finish(run);
+    assert_eq!(run::whole_outcome(&run_dir), run::whole_outcome(&reference));
+}
+
+/// The model is gone, so that an engine that ends cannot start again.
+#[test]
+fn a_run_whose_last_engine_cannot_start_again_ends_with_the_cause() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let recipe = recipe(dir.path(), &longer().replace("steps = 40", "steps = 4000"));
+    let run_dir = dir.path().join("run");
+    let child = start(&recipe, &run_dir, &[]);
+    let (pid, _) = until("the engine", || worker(&run_dir, "rollout-0", 0));
+    until("steps", || (control_json(&run_dir, &["status"])?["step"].as_u64()? > 5).then_some(()));
+    std::fs::remove_dir_all(run_dir.join("init")).expect("the initial model");
+    signal(pid, "KILL");
+    let begin = Instant::now();
+    let output = child.wait_with_output().expect("the process ends");
+    let said = stderr(&output);
+    assert!(begin.elapsed() < Duration::from_secs(60), "after {:?}: {said}", begin.elapsed());
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    let last = said.lines().last().unwrap_or_default();
+    assert!(last.contains("worker rollout-0 does not start") && last.contains("it exited with code 1"), "{said}");
+}
+
+/// Commands on the run in `run_dir` fail, and all say this.
+fn commands_are_refused(run_dir: &Path, complaints: &[&str]) {
+    for args in
+        [&["stop"][..], &["drain"], &["pause"], &["set", "learning_rate=0"], &["status"], &["workers"], &["fetch"]]
+    {
+        let output = control(run_dir, args);
+        assert_eq!(output.status.code(), Some(1), "{args:?}");
+        let said = stderr(&output);
+        complaints.iter().for_each(|complaint| assert!(said.contains(complaint), "{args:?}: {complaint}: {said}"));
+    }
+}
+
+#[test]
+fn commands_on_a_run_that_has_ended_reach_no_other_run() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let recipe = recipe(dir.path(), &SMALL.replace("steps = 6", "steps = 4000"));
+    let [killed, other] = ["killed", "other"].map(|name| dir.path().join(name));
+    let address = free_address();
+    let listen = format!("placement.listen={address}");
+    let steps = |run_dir: &Path| {
+        until("steps", || (control_json(run_dir, &["status"])?["step"].as_u64()? > 5).then_some(()));
+    };
+
+    let child = start(&recipe, &killed, &[&listen]);
+    steps(&killed);
+    signal(u64::from(child.id()), "KILL");
+    assert!(!child.wait_with_output().expect("the process ends").status.success());
+    let killed_path = killed.to_str().expect("UTF-8");
+    commands_are_refused(&killed, &[&format!("the run in {killed_path} has ended"), &address]);
+
+    let child = start(&recipe, &other, &[&listen]);
+    steps(&other);
+    let other_path = other.canonicalize().expect("it is there");
+    let other_path = other_path.to_str().expect("UTF-8");
+    commands_are_refused(&killed, &[&format!("the run in {killed_path} has ended"), &address, other_path]);
+    assert_eq!(control_json(&other, &["status"]).expect("it answers")["state"], "running", "it is undisturbed");
+    assert!(control(&other, &["drain"]).status.success());
+    let output = child.wait_with_output().expect("the process ends");
+    assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
+    assert!(!other.join("control").exists(), "nothing is controlled there any more");
+    commands_are_refused(&other, &[&format!("the run in {} has ended", other.display()), "interrupted"]);
+}

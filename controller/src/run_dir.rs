@@ -2,6 +2,7 @@
 
 use crate::Error;
 use std::fs::{File, OpenOptions};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -54,6 +55,19 @@ impl RunDir {
     /// Settings that were changed while the run goes on.
     pub fn control_journal(&self) -> PathBuf {
         self.root.join("control.jsonl")
+    }
+
+    /// Forget the settings that an attempt before this one changed.
+    ///
+    /// # Errors
+    /// Where the directory cannot be written.
+    pub fn forget_changes(&self) -> Result<(), Error> {
+        let path = self.control_journal();
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(Error::io("remove", &path)(error)),
+            Ok(()) => File::open(&self.root).and_then(|dir| dir.sync_all()).map_err(Error::io("sync", &self.root)),
+        }
     }
 
     /// One row a step.

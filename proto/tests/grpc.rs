@@ -5,8 +5,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use temper_proto::grpc::{
-    Endpoint, GrpcRuntime, RewardClient, RewardServer, RolloutClient, RolloutServer, ServedServices, ServerHandle,
-    TrainerClient, TrainerServer, TransportConfig, WeightClient, WeightServer, serve,
+    Endpoint, GrpcRuntime, RewardClient, RewardServer, RolloutClient, RolloutServer, ServedRun, ServedServices,
+    ServerHandle, TrainerClient, TrainerServer, TransportConfig, WeightClient, WeightServer, serve,
 };
 use temper_proto::*;
 use temper_types::*;
@@ -521,6 +521,22 @@ fn a_later_life_at_the_same_address_refuses_calls_for_an_earlier_one() {
     let error = call(Some(1)).unwrap_err();
     assert_eq!(error.code, ErrorCode::Unavailable);
     assert!(error.message.contains("for life 1 of this worker, which is in life 2"), "{error}");
+}
+
+#[test]
+fn a_later_run_at_the_same_address_refuses_calls_for_an_earlier_one() {
+    let (runtime, fake, config) =
+        (GrpcRuntime::start().unwrap(), Arc::new(Fake::default()), TransportConfig::default());
+    let run = ServedRun { id: "later".to_owned(), dir: "runs/later".to_owned() };
+    let services = ServedServices::new().with(RolloutServer::service(fake, &config)).of_run(run);
+    let server = serve(&runtime, TcpListener::bind("127.0.0.1:0").unwrap(), services, config).unwrap();
+    let endpoint = || Endpoint::connect(&runtime, "run", &server.address().to_string(), config).unwrap();
+    let call = |id| RolloutClient::new(endpoint().to_run(id).unwrap()).abort_all();
+    assert_eq!((call("later"), RolloutClient::new(endpoint()).abort_all()), (Ok(17), Ok(17)));
+    let error = call("earlier").unwrap_err();
+    assert_eq!(error.code, ErrorCode::VersionMismatch);
+    assert!(error.message.contains("the run in runs/later listens here"), "{error}");
+    assert_eq!(endpoint().to_run("no\nid").unwrap_err().code, ErrorCode::InvalidArgument);
 }
 
 /// Accepts a connection and never says a word, as a stopped process does.

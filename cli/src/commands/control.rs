@@ -2,14 +2,14 @@
 
 use crate::commands::common::address::host_port;
 use crate::commands::common::output::{print, print_json};
-use crate::control::read_address;
+use crate::control::RunAddress;
 use crate::tls::{TlsFlags, transport};
 use crate::usage;
-use anyhow::Context;
 use serde_json::json;
 use std::path::PathBuf;
-use temper_proto::RunStatus;
-use temper_proto::grpc::{ControlClient, Endpoint, TransportConfig, Verb};
+use temper_proto::grpc::{ControlClient, Endpoint, TlsFiles, TransportConfig, Verb};
+use temper_proto::{RunStatus, ServiceError, ServiceResult};
+use temper_types::ErrorCode;
 
 /// Which run.
 #[derive(clap::Args)]
@@ -28,27 +28,46 @@ pub struct Target {
 }
 
 impl Target {
-    fn connect(&self) -> anyhow::Result<ControlClient> {
-        Ok(ControlClient::new(self.endpoint()?))
+    /// The control of the run, for `call`.
+    fn control<T>(&self, call: impl FnOnce(&ControlClient) -> ServiceResult<T>) -> anyhow::Result<T> {
+        self.reach(|endpoint| call(&ControlClient::new(endpoint)))
     }
 
-    /// The way to the run.
+    /// Connect to the run, for `call`.
     ///
     /// # Errors
-    /// No run that is named, or one that does not answer.
-    pub fn endpoint(&self) -> anyhow::Result<Endpoint> {
-        let (address, known) = match (&self.controller, &self.run_dir) {
-            (Some(address), _) => (address.clone(), None),
-            (None, Some(dir)) => read_address(dir)
-                .with_context(|| format!("{} is not a run that is controlled over the network", dir.display()))?,
+    /// No run that is named, one that has ended or does not answer, and what `call` fails with.
+    pub fn reach<T>(&self, call: impl FnOnce(Endpoint) -> ServiceResult<T>) -> anyhow::Result<T> {
+        let dir = match (&self.controller, &self.run_dir) {
+            (Some(address), _) => return Ok(call(self.connect(address, None)?)?),
+            (None, Some(dir)) => dir,
             (None, None) => return Err(usage("which run? give --controller HOST:PORT or --run-dir DIR")),
         };
+        let RunAddress { address, run_id, tls } = RunAddress::read(dir)?;
+        let ended = |error: ServiceError| match error.code {
+            ErrorCode::VersionMismatch => {
+                let what = format!("the run in {} has ended, and another one listens at {address}", dir.display());
+                anyhow::Error::new(error).context(what)
+            }
+            _ => error.into(),
+        };
+        let endpoint = self.connect(&address, tls).map_err(|error| match error.downcast_ref::<ServiceError>() {
+            Some(cause) if cause.code == ErrorCode::Unavailable => {
+                let what = "has ended without a word, or cannot be reached from here";
+                error.context(format!("the run in {} {what}: nobody answers at {address}", dir.display()))
+            }
+            _ => error,
+        })?;
+        call(endpoint.to_run(&run_id)?).map_err(ended)
+    }
+
+    fn connect(&self, address: &str, known: Option<TlsFiles>) -> anyhow::Result<Endpoint> {
         let runtime = transport(self.tls.files().or(known).as_ref())?;
-        Ok(Endpoint::connect(&runtime, "run", &address, TransportConfig::default())?)
+        Ok(Endpoint::connect(&runtime, "run", address, TransportConfig::default())?)
     }
 
     fn status(&self, verb: Verb) -> anyhow::Result<()> {
-        let status = self.connect()?.call(verb)?;
+        let status = self.control(|run| run.call(verb))?;
         print_status(&status, self.json)
     }
 }
@@ -153,7 +172,7 @@ impl Watch {
             // A reader that is gone ends the watch.
             print(&format!("{{\"event\":{},\"data\":{}}}\n", json!(event.name), event.json)).is_ok()
         };
-        Ok(self.target.connect()?.watch(show)?)
+        self.target.control(|run| run.watch(show))
     }
 }
 
@@ -163,7 +182,7 @@ impl Workers {
     /// # Errors
     /// A run that does not answer.
     pub fn run(self) -> anyhow::Result<()> {
-        let workers = self.target.connect()?.workers()?;
+        let workers = self.target.control(ControlClient::workers)?;
         if self.target.json {
             return print_json(&workers);
         }
@@ -187,7 +206,7 @@ impl Snapshot {
     /// # Errors
     /// A run that does not answer, or has ended.
     pub fn run(self) -> anyhow::Result<()> {
-        let snapshot = self.target.connect()?.snapshot()?;
+        let snapshot = self.target.control(ControlClient::snapshot)?;
         if self.target.json {
             print(&format!("{}\n", json!({"path": snapshot.path, "step": snapshot.step})))
         } else {
@@ -205,7 +224,7 @@ impl Set {
         let expected = || usage(format!("`{}`: expected KEY=VALUE, such as learning_rate=1e-5", self.assignment));
         let (key, value) = self.assignment.split_once('=').ok_or_else(expected)?;
         let value: f64 = value.trim().parse().map_err(|_| expected())?;
-        let changed = self.target.connect()?.set(key.trim(), value)?;
+        let changed = self.target.control(|run| run.set(key.trim(), value))?;
         let (previous, from_step) = (changed.previous, changed.from_step);
         if self.target.json {
             let object = json!({"key": key, "value": value, "previous": previous, "from_step": from_step});

@@ -7,7 +7,7 @@ use serde_json::json;
 use std::path::{Path, PathBuf};
 use temper_data::{TableFile, TableFormat};
 use temper_proto::grpc::{TableClient, TablePart};
-use temper_proto::{TableInfo, TableRequest};
+use temper_proto::{ServiceResult, TableInfo, TableRequest};
 
 /// Fetch trajectories or metrics of a run under way into a Parquet or Arrow file, over Arrow Flight.
 ///
@@ -55,8 +55,9 @@ impl Fetch {
         match &self.output {
             Some(output) => {
                 let format = TableFormat::of(output).map_err(usage)?;
-                let client = TableClient::new(self.target.endpoint()?);
-                let num_rows = write(&client, &self.request(), (output, format))?;
+                let request = self.request();
+                let written = |run| write(&TableClient::new(run), &request, (output, format));
+                let num_rows = self.target.reach(written)??;
                 if self.target.json {
                     let object = json!({"output": output.display().to_string(), "rows": num_rows});
                     print(&format!("{object}\n"))
@@ -80,7 +81,7 @@ impl Fetch {
     }
 
     fn list(&self) -> anyhow::Result<()> {
-        let tables = TableClient::new(self.target.endpoint()?).tables()?;
+        let tables = self.target.reach(|run| TableClient::new(run).tables())?;
         if self.target.json {
             return print_json(&tables.iter().map(as_json).collect::<Vec<_>>());
         }
@@ -101,20 +102,23 @@ fn as_json(table: &TableInfo) -> serde_json::Value {
     json!({"dataset": table.dataset, "steps": table.steps, "rows": size.0, "bytes": size.1, "columns": columns})
 }
 
-/// Write what `request` asks for; gives the number of rows.
-fn write(client: &TableClient, request: &TableRequest, (path, format): (&Path, TableFormat)) -> anyhow::Result<u64> {
+/// Write what `request` asks for; gives the number of rows, or why there is no file.
+fn write(
+    client: &TableClient,
+    request: &TableRequest,
+    (path, format): (&Path, TableFormat),
+) -> ServiceResult<anyhow::Result<u64>> {
     let mut file = None;
-    client
-        .read(request, |part| match part {
-            TablePart::Schema(schema) => {
-                file = Some(TableFile::create(path, format, &schema)?);
-                Ok(())
-            }
-            TablePart::Rows(batch) => file.as_mut().map_or(Ok(()), |file| file.write(&batch)),
-        })?
-        .map_err(|error: temper_data::Error| error)?;
-    match file {
+    let written: Result<(), temper_data::Error> = client.read(request, |part| match part {
+        TablePart::Schema(schema) => {
+            file = Some(TableFile::create(path, format, &schema)?);
+            Ok(())
+        }
+        TablePart::Rows(batch) => file.as_mut().map_or(Ok(()), |file| file.write(&batch)),
+    })?;
+    let finished = || match file {
         Some(file) => Ok(file.finish()?),
         None => anyhow::bail!("the run sent no columns: {} was not written", path.display()),
-    }
+    };
+    Ok(written.map_err(Into::into).and_then(|()| finished()))
 }

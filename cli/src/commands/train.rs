@@ -2,7 +2,7 @@
 
 use crate::commands::common::output::print;
 use crate::commands::common::shell::quoted;
-use crate::control::LocalControl;
+use crate::control::{LocalControl, forget_address};
 use crate::kill::KillAt;
 use crate::recipe::{CheckReport, Recipe, Source, check, render};
 use crate::recovery::{Start, after_loss};
@@ -62,7 +62,13 @@ impl Train {
         let resume = self.checkpoint(&dir)?;
         if let Some(checkpoint) = &resume {
             require_same_run(checkpoint, &report.identity, (&recipe, &dir.recipe()))?;
-        } else {
+        }
+        // Whoever had the directory before is gone.
+        forget_address(&root).context("removing where an earlier run was controlled")?;
+        if !self.resume {
+            dir.forget_changes()?;
+        }
+        if resume.is_none() {
             write_recipe(&dir, &render(&recipe, &source))?;
         }
         let outcome = self.drive(&recipe, (&source, &report), dir, resume)?;

@@ -14,6 +14,9 @@ use temper_controller::{PolicyStage, SftStage, Stage, load_dataset};
 use temper_types::{PromptRow, did_you_mean};
 use toml::Table;
 
+/// Longest wait that a recipe may ask for, about 31 years: clocks count no further than some multiple of it.
+pub const MAX_WAIT_SECONDS: u64 = 1_000_000_000;
+
 /// What a check found out.
 #[derive(Debug)]
 pub struct CheckReport {
@@ -53,8 +56,9 @@ pub fn check(recipe: &Recipe, source: &Source) -> Result<CheckReport, RecipeErro
         );
     }
     let timeout = recipe.rollout_timeout_seconds;
-    if !(timeout > 0.0 && timeout.is_finite()) {
-        return Err(source.error("rollout_timeout_seconds", format!("{timeout} is out of range: expected more than 0")));
+    if !(timeout > 0.0 && timeout <= MAX_WAIT_SECONDS as f64) {
+        let problem = format!("{timeout:?} is out of range: expected more than 0, at most {MAX_WAIT_SECONDS}");
+        return Err(source.error("rollout_timeout_seconds", problem));
     }
     check_placement(recipe, source)?;
     check_replay::check(recipe, source)?;

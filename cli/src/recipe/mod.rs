@@ -21,7 +21,7 @@ mod source;
 mod stage;
 mod typed;
 
-pub use check::{CheckReport, check, config_error, config_error_at};
+pub use check::{CheckReport, MAX_WAIT_SECONDS, check, config_error, config_error_at};
 pub use check_distill::check_teachers;
 pub use differences::differences;
 pub use error::RecipeError;

@@ -1,6 +1,6 @@
 //! Worker processes of this machine: started, watched, started again.
 
-use super::hub::{Hub, Member, Standing};
+use super::hub::{Hub, Member, Standing, worker_name};
 use crate::tls::arguments;
 use anyhow::Context;
 use std::collections::BTreeMap;
@@ -63,16 +63,39 @@ impl Killer {
     }
 }
 
+/// Which workers of this machine can still come.
+#[derive(Clone)]
+pub struct Prospects(Arc<Mutex<Table>>);
+
+impl Prospects {
+    /// Why no worker of this role will be started any more; nothing where one runs or may be started again.
+    pub fn end(&self, role: WorkerRole) -> Option<String> {
+        let table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if table.running.values().any(|running| running.role == role) {
+            return None;
+        }
+        let (name, given_up) = table.given_up.iter().find(|(_, given_up)| given_up.role == role)?;
+        Some(format!("worker {name} is not started again: {}", given_up.cause))
+    }
+}
+
 #[derive(Default)]
 struct Table {
     running: BTreeMap<String, Running>,
-    given_up: BTreeMap<String, String>,
+    given_up: BTreeMap<String, GivenUp>,
     is_ending: bool,
+}
+
+struct GivenUp {
+    role: WorkerRole,
+    cause: String,
 }
 
 struct Running {
     role: WorkerRole,
     child: Child,
+    /// Where it listened last, in this life or an earlier one.
+    listen: Option<String>,
     starts: u32,
     failed_starts: u32,
     /// True where the controller itself ended it.
@@ -86,13 +109,11 @@ impl Children {
     /// Where a process cannot be started.
     pub fn start(hub: &Arc<Hub>, meeting: Meeting, wanted: &[(WorkerRole, usize)]) -> anyhow::Result<Self> {
         let mut table = Table::default();
-        for (role, count) in wanted {
-            for index in 0..*count {
-                let name = format!("{}-{index}", role.name());
-                let child = spawn(*role, &name, &meeting, None)?;
-                let running = Running { role: *role, child, starts: 1, failed_starts: 0, is_killed: false };
-                table.running.insert(name, running);
-            }
+        for (role, name) in names(wanted) {
+            let child = spawn(role, &name, &meeting, None)?;
+            hub.reserve(&name, Some(child.id()));
+            let running = Running { role, child, listen: None, starts: 1, failed_starts: 0, is_killed: false };
+            table.running.insert(name, running);
         }
         let table = Arc::new(Mutex::new(table));
         let (hub_of_watcher, table_of_watcher) = (Arc::clone(hub), Arc::clone(&table));
@@ -106,9 +127,15 @@ impl Children {
         Killer(Arc::clone(&self.table))
     }
 
+    /// What knows which workers can still come.
+    pub fn prospects(&self) -> Prospects {
+        Prospects(Arc::clone(&self.table))
+    }
+
     /// Workers that will not be started again, and why.
     pub fn given_up(&self) -> BTreeMap<String, String> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner).given_up.clone()
+        let table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        table.given_up.iter().map(|(name, given_up)| (name.clone(), given_up.cause.clone())).collect()
     }
 }
 
@@ -142,6 +169,15 @@ impl Drop for Children {
     }
 }
 
+/// Role and name of every worker that `wanted` counts.
+pub(super) fn names(wanted: &[(WorkerRole, usize)]) -> impl Iterator<Item = (WorkerRole, String)> + '_ {
+    let of_role = |(role, count): &(WorkerRole, usize)| {
+        let role = *role;
+        (0..*count).map(move |index| (role, worker_name(role, index)))
+    };
+    wanted.iter().flat_map(of_role)
+}
+
 /// `listen` is where the worker's former life listened: whoever knows it finds the new one there.
 fn spawn(role: WorkerRole, name: &str, meeting: &Meeting, listen: Option<&str>) -> anyhow::Result<Child> {
     let program = std::env::current_exe().context("finding the own program")?;
@@ -172,8 +208,7 @@ fn watch(hub: &Hub, table: &Mutex<Table>, meeting: &Meeting) {
         for (name, cause) in ended {
             tracing::warn!(worker = name, cause, "a worker ended");
             hub.lose(&name, &cause);
-            let member = hub.members().into_iter().find(|m| m.id.name == name);
-            table.restart((&name, &cause), meeting, member.as_ref());
+            table.restart((&name, &cause), meeting, hub);
         }
         drop(table);
         std::thread::sleep(TICK);
@@ -193,15 +228,20 @@ impl Table {
     }
 
     /// A process that ends before it served has failed to start; too many of those in a row end the attempts.
-    fn restart(&mut self, (name, cause): (&str, &str), meeting: &Meeting, member: Option<&Member>) {
+    fn restart(&mut self, (name, cause): (&str, &str), meeting: &Meeting, hub: &Hub) {
         let Some(running) = self.running.get_mut(name) else { return };
-        let served = member.is_some_and(|m| m.has_served && m.hello.process_id == running.child.id());
+        let is_the_process = |m: &Member| m.id.name == name && m.hello.process_id == running.child.id();
+        let member = hub.members().into_iter().find(is_the_process);
+        let served = member.as_ref().is_some_and(|m| m.has_served);
         running.failed_starts = if served || running.is_killed { 0 } else { running.failed_starts + 1 };
-        let listen = member.map(|m| m.hello.address.as_str());
+        running.listen = member.map(|m| m.hello.address).or(running.listen.take());
+        let listen = running.listen.as_deref();
         let is_hopeless = running.failed_starts >= MAX_FAILED_STARTS || running.starts >= MAX_STARTS;
+        hub.reserve(name, None);
         let started = if is_hopeless { None } else { spawn(running.role, name, meeting, listen).ok() };
         match started {
             Some(child) => {
+                hub.reserve(name, Some(child.id()));
                 running.child = child;
                 running.starts += 1;
                 running.is_killed = false;
@@ -209,8 +249,10 @@ impl Table {
             None => {
                 let text = format!("{cause}, after {} starts", running.starts);
                 tracing::error!(worker = name, cause = text, "a worker is not started again");
+                let role = running.role;
                 self.running.remove(name);
-                self.given_up.insert(name.to_owned(), text);
+                hub.release(name);
+                self.given_up.insert(name.to_owned(), GivenUp { role, cause: text });
             }
         }
     }

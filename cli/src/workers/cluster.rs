@@ -1,6 +1,6 @@
 //! The workers of a run, joined into its services.
 
-use super::children::{Children, Killer, Meeting};
+use super::children::{Children, Killer, Meeting, Prospects, names};
 use super::hub::{Change, Hub, Member, Standing, Work};
 use super::mirrors::RankHandle;
 use super::{LEASE, START_TIMEOUT};
@@ -17,8 +17,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use temper_controller::fleet::{FleetConfig, FleetReward, FleetRollout, LossCause, WorkerPhase, WorkerStatus};
 use temper_proto::grpc::{
-    ControlServer, Endpoint, FlightServer, GrpcRuntime, RewardClient, RolloutClient, ServedServices, ServerHandle,
-    TlsFiles, TrainerClient, TransportConfig, WorkerRegistryServer, serve,
+    ControlServer, Endpoint, FlightServer, GrpcRuntime, RewardClient, RolloutClient, ServedRun, ServedServices,
+    ServerHandle, TlsFiles, TrainerClient, TransportConfig, WorkerRegistryServer, serve,
 };
 use temper_proto::{RewardService, RolloutService, ServiceResult, TrainerService, WorkerRole};
 use temper_trainer::TrainerGroup;
@@ -28,6 +28,8 @@ use temper_trainer::TrainerGroup;
 pub struct ClusterSpec {
     /// What they are told.
     pub work: Work,
+    /// Tells the run from others that listen at its address before or after it.
+    pub run_id: String,
     /// Where workers join; port 0 takes any.
     pub listen: SocketAddr,
     /// Trainer ranks that share the rows of a micro-batch.
@@ -119,17 +121,23 @@ impl Cluster {
         let hub = Arc::new(Hub::new(spec.work.clone(), LEASE));
         let listener = TcpListener::bind(spec.listen).with_context(|| format!("listening at {}", spec.listen))?;
         let tables = Arc::new(RunTables::new(Path::new(&spec.work.run_dir)));
+        let run = ServedRun { id: spec.run_id.clone(), dir: spec.work.run_dir.clone() };
         let services = ServedServices::new()
+            .of_run(run)
             .with(WorkerRegistryServer::service(hub.clone()))
             .with(ControlServer::service(control.clone()))
             .with(FlightServer::service(tables.clone(), &TransportConfig::default()));
         control.know(Arc::clone(&hub));
-        let server = serve(&runtime, listener, services, TransportConfig::default()).context("serving workers")?;
         let wanted = [
             (WorkerRole::Trainer, spec.work.world as usize),
             (WorkerRole::Rollout, spec.rollout_workers),
             (WorkerRole::Reward, spec.reward_workers),
         ];
+        if spec.is_local {
+            // Before anybody else can come by the names.
+            names(&wanted).for_each(|(_, name)| hub.reserve(&name, None));
+        }
+        let server = serve(&runtime, listener, services, TransportConfig::default()).context("serving workers")?;
         let meeting = Meeting { address: server.address(), tls: spec.tls.clone() };
         let children = if spec.is_local { Some(Children::start(&hub, meeting, &wanted)?) } else { None };
         let mut cluster = Cluster {
@@ -271,6 +279,7 @@ impl Cluster {
             fleets: Arc::clone(&self.fleets),
             sources: Arc::clone(&self.sources),
             killer: self.killer(),
+            prospects: self.children.as_ref().map(Children::prospects),
             spares_ranks: Arc::clone(&self.spares_ranks),
             is_ending: Arc::clone(&self.is_ending),
         };
@@ -352,6 +361,7 @@ struct Joiner {
     fleets: Arc<Mutex<Fleets>>,
     sources: Arc<Mutex<Sources>>,
     killer: Option<Killer>,
+    prospects: Option<Prospects>,
     spares_ranks: Arc<AtomicBool>,
     is_ending: Arc<AtomicBool>,
 }
@@ -374,6 +384,25 @@ impl Joiner {
                     }
                     Change::Lost(member) => self.leave(&member),
                 }
+            }
+            self.expect_nobody();
+        }
+    }
+
+    /// Nobody waits for a worker of a role of which the last was given up on, unless one that was started by hand is
+    /// there.
+    fn expect_nobody(&self) {
+        let Some(prospects) = &self.prospects else { return };
+        for role in [WorkerRole::Rollout, WorkerRole::Reward] {
+            let Some(reason) = prospects.end(role) else { continue };
+            let is_there = |m: &Member| m.hello.role == role && m.standing != Standing::Lost;
+            if self.hub.members().iter().any(is_there) {
+                continue;
+            }
+            let fleets = self.fleets.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            match role {
+                WorkerRole::Rollout => fleets.rollout.expect_nobody(&reason),
+                _ => fleets.reward.expect_nobody(&reason),
             }
         }
     }

@@ -83,6 +83,8 @@ pub struct Hub {
 struct State {
     members: BTreeMap<String, Member>,
     changes: Vec<Change>,
+    /// Names of workers that the run starts itself, each with its process, once that is there.
+    reserved: BTreeMap<String, Option<u32>>,
     is_ending: bool,
     /// Workers that know it.
     told: BTreeSet<WorkerId>,
@@ -101,6 +103,17 @@ impl Hub {
     /// All workers, by name.
     pub fn members(&self) -> Vec<Member> {
         self.lock().members.values().cloned().collect()
+    }
+
+    /// From now on `name` is that of a worker that the run starts itself, and so is the rank of a trainer's name: it is
+    /// for this process alone; for nobody yet where that is not there.
+    pub fn reserve(&self, name: &str, process_id: Option<u32>) {
+        self.lock().reserved.insert(name.to_owned(), process_id);
+    }
+
+    /// The run starts no worker of this name any more: it is anybody's.
+    pub fn release(&self, name: &str) {
+        self.lock().reserved.remove(name);
     }
 
     /// Tell all workers to end with their next heartbeat.
@@ -194,19 +207,57 @@ impl State {
         Ok(member)
     }
 
+    /// Whether `hello` may have the name that it asks for, of nobody or of its own former life.
+    ///
+    /// # Errors
+    /// `InvalidArgument` where the name is another worker's, `ResourceExhausted` where it is until the other's lease
+    /// ends, `Unavailable` where the run has not started the worker of this name yet.
+    fn check_name(&self, hello: &WorkerHello) -> ServiceResult<()> {
+        let WorkerHello { name, role, address, process_id, .. } = hello;
+        match self.reserved.get(name) {
+            Some(None) => return Err(refuse(ErrorCode::Unavailable, format!("worker {name} is about to be started"))),
+            Some(Some(own)) if own != process_id => {
+                let message = format!("{name} is a worker that the run starts itself, as process {own}: {OTHER_NAME}");
+                return Err(refuse(ErrorCode::InvalidArgument, message));
+            }
+            _ => {}
+        }
+        let Some(other) = self.members.get(name).filter(|m| m.standing != Standing::Lost) else { return Ok(()) };
+        let has_same_role = other.hello.role == *role;
+        // Nobody listens where another process does: whoever was there is gone, or asks itself.
+        if has_same_role && other.hello.address == *address {
+            return Ok(());
+        }
+        let WorkerHello { role, address, process_id, .. } = &other.hello;
+        let heard = other.seen.elapsed().as_secs_f32();
+        let message = format!(
+            "worker {name} lives: role {}, process {process_id} at {address}, heard {heard:.1} s ago: {OTHER_NAME}",
+            role.name()
+        );
+        let code = if has_same_role { ErrorCode::ResourceExhausted } else { ErrorCode::InvalidArgument };
+        Err(refuse(code, message))
+    }
+
     fn trainers(&self) -> impl Iterator<Item = &Member> {
         self.members.values().filter(|m| m.hello.role == WorkerRole::Trainer && m.standing != Standing::Lost)
     }
 
     fn free_name(&self, role: WorkerRole) -> String {
-        let name = |n: usize| format!("{}-{n}", role.name());
-        let is_free = |name: &String| self.members.get(name).is_none_or(|m| m.standing == Standing::Lost);
-        (0..=self.members.len()).map(name).find(is_free).unwrap_or_else(|| name(self.members.len()))
+        let name = |n: usize| worker_name(role, n);
+        let is_lost = |name: &String| self.members.get(name).is_none_or(|m| m.standing == Standing::Lost);
+        let is_free = |name: &String| is_lost(name) && !self.reserved.contains_key(name);
+        let most = self.members.len() + self.reserved.len();
+        (0..=most).map(name).find(is_free).unwrap_or_else(|| name(most))
     }
 
-    /// The rank that the name ends on, or else the first that nobody has.
+    /// The rank that the name ends on, or else the first that nobody else has.
     fn free_rank(&self, name: &str, world: u32) -> Option<u32> {
-        let is_free = |rank: &u32| self.trainers().all(|m| m.rank != *rank);
+        let is_reserved = |rank: u32| {
+            let owner = worker_name(WorkerRole::Trainer, rank as usize);
+            owner != name && self.reserved.contains_key(&owner)
+        };
+        let is_others = |rank: u32| self.trainers().any(|m| m.rank == rank && m.id.name != name);
+        let is_free = |rank: &u32| !is_others(*rank) && !is_reserved(*rank);
         let named = name.rsplit('-').next().and_then(|text| text.parse().ok()).filter(|rank| *rank < world);
         named.filter(is_free).or_else(|| (0..world).find(is_free))
     }
@@ -218,6 +269,14 @@ impl State {
         ready.iter().map(|m| m.hello.address.clone()).collect()
     }
 }
+
+/// Name of a worker that is given none of its own.
+pub(super) fn worker_name(role: WorkerRole, index: usize) -> String {
+    format!("{}-{index}", role.name())
+}
+
+/// What a worker is told whose name is another one's.
+const OTHER_NAME: &str = "join under another --name, or under none";
 
 fn refuse(code: ErrorCode, message: impl std::fmt::Display) -> ServiceError {
     ServiceError::new(code, "controller", "register", message)
@@ -231,11 +290,12 @@ impl WorkerRegistry for Hub {
             return Err(refuse(ErrorCode::InvalidArgument, message));
         }
         let mut state = self.lock();
+        state.expire(self.lease);
+        state.check_name(&hello)?;
         let (mut rank, mut weight_sources) = (0, Vec::new());
         if hello.role == WorkerRole::Trainer {
             let full =
                 || refuse(ErrorCode::InvalidArgument, format!("all {} trainer ranks are taken", self.work.world));
-            state.lose_name(&hello.name);
             rank = state.free_rank(&hello.name, self.work.world).ok_or_else(full)?;
         } else {
             weight_sources = state.sources();
@@ -358,6 +418,61 @@ mod tests {
         let changes = hub.wait(Duration::ZERO);
         let lost = changes.iter().filter(|c| matches!(c, Change::Lost(m) if m.id == ids[1])).count();
         assert_eq!((changes.len(), lost), (3, 1));
+        // A process that was started again where the one before it listened.
+        let successor = WorkerHello { process_id: 2, ..hello(WorkerRole::Trainer, "trainer-1") };
+        assert_eq!(hub.register(successor).unwrap().id.incarnation, 3);
+    }
+
+    #[test]
+    fn a_worker_that_lives_is_displaced_by_nobody() {
+        let hub = hub();
+        let ids = trainers(&hub);
+        let engine = hub.register(hello(WorkerRole::Rollout, "engine")).unwrap().id;
+        hub.wait(Duration::ZERO);
+        let elsewhere = |role, name| WorkerHello { address: "elsewhere:1".to_owned(), ..hello(role, name) };
+        for (hello, code) in [
+            (hello(WorkerRole::Reward, "trainer-1"), ErrorCode::InvalidArgument),
+            (hello(WorkerRole::Trainer, "engine"), ErrorCode::InvalidArgument),
+            (elsewhere(WorkerRole::Rollout, "trainer-0"), ErrorCode::InvalidArgument),
+            (elsewhere(WorkerRole::Trainer, "trainer-1"), ErrorCode::ResourceExhausted),
+            (elsewhere(WorkerRole::Rollout, "engine"), ErrorCode::ResourceExhausted),
+        ] {
+            let error = hub.register(hello.clone()).unwrap_err();
+            assert_eq!(error.code, code, "{error}");
+            assert!(error.message.contains(&format!("worker {} lives: role ", hello.name)), "{error}");
+        }
+        assert_eq!(hub.register(hello(WorkerRole::Trainer, "late-1")).unwrap_err().code, ErrorCode::InvalidArgument);
+        assert!(hub.wait(Duration::ZERO).is_empty(), "nobody is lost");
+        [&ids[0], &ids[1], &engine].into_iter().for_each(|id| assert_eq!(hub.heartbeat(id), Ok(false)));
+        hub.lose("engine", "it ended");
+        assert_eq!(hub.register(elsewhere(WorkerRole::Rollout, "engine")).unwrap().id.incarnation, 2);
+        let hub = Hub { lease: Duration::ZERO, ..hub };
+        assert_eq!(hub.register(elsewhere(WorkerRole::Trainer, "trainer-1")).unwrap().rank, 1);
+    }
+
+    #[test]
+    fn what_the_run_starts_itself_is_kept_for_it() {
+        let hub = hub();
+        let own = ["trainer-0", "trainer-1", "rollout-0"];
+        own.iter().for_each(|name| hub.reserve(name, None));
+        let early = hub.register(hello(WorkerRole::Trainer, "trainer-0")).unwrap_err();
+        assert_eq!(early.code, ErrorCode::Unavailable, "{early}");
+        own.iter().for_each(|name| hub.reserve(name, Some(1)));
+        let other = WorkerHello { process_id: 2, ..hello(WorkerRole::Trainer, "trainer-0") };
+        let error = hub.register(other.clone()).unwrap_err();
+        assert!(error.message.contains("the run starts itself, as process 1"), "{error}");
+        for name in ["", "other", "other-0"] {
+            let error = hub.register(WorkerHello { name: name.to_owned(), ..other.clone() }).unwrap_err();
+            assert!(error.message.contains("all 2 trainer ranks are taken"), "{error}");
+        }
+        let ids = trainers(&hub);
+        assert_eq!(hub.register(hello(WorkerRole::Rollout, "")).unwrap().id.name, "rollout-1");
+        assert_eq!(hub.register(hello(WorkerRole::Rollout, "rollout-0")).unwrap().id.name, "rollout-0");
+        hub.lose("trainer-0", "it ended");
+        assert_eq!(hub.register(other.clone()).unwrap_err().code, ErrorCode::InvalidArgument, "it is started again");
+        hub.release("trainer-0");
+        let now = hub.register(other).unwrap();
+        assert_eq!((now.rank, now.id.incarnation), (0, ids[0].incarnation + 1));
     }
 
     #[test]

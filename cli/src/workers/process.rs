@@ -1,8 +1,8 @@
 //! A worker process: register, load, serve, and live as long as the controller does.
 
 use super::engine_ranks::{EngineRanks, Failure, RankWork};
-use super::heartbeat_interval;
 use super::watchdog::MetRanks;
+use super::{LEASE, heartbeat_interval};
 use crate::recipe::{Placement, Recipe, Source};
 use crate::reward_models::RewardModels;
 use crate::rollout_ranks::{self, EngineSetting};
@@ -32,6 +32,8 @@ use temper_types::{DType, ErrorCode};
 
 /// How long a worker asks to be let in.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(300);
+/// How long a worker asks for a name that another one has: one that is gone has lost it by then.
+const NAME_TIMEOUT: Duration = LEASE.saturating_add(Duration::from_secs(2));
 /// How long a rank tries to reach the others where it was told they are.
 const MEET_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pause between two attempts.
@@ -138,17 +140,28 @@ fn connect(runtime: &GrpcRuntime, options: &ServeOptions) -> anyhow::Result<Arc<
     Ok(Arc::new(WorkerRegistryClient::new(endpoint)))
 }
 
-/// Try again while the other side is not yet there.
+/// Try again while the other side is not yet there, or whoever has the worker's name may be gone.
 fn retrying<T>(mut call: impl FnMut() -> ServiceResult<T>) -> anyhow::Result<T> {
-    let deadline = Instant::now() + JOIN_TIMEOUT;
+    let begin = Instant::now();
+    let mut is_told = false;
     loop {
-        match call() {
+        let error = match call() {
             Ok(value) => return Ok(value),
-            Err(error) if error.code == ErrorCode::Unavailable && Instant::now() < deadline => {
-                std::thread::sleep(RETRY);
-            }
-            Err(error) => return Err(error.into()),
+            Err(error) => error,
+        };
+        let patience = match error.code {
+            ErrorCode::Unavailable => JOIN_TIMEOUT,
+            ErrorCode::ResourceExhausted => NAME_TIMEOUT,
+            _ => return Err(error.into()),
+        };
+        if begin.elapsed() >= patience {
+            return Err(error.into());
         }
+        if error.code == ErrorCode::ResourceExhausted && !is_told {
+            tracing::warn!(%error, "waiting for {NAME_TIMEOUT:?}, in which the lease of one that is gone ends");
+            is_told = true;
+        }
+        std::thread::sleep(RETRY);
     }
 }
 

@@ -70,9 +70,14 @@ pub struct Joined(pub Child);
 impl Joined {
     /// A worker of the run at `address`, started by hand.
     pub fn join(address: &str, role: &str) -> Self {
+        Self::join_as(address, role, "")
+    }
+
+    /// The same under a name of its own.
+    pub fn join_as(address: &str, role: &str, name: &str) -> Self {
         let mut command = temper();
-        command.args(["serve", role, "--join", address]).stdout(Stdio::null()).stderr(Stdio::null());
-        Joined(command.spawn().expect("the binary starts"))
+        command.args(["serve", role, "--join", address, "--name", name]);
+        Joined(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("the binary starts"))
     }
 }
 

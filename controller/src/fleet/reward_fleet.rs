@@ -88,6 +88,12 @@ impl FleetReward {
         self.shared.unfit(patience)
     }
 
+    /// No worker will come beside those that joined, until one does: without any, calls fail at once, with this
+    /// `reason`, in place of waiting.
+    pub fn expect_nobody(&self, reason: &str) {
+        self.shared.expect_nobody(reason);
+    }
+
     /// Messages of workers that changed nothing, by kind.
     pub fn fences(&self) -> BTreeMap<super::Fence, u64> {
         self.shared.lock().plane.fences().clone()

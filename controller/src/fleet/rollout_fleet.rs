@@ -114,6 +114,12 @@ impl FleetRollout {
         self.shared.notify();
     }
 
+    /// No worker will come beside those that joined, until one does: without any, calls fail at once, with this
+    /// `reason`, in place of waiting.
+    pub fn expect_nobody(&self, reason: &str) {
+        self.shared.expect_nobody(reason);
+    }
+
     /// What became of every issued sample so far. Delivered groups are open until [`FleetRollout::settle`].
     pub fn ledger(&self) -> Ledger {
         self.shared.lock().plane.ledger().clone()

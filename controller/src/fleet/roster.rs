@@ -132,6 +132,8 @@ pub(super) struct State<S: ?Sized, D> {
     members: BTreeMap<WorkerId, Member<S>>,
     ids: BTreeMap<String, WorkerId>,
     alone_since: Option<Duration>,
+    /// Why no worker will come beside those that there are.
+    pub(super) nobody_comes: Option<String>,
     /// Workers that could not take the version to be served, one after another.
     pub(super) num_failed_syncs: u32,
     /// Lives whose threads have not ended.
@@ -158,9 +160,18 @@ impl<S: ?Sized + Send + Sync + 'static, D: Desk> Shared<S, D> {
     pub(super) fn new(role: Role, config: FleetConfig, clock: Arc<dyn Clock>, desk: D) -> Self {
         // A fleet keeps no journal: a run resumes from its checkpoint, and workers join anew.
         let (plane, _) = ControlPlane::new(config.plane());
-        let (members, ids) = (BTreeMap::new(), BTreeMap::new());
-        let (alone_since, num_failed_syncs, served, is_closed, is_retiring) = Default::default();
-        let state = State { plane, desk, members, ids, alone_since, num_failed_syncs, served, is_closed, is_retiring };
+        let state = State {
+            plane,
+            desk,
+            members: BTreeMap::new(),
+            ids: BTreeMap::new(),
+            alone_since: None,
+            nobody_comes: None,
+            num_failed_syncs: 0,
+            served: BTreeSet::new(),
+            is_closed: false,
+            is_retiring: false,
+        };
         Shared { role, config, clock, state: Mutex::new(state), changed: Condvar::new() }
     }
 
@@ -260,6 +271,7 @@ impl<S: ?Sized + Send + Sync + 'static, D: Desk> Shared<S, D> {
 
     fn admit(&self, name: &str, service: Arc<S>) -> Origin {
         let mut state = self.lock();
+        state.nobody_comes = None;
         let fresh = WorkerId(state.ids.len() as u32);
         let id = *state.ids.entry(name.to_owned()).or_insert(fresh);
         let before = state.members.remove(&id);
@@ -353,7 +365,14 @@ impl<S: ?Sized + Send + Sync + 'static, D: Desk> Shared<S, D> {
         self.tell(&mut state, Event::Failed { origin });
     }
 
-    /// Let time pass, and fail where no worker is left and none came in time, or all that came could not serve.
+    /// No worker will come: once none is left, nobody waits for one.
+    pub(super) fn expect_nobody(&self, reason: &str) {
+        self.lock().nobody_comes.get_or_insert_with(|| reason.to_owned());
+        self.changed.notify_all();
+    }
+
+    /// Let time pass, and fail where no worker is left and none came in time or will come, or all that came could not
+    /// serve.
     pub(super) fn check_workers(&self, state: &mut State<S, D>, operation: &'static str) -> ServiceResult<()> {
         self.tell(state, Event::Tick);
         let now = self.now();
@@ -363,6 +382,10 @@ impl<S: ?Sized + Send + Sync + 'static, D: Desk> Shared<S, D> {
         }
         let since = *state.alone_since.get_or_insert(now);
         let is_hopeless = state.num_failed_syncs >= MAX_FAILED_SYNCS;
+        if let Some(reason) = &state.nobody_comes {
+            let message = format!("no worker is left, and none will come: {reason}");
+            return Err(self.error(ErrorCode::Unavailable, operation, message));
+        }
         if !is_hopeless && now.saturating_sub(since) < self.config.worker_wait {
             return Ok(());
         }

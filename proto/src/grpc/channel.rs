@@ -11,11 +11,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use temper_types::ErrorCode;
 use tokio::runtime::Handle;
+use tonic::metadata::AsciiMetadataValue;
 use tonic::transport::{Channel, Endpoint as Target};
 use tonic::{Code, Request, Response, Status};
 
 /// Which life of a worker a call is meant for.
 pub(crate) const LIFE_HEADER: &str = "temper-life";
+
+/// Which run a call is meant for.
+pub(crate) const RUN_HEADER: &str = "temper-run";
 
 /// Waits and sizes of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,6 +62,7 @@ pub struct Endpoint {
     channel: Channel,
     config: TransportConfig,
     life: Option<u64>,
+    run: Option<AsciiMetadataValue>,
     address: String,
     /// True once the peer has answered a call.
     has_answered: Arc<AtomicBool>,
@@ -96,7 +101,7 @@ impl Endpoint {
             ServiceError::new(code, name.as_str(), OPERATION, format!("cannot reach {address}: {cause}"))
         })?;
         let (address, has_answered) = (address.to_owned(), Arc::default());
-        Ok(Endpoint { runtime: runtime.clone(), name, channel, config, life: None, address, has_answered })
+        Ok(Endpoint { runtime: runtime.clone(), name, channel, config, life: None, run: None, address, has_answered })
     }
 
     /// Speak to life `incarnation` of the peer alone: a later one at the same address refuses.
@@ -104,6 +109,19 @@ impl Endpoint {
     pub fn to_life(mut self, incarnation: u64) -> Self {
         self.life = Some(incarnation);
         self
+    }
+
+    /// Speak to the run of this id alone: another one at the same address refuses with `VersionMismatch`.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for an id that is not in visible ASCII characters.
+    pub fn to_run(mut self, id: &str) -> ServiceResult<Self> {
+        let bad = |_| {
+            let message = format!("`{id}` is no id of a run: expected visible ASCII characters");
+            ServiceError::new(ErrorCode::InvalidArgument, self.name.as_str(), "connect", message)
+        };
+        self.run = Some(id.parse().map_err(bad)?);
+        Ok(self)
     }
 
     /// Name of the peer.
@@ -136,6 +154,9 @@ impl Endpoint {
         request.set_timeout(deadline);
         if let Some(life) = self.life {
             request.metadata_mut().insert(LIFE_HEADER, life.into());
+        }
+        if let Some(run) = &self.run {
+            request.metadata_mut().insert(RUN_HEADER, run.clone());
         }
         let answer = handle.block_on(async { tokio::time::timeout(deadline, send(request)).await });
         match answer {

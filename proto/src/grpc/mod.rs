@@ -40,7 +40,7 @@ pub use client::{
 pub use convert::{ConvertError, version_from_wire, version_to_wire};
 pub use runtime::GrpcRuntime;
 pub use server::{
-    ControlServer, FlightServer, RewardServer, RolloutServer, ServedServices, ServerHandle, TrainerServer,
+    ControlServer, FlightServer, RewardServer, RolloutServer, ServedRun, ServedServices, ServerHandle, TrainerServer,
     WeightServer, WorkerRegistryServer, serve,
 };
 pub use tls::{Tls, TlsFiles};

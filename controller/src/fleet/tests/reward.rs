@@ -86,3 +86,16 @@ fn responses_that_no_worker_survives_fail_by_name_and_the_others_are_scored() {
     assert_eq!(error.code, ErrorCode::Unavailable);
     assert!(error.to_string().contains("no worker is left: a (incarnation 1): a: score failed"), "{error}");
 }
+
+#[test]
+fn without_a_scorer_nobody_is_waited_for_where_none_will_come() {
+    let config = FleetConfig { worker_wait: Duration::from_secs(300), ..FleetConfig::default() };
+    let fleet = FleetReward::with_clock(config, Arc::new(ManualClock::default()));
+    fleet.join("a", FakeReward::new("a", Manner::DiesAfter(2))).expect("a thread");
+    fleet.expect_nobody("a is not started again");
+    let error = fleet.score(&requests()).expect_err("nobody is left");
+    assert_eq!(error.code, ErrorCode::Unavailable);
+    assert!(error.message.contains("none will come: a is not started again"), "{error}");
+    fleet.join("b", FakeReward::new("b", Manner::Good)).expect("a thread");
+    assert_eq!(fleet.score(&requests()), Ok(undisturbed()));
+}

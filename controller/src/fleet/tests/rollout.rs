@@ -361,3 +361,23 @@ fn weights_that_no_worker_can_take_end_the_wait_at_once() {
     come_again(Manner::Good);
     run.fleet.set_version(version(5)).expect("new weights are another matter");
 }
+
+/// However patient the fleet is: it does not wait for whoever cannot come, and goes on with whoever comes all the same.
+#[test]
+fn without_a_worker_nobody_is_waited_for_where_none_will_come() {
+    let patient = FleetConfig { worker_wait: Duration::from_secs(300), ..config() };
+    let run = start(patient.clone(), &[Manner::DiesAfter(2)]);
+    run.fleet.expect_nobody("engine-0 is not started again");
+    run.fleet.set_version(version(4)).expect("whoever is there is counted on");
+    run.fleet.submit((0..NUM_GROUPS).map(request).collect()).expect("new groups");
+    let error = run.collect().expect_err("nobody is left");
+    assert_eq!(error.code, ErrorCode::Unavailable);
+    assert!(error.message.contains("none will come: engine-0 is not started again"), "{error}");
+    run.fleet.join(NAMES[1], FakeRollout::new(NAMES[1], Manner::Good)).expect("a thread");
+    run.collect().expect("it does the rest");
+
+    let empty = start(patient, &[]);
+    empty.fleet.expect_nobody("engine-0 is not started again");
+    let error = empty.fleet.set_version(version(4)).expect_err("nobody can prove it");
+    assert!(error.message.contains("none will come: engine-0 is not started again"), "{error}");
+}

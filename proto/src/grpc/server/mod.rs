@@ -16,7 +16,7 @@ pub use trainer::TrainerServer;
 pub use weights::WeightServer;
 pub use worker::WorkerRegistryServer;
 
-use super::channel::{LIFE_HEADER, TransportConfig, encode_error};
+use super::channel::{LIFE_HEADER, RUN_HEADER, TransportConfig, encode_error};
 use super::convert::ConvertError;
 use super::tls::TlsIncoming;
 use super::{FILE_DESCRIPTOR_SET, GrpcRuntime, v1};
@@ -40,6 +40,16 @@ pub struct ServedServices {
     routes: RoutesBuilder,
     names: Vec<&'static str>,
     life: Option<u64>,
+    run: Option<ServedRun>,
+}
+
+/// The run whose control a server offers.
+#[derive(Debug, Clone)]
+pub struct ServedRun {
+    /// Its id.
+    pub id: String,
+    /// Its directory.
+    pub dir: String,
 }
 
 impl ServedServices {
@@ -52,6 +62,13 @@ impl ServedServices {
     #[must_use]
     pub fn of_life(mut self, incarnation: u64) -> Self {
         self.life = Some(incarnation);
+        self
+    }
+
+    /// Refuse calls that are meant for another run.
+    #[must_use]
+    pub fn of_run(mut self, run: ServedRun) -> Self {
+        self.run = Some(run);
         self
     }
 
@@ -128,9 +145,9 @@ pub fn serve(
     let (stop, stopped) = oneshot::channel::<()>();
     let _entered = handle.enter();
     let listener = tokio::net::TcpListener::from_std(listener)?;
-    let life = services.life;
+    let (life, run) = (services.life, services.run.clone());
     let routes = with_common(services)?;
-    let fence = move |request: Request<()>| check_life(life, request);
+    let fence = move |request: Request<()>| check_run(run.as_ref(), check_life(life, request)?);
     let server = Server::builder()
         .layer(tonic::service::InterceptorLayer::new(fence))
         .http2_keepalive_interval(Some(config.keepalive_interval))
@@ -162,6 +179,17 @@ fn check_life(life: Option<u64>, request: Request<()>) -> Result<Request<()>, St
         (Some(life), Some(meant)) if life != meant => {
             let message = format!("the call is for life {meant} of this worker, which is in life {life}");
             Err(encode_error(ServiceError::new(ErrorCode::Unavailable, "worker", "call", message)))
+        }
+        _ => Ok(request),
+    }
+}
+
+/// A call that names another run is for one that listened here before.
+fn check_run(run: Option<&ServedRun>, request: Request<()>) -> Result<Request<()>, Status> {
+    match (run, request.metadata().get(RUN_HEADER)) {
+        (Some(run), Some(meant)) if meant.as_bytes() != run.id.as_bytes() => {
+            let message = format!("the run in {} listens here, and the call is for another one", run.dir);
+            Err(encode_error(ServiceError::new(ErrorCode::VersionMismatch, "controller", "call", message)))
         }
         _ => Ok(request),
     }
