@@ -27,9 +27,9 @@ enum Format {
 
 /// Answer prompts, and keep the token ids with the log-prob of every token.
 ///
-/// A prompts file has one prompt a row: JSONL, Parquet (plain, Snappy or Zstandard) or Arrow (plain or Zstandard) with
-/// "prompt" (text, or chat messages, which go through the chat template) or "prompt_token_ids"; in a .txt file every
-/// line is a prompt. The result has --n rows for every prompt, in the prompts' order: prompt_token_ids,
+/// A prompts file has one prompt a row: JSONL, Parquet (plain, gzip, LZ4, Snappy or Zstandard) or Arrow (plain, LZ4 or
+/// Zstandard) with "prompt" (text, or chat messages, which go through the chat template) or "prompt_token_ids"; in a
+/// .txt file every line is a prompt. The result has --n rows for every prompt, in the prompts' order: prompt_token_ids,
 /// response_token_ids (the stop token included), response (without it), rollout_log_probs, finish_reason.
 /// rollout_log_probs is log_softmax(logits / temperature), never truncated; where --top-p, --top-k, --min-p, a
 /// penalty, a bias or a ban acts, sampled_log_probs and surviving_mass stand beside it. Tokens and log-probs do not

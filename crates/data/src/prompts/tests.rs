@@ -179,19 +179,16 @@ fn a_table_of_other_columns_is_refused() {
     assert!(error.contains("q.arrow: no prompt column among [question]"), "{error}");
 }
 
-/// No cut of a binary file is taken for a whole one.
 /// Files that pyarrow wrote: what cannot be decoded is said to be that, and not damaged.
 #[test]
 fn a_compression_is_read_or_named() {
-    let rows = read_prompts(&[fixture("zstd.feather")]).expect("Zstandard is known");
-    assert_eq!(rows[0].prompt, text(&"2 + 2 = ".repeat(20)));
-    for (name, codec) in
-        [("lz4.feather", "LZ4"), ("gzip.parquet", "GZIP"), ("brotli.parquet", "BROTLI"), ("lz4.parquet", "LZ4")]
-    {
-        let error = read_prompts(&[fixture(name)]).expect_err(name).to_string();
-        assert!(error.contains(name) && error.contains(&format!("compressed with {codec}")), "{error}");
-        assert!(error.contains("not supported") && !error.contains("damaged"), "{error}");
+    for name in ["zstd.feather", "lz4.feather", "gzip.parquet", "lz4.parquet"] {
+        let rows = read_prompts(&[fixture(name)]).expect(name);
+        assert_eq!(rows[0].prompt, text(&"2 + 2 = ".repeat(20)), "{name}");
     }
+    let error = read_prompts(&[fixture("brotli.parquet")]).expect_err("an unknown compression").to_string();
+    assert!(error.contains("brotli.parquet") && error.contains("compressed with BROTLI"), "{error}");
+    assert!(error.contains("not supported") && !error.contains("damaged"), "{error}");
 }
 
 /// A buffer that claims to hold 2^62 bytes is refused before memory is asked for.
@@ -206,6 +203,7 @@ fn a_compressed_buffer_that_claims_too_much_is_refused() {
     assert!(error.contains("claim.feather") && error.contains("claims to hold 4611686018427387904"), "{error}");
 }
 
+/// No cut of a binary file is taken for a whole one.
 #[test]
 fn truncated_tables_are_errors() {
     for name in ["chain_sum.parquet", "chain_sum.arrow"] {
@@ -223,11 +221,11 @@ proptest! {
     /// Changed bytes give rows or an error that names the file, never a panic.
     #[test]
     fn mutated_files_never_panic(
-        which in 0usize..4,
+        which in 0usize..6,
         changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
         cut in any::<Option<prop::sample::Index>>(),
     ) {
-        let name = ["chain_sum.jsonl", "chain_sum.parquet", "chain_sum.arrow", "zstd.feather"][which];
+        let name = ["chain_sum.jsonl", "chain_sum.parquet", "chain_sum.arrow", "zstd.feather", "lz4.feather", "gzip.parquet"][which];
         let mut bytes = std::fs::read(fixture(name)).expect("a fixture");
         for (index, byte) in changes {
             let at = index.index(bytes.len());
