@@ -124,6 +124,15 @@ impl<M: Model> LocalRolloutService<M> {
         self
     }
 
+    /// Whether a group can be answered at all; nothing is queued.
+    ///
+    /// # Errors
+    /// What `submit` would refuse it for, whatever is queued.
+    pub fn check(&self, group: &GroupRequest) -> ServiceResult<()> {
+        const OPERATION: &str = "check";
+        self.lock(OPERATION)?.check_fit(group).map_err(self.convert(OPERATION))
+    }
+
     /// A service over any model.
     pub fn with_engine(model: M, options: EngineOptions) -> Self {
         let (clock, worker) = (Arc::clone(&options.clock), options.worker.clone());

@@ -1,6 +1,6 @@
 //! `temper generate`: what it draws, what it writes, what it refuses.
 
-use crate::support::{fail, fixture, lines, new_model, numbers, reference, succeed, text, write};
+use crate::support::{fail, fixture, lines, new_model, numbers, reference, run, succeed, text, write};
 use serde_json::{Value, json};
 use temper_types::FinishReason;
 
@@ -183,13 +183,17 @@ fn bad_prompts_are_named_by_file_and_line() {
     let good = "{\"prompt\": \"ab\"}\n";
     let case = |model, line: &str, parts: &[&str]| {
         let prompts = write(dir.path(), "bad.jsonl", &format!("{good}{line}\n"));
-        fail(&["generate", "--model", model, "--prompts", &prompts, "--max-new-tokens", "4"], 1, parts);
+        let args = ["generate", "--model", model, "--prompts", &prompts, "--max-new-tokens", "4"];
+        fail(&args, 1, parts);
+        assert_eq!(run(&args).1, "", "no prompt is answered where one is bad");
     };
     case(text(&model), "{\"prompt\": 3}", &["bad.jsonl", "line 2", "prompt"]);
     case(text(&model), "{\"prompt\"", &["bad.jsonl", "line 2", "JSON"]);
     case(text(&model), "{\"other\": \"x\"}", &["bad.jsonl", "line 2", "prompt_token_ids"]);
     case(text(&model), "{\"prompt_token_ids\": [99999]}", &["prompt 1", "99999"]);
     case(text(&model), "{\"prompt\": \"~\"}", &["prompt 1", "'~'"]);
+    let long = format!("{{\"prompt_token_ids\": {:?}}}", [3; 5000]);
+    case(text(&model), &long, &["prompt 1", "can never fit: 5000 prompt tokens"]);
     case(text(&bare), "{\"prompt_token_ids\": [1]}", &["prompt 0", "tokenizer.json"]);
 }
 

@@ -316,7 +316,11 @@ impl<M: Model> Engine<M> {
         if queued + submitted > limit { Err(Error::QueueFull { queued, submitted, limit }) } else { Ok(()) }
     }
 
-    fn check_fit(&self, request: &GroupRequest) -> Result<(), Error> {
+    /// Whether a group can be answered at all: its values are in range, and it fits an idle engine.
+    ///
+    /// # Errors
+    /// What [`Engine::submit`] would refuse it for, whatever is queued.
+    pub fn check_fit(&self, request: &GroupRequest) -> Result<(), Error> {
         let shape = admission::check_request(request, &self.model, self.options.token_bytes.is_some())?;
         match self.scheduler.excess_blocks(shape) {
             None => Ok(()),

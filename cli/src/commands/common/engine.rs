@@ -140,24 +140,32 @@ impl Generator {
     /// Answer every prompt; `each` gets prompt, request and result in the prompts' order.
     ///
     /// # Errors
-    /// The prompt that cannot be encoded or answered, by row; no prompt finished in time; those of `each`.
+    /// The prompt that cannot be encoded or does not fit, by row, before any is answered; no prompt finished in time;
+    /// those of `each`.
     pub fn run(
         &self,
         rows: &[PromptRow],
         request: &Request,
         mut each: impl FnMut(&PromptRow, &GroupRequest, GroupResult) -> Result<()>,
     ) -> Result<()> {
+        let mut groups = Vec::with_capacity(rows.len());
+        for (index, row) in rows.iter().enumerate() {
+            let group = self.group(index, row, request);
+            let group = group.and_then(|group| Ok(self.service.check(&group).map(|()| group)?));
+            groups.push(group.with_context(|| format!("prompt {index}"))?);
+        }
+        let mut groups = groups.into_iter().enumerate();
         let mut requests: BTreeMap<usize, GroupRequest> = BTreeMap::new();
         let mut finished: BTreeMap<usize, GroupResult> = BTreeMap::new();
-        let (mut next_in, mut next_out, mut num_open) = (0, 0, 0);
+        let (mut next_out, mut num_open) = (0, 0);
         while next_out < rows.len() {
             let room = (MAX_QUEUED_SAMPLES / request.num_samples as usize).max(1);
-            while next_in < rows.len() && num_open < room {
-                let group =
-                    self.group(next_in, &rows[next_in], request).with_context(|| format!("prompt {next_in}"))?;
+            while num_open < room
+                && let Some((index, group)) = groups.next()
+            {
                 self.service.submit(vec![group.clone()])?;
-                requests.insert(next_in, group);
-                (next_in, num_open) = (next_in + 1, num_open + 1);
+                requests.insert(index, group);
+                num_open += 1;
             }
             let result =
                 self.service.next_group(request.timeout)?.context("a prompt was submitted and never came back")?;
