@@ -1,6 +1,6 @@
 //! A smaller model of the same vocabulary that drafts for the policy.
 
-use crate::runtime::LocalText;
+use crate::local_text::LocalText;
 use anyhow::{Context, Result, ensure};
 use std::path::Path;
 use std::sync::{Arc, RwLock};

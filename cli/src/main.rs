@@ -11,6 +11,7 @@ mod control;
 mod draft_model;
 mod env;
 mod kill;
+mod local_text;
 mod plan;
 mod planned;
 mod recipe;

@@ -1,8 +1,8 @@
 //! From a recipe to the work that is planned for it: its stage, its model's sizes, its prompts' lengths.
 
+use crate::local_text::LocalText;
 use crate::plan::{Divisions, Expected, Workload, policy_stage};
 use crate::recipe::{Placement, Recipe, RecipeError, Source, check_teachers, config_error, config_error_at};
-use crate::runtime::LocalText;
 use crate::{rollout_ranks, trainer_ranks, usage};
 use anyhow::{Context, Result};
 use std::path::Path;
@@ -140,7 +140,7 @@ fn mean_prompt_tokens(recipe: &Recipe, source: &Source, name: &str) -> Result<f6
     let Some(config) = recipe.data.get(name) else {
         return Err(usage(source.error(&key, format!("there is no dataset `{name}`"))));
     };
-    let (text, _) = LocalText::of(&recipe.model).map_err(|e| {
+    let (text, _) = LocalText::of(recipe.model.path.as_deref(), recipe.model.init.as_ref()).map_err(|e| {
         usage(source.error("model", format!("{e:#}; or say --prompt-tokens, which needs no tokenizer")))
     })?;
     let rows = load_dataset(&key, config, &text).map_err(|e| usage(config_error_at(source, &key, e)))?.rows;

@@ -1,8 +1,9 @@
 //! Engines that take their weights from trainer ranks, each whole or divided over tensor-parallel ranks.
 
 use crate::draft_model;
+use crate::local_text::LocalText;
 use crate::recipe::{Placement, PlacementMode, Recipe, RecipeError, Source};
-use crate::runtime::{LocalText, history_dir};
+use crate::runtime::history_dir;
 use crate::trainer_ranks;
 use anyhow::Result;
 use std::path::Path;

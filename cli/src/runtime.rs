@@ -2,7 +2,8 @@
 
 use crate::control::{AddressFile, LocalControl, RunAddress, run_id};
 use crate::draft_model;
-use crate::recipe::{CheckReport, ModelSource, PlacementMode, Recipe, Source, render};
+use crate::local_text::LocalText;
+use crate::recipe::{CheckReport, PlacementMode, Recipe, Source, render};
 use crate::reward_models::RewardModels;
 use crate::rollout_ranks::{self, EngineSetting};
 use crate::tls::TlsPlacement;
@@ -11,101 +12,16 @@ use crate::{staleness, teachers, trainer_ranks};
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use temper_actor::init::init_tokenizer;
-use temper_actor::{ModelConfig, SpecialTokens, Tokenizer};
+use temper_actor::ModelConfig;
 use temper_controller::{ReplaySpec, RunSpec, Services};
-use temper_proto::{RolloutService, ServiceError, ServiceResult, TextService};
-use temper_rollout::{LocalRolloutService, Replay, TokenByteTable};
+use temper_proto::RolloutService;
+use temper_rollout::{LocalRolloutService, Replay};
 use temper_tensor::{CpuConfig, CpuDevice, Device};
-use temper_types::{DType, ErrorCode, PromptContent};
+use temper_types::DType;
 
 /// The compute device of the process.
 pub fn device(threads: usize) -> Arc<dyn Device> {
     Arc::new(CpuDevice::new(CpuConfig { num_threads: threads, isa: None }))
-}
-
-/// Tokenizer and chat template behind the service trait.
-pub struct LocalText {
-    tokenizer: Tokenizer,
-    stop_token_ids: Vec<u32>,
-}
-
-impl LocalText {
-    /// Load the tokenizer of a model directory; `stop_token_ids` are the model's own.
-    ///
-    /// # Errors
-    /// A file that is missing or damaged, by name.
-    pub fn load(model_dir: &Path) -> Result<Self> {
-        Ok(Self::new(Tokenizer::load(model_dir)?, &ModelConfig::load(model_dir)?))
-    }
-
-    /// The tokenizer of the model that a recipe names or makes, and that model's shape.
-    ///
-    /// # Errors
-    /// As [`LocalText::load`]; no model, or one that cannot be made.
-    pub fn of(model: &ModelSource) -> Result<(Self, ModelConfig)> {
-        let (tokenizer, config) = match (&model.path, &model.init) {
-            (Some(path), _) => (Tokenizer::load(path)?, ModelConfig::load(path)?),
-            (None, Some(init)) => (init_tokenizer(init)?, init.model_config()?),
-            (None, None) => anyhow::bail!("the recipe has no model"),
-        };
-        Ok((Self::new(tokenizer, &config), config))
-    }
-
-    fn new(tokenizer: Tokenizer, config: &ModelConfig) -> Self {
-        let mut stop_token_ids: Vec<u32> =
-            tokenizer.eos_token_id().into_iter().chain(config.eos_token_ids.iter().copied()).collect();
-        stop_token_ids.sort_unstable();
-        stop_token_ids.dedup();
-        LocalText { tokenizer, stop_token_ids }
-    }
-
-    /// Bytes of every id, for stop strings.
-    pub fn token_byte_table(&self, vocab_size: usize) -> TokenByteTable {
-        let bytes = |id| self.tokenizer.token_bytes(id).unwrap_or_default().to_vec();
-        TokenByteTable((0..vocab_size as u32).map(bytes).collect())
-    }
-
-    /// The tokenizer.
-    pub fn tokenizer(&self) -> &Tokenizer {
-        &self.tokenizer
-    }
-}
-
-fn text_error(operation: &'static str) -> impl FnOnce(temper_actor::Error) -> ServiceError {
-    move |error| ServiceError::new(ErrorCode::InvalidArgument, "tokenizer", operation, error)
-}
-
-impl TextService for LocalText {
-    fn encode_prompt(&self, prompt: &PromptContent) -> ServiceResult<Vec<u32>> {
-        self.tokenizer.encode_prompt(prompt).map_err(text_error("encode_prompt"))
-    }
-
-    fn encode_response(&self, response: &PromptContent) -> ServiceResult<Vec<u32>> {
-        let encode =
-            |text: &str| self.tokenizer.encode(text, SpecialTokens::Omit).map_err(text_error("encode_response"));
-        let mut ids = match response {
-            PromptContent::TokenIds(ids) => return Ok(ids.clone()),
-            PromptContent::Text(text) => encode(text)?,
-            PromptContent::Messages(messages) => {
-                encode(&messages.iter().map(|m| m.content.as_str()).collect::<Vec<_>>().join("\n"))?
-            }
-        };
-        ids.extend(self.tokenizer.eos_token_id());
-        Ok(ids)
-    }
-
-    fn encode_text(&self, text: &str) -> ServiceResult<Vec<u32>> {
-        self.tokenizer.encode(text, SpecialTokens::Omit).map_err(text_error("encode_text"))
-    }
-
-    fn decode(&self, token_ids: &[u32]) -> String {
-        self.tokenizer.decode(token_ids, SpecialTokens::Omit).unwrap_or_default()
-    }
-
-    fn stop_token_ids(&self) -> Vec<u32> {
-        self.stop_token_ids.clone()
-    }
 }
 
 /// The model directory that a run starts from: the recipe's own, or a new one made below `run_dir`.

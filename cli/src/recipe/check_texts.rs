@@ -2,7 +2,7 @@
 
 use super::{ModelSource, Recipe, RecipeError, Source};
 use crate::draft_model;
-use crate::runtime::LocalText;
+use crate::local_text::LocalText;
 use std::num::NonZeroUsize;
 use std::path::Path;
 use temper_actor::ModelConfig;
@@ -29,7 +29,8 @@ enum Use {
 impl Texts {
     /// Of the model that the recipe names or makes.
     pub(super) fn of(model: &ModelSource, source: &Source) -> Result<Self, RecipeError> {
-        let (text, config) = LocalText::of(model).map_err(|e| source.error("model", format!("{e:#}")))?;
+        let loaded = LocalText::of(model.path.as_deref(), model.init.as_ref());
+        let (text, config) = loaded.map_err(|e| source.error("model", format!("{e:#}")))?;
         Ok(Texts { text, config })
     }
 
@@ -143,6 +144,9 @@ impl Texts {
         let most = self.config.max_position_embeddings;
         match self.text.encode_response(response) {
             Err(error) => Some(format!("`{name}` cannot be encoded: {}", error.message)),
+            Ok(ids) if !ids.iter().all(|id| self.text.tokenizer().token_bytes(*id).is_some()) => {
+                Some(format!("`{name}` has an id that is no token of the model"))
+            }
             Ok(ids) if prompt + ids.len() > most => Some(format!(
                 "the prompt has {prompt} tokens and `{name}` {}: the model has {most} positions",
                 ids.len()

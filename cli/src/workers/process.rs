@@ -3,10 +3,11 @@
 use super::engine_ranks::{EngineRanks, Failure, RankWork};
 use super::watchdog::MetRanks;
 use super::{LEASE, heartbeat_interval};
+use crate::local_text::LocalText;
 use crate::recipe::{Placement, Recipe, Source};
 use crate::reward_models::RewardModels;
 use crate::rollout_ranks::{self, EngineSetting};
-use crate::runtime::{LocalText, device};
+use crate::runtime::device;
 use crate::tls::transport;
 use crate::trainer_ranks;
 use anyhow::{Context, bail};

@@ -3,7 +3,7 @@
 use super::samples::{at_least_one, median, peak_rss_mb, round};
 use crate::commands::common::compute::ComputeArgs;
 use crate::commands::common::output::print;
-use crate::runtime::LocalText;
+use crate::local_text::LocalText;
 use anyhow::{Context, Result};
 use serde_json::json;
 use std::path::PathBuf;

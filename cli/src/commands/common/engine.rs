@@ -4,7 +4,7 @@ use super::compute::{ComputeArgs, open_model};
 use super::output::require_empty;
 use super::sampling::SamplingArgs;
 use crate::draft_model;
-use crate::runtime::LocalText;
+use crate::local_text::LocalText;
 use crate::usage;
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeMap;

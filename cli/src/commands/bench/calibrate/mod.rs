@@ -8,9 +8,10 @@ mod training;
 
 use crate::commands::bench::samples::median;
 use crate::commands::common::output::{print, write_json};
+use crate::local_text::LocalText;
 use crate::plan::{Calibration, FORMAT, ModelSizes, Point};
 use crate::planned::{Lengths, Planned};
-use crate::runtime::{LocalText, initial_model};
+use crate::runtime::initial_model;
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
