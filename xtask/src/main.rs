@@ -82,6 +82,8 @@ fn tracked_files(root: &Path) -> Result<Vec<String>> {
 }
 
 fn workspace_root() -> Result<PathBuf> {
-    let parent = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask lies in no workspace")?;
+    // `cargo run` says where the checkout is; one that shares its target directory may have built this program.
+    let manifest = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    let parent = Path::new(&manifest).parent().context("xtask lies in no workspace")?;
     Ok(parent.to_owned())
 }
