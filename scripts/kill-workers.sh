@@ -34,7 +34,8 @@ check() {
 }
 
 echo "reference: one process"
-"$temper" train "$recipe" --run-dir "$dir/one" "${common[@]}" >"$dir/one.log" 2>&1
+"$temper" train "$recipe" --run-dir "$dir/one" "${common[@]}" >"$dir/one.log" 2>&1 ||
+    { tail -n 20 "$dir/one.log"; echo "the reference failed"; exit 1; }
 reference=$(weights one)
 runs=0 done=0
 : >"$dir/kills" >"$dir/seconds"
