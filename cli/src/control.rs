@@ -1,9 +1,9 @@
 //! The control of a run, as its server offers it: the run's own control, and the workers.
 
+use crate::random;
 use crate::workers::Hub;
 use anyhow::bail;
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,17 +16,12 @@ use temper_types::ErrorCode;
 /// Name of the file in a run's directory that says where the run is controlled.
 const ADDRESS_FILE: &str = "control";
 
-/// Length in bytes of what makes a run's id.
-const RUN_ID_BYTES: usize = 16;
-
 /// An id that no other run has, nor the same one when it is started again.
 ///
 /// # Errors
 /// A system that gives no random bytes.
 pub fn run_id() -> io::Result<String> {
-    let mut bytes = [0; RUN_ID_BYTES];
-    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-    Ok(format!("{:032x}", u128::from_le_bytes(bytes)))
+    Ok(format!("{:032x}", u128::from_le_bytes(random::bytes()?)))
 }
 
 /// How a run under way is reached.

@@ -23,20 +23,20 @@ impl LocalText {
         Ok(Self::new(Tokenizer::load(model_dir)?, &ModelConfig::load(model_dir)?))
     }
 
-    /// The tokenizer of the model in a directory, or else of the one that is made with the run, and its shape.
+    /// The tokenizer of the model in a directory, or else of the one that is made with the run.
     ///
     /// # Errors
     /// As [`LocalText::load`]; no model, or one that cannot be made.
-    pub fn of(model_dir: Option<&Path>, init: Option<&InitConfig>) -> Result<(Self, ModelConfig)> {
-        let (tokenizer, config) = match (model_dir, init) {
-            (Some(path), _) => (Tokenizer::load(path)?, ModelConfig::load(path)?),
-            (None, Some(init)) => (init_tokenizer(init)?, init.model_config()?),
+    pub fn of(model_dir: Option<&Path>, init: Option<&InitConfig>) -> Result<Self> {
+        match (model_dir, init) {
+            (Some(path), _) => Self::load(path),
+            (None, Some(init)) => Ok(Self::new(init_tokenizer(init)?, &init.model_config()?)),
             (None, None) => anyhow::bail!("the recipe has no model"),
-        };
-        Ok((Self::new(tokenizer, &config), config))
+        }
     }
 
-    fn new(tokenizer: Tokenizer, config: &ModelConfig) -> Self {
+    /// A tokenizer and the model that it is of.
+    pub fn new(tokenizer: Tokenizer, config: &ModelConfig) -> Self {
         let mut stop_token_ids: Vec<u32> =
             tokenizer.eos_token_id().into_iter().chain(config.eos_token_ids.iter().copied()).collect();
         stop_token_ids.sort_unstable();

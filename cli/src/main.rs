@@ -14,6 +14,7 @@ mod kill;
 mod local_text;
 mod plan;
 mod planned;
+mod random;
 mod recipe;
 mod recovery;
 mod resume;

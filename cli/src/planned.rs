@@ -140,7 +140,7 @@ fn mean_prompt_tokens(recipe: &Recipe, source: &Source, name: &str) -> Result<f6
     let Some(config) = recipe.data.get(name) else {
         return Err(usage(source.error(&key, format!("there is no dataset `{name}`"))));
     };
-    let (text, _) = LocalText::of(recipe.model.path.as_deref(), recipe.model.init.as_ref()).map_err(|e| {
+    let text = LocalText::of(recipe.model.path.as_deref(), recipe.model.init.as_ref()).map_err(|e| {
         usage(source.error("model", format!("{e:#}; or say --prompt-tokens, which needs no tokenizer")))
     })?;
     let rows = load_dataset(&key, config, &text).map_err(|e| usage(config_error_at(source, &key, e)))?.rows;

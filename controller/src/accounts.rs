@@ -187,12 +187,12 @@ impl Accounts {
     /// What was issued, settled and computed since the last row, as columns of this one; none where nothing was.
     pub(crate) fn columns(&self, row: &mut MetricsRow) {
         let now = self.engine.stats();
-        let earlier = std::mem::replace(&mut self.books().counted, now);
-        engine_columns(&now, &earlier, row);
-        let (issued, settled) = {
+        let (earlier, issued, settled) = {
             let mut books = self.books();
-            (std::mem::take(&mut books.issued), std::mem::take(&mut books.settled))
+            let earlier = std::mem::replace(&mut books.counted, now);
+            (earlier, std::mem::take(&mut books.issued), std::mem::take(&mut books.settled))
         };
+        engine_columns(&now, &earlier, row);
         if issued > 0 || !settled.is_empty() {
             row.set_count("ledger/issued", issued);
             row.set_count("ledger/trained", settled.get(&Fate::Trained).copied().unwrap_or(0));

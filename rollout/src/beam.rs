@@ -5,11 +5,10 @@
 //!
 //! # The search
 //! Beams of equal length are extended by their most likely ids each, `width` beside those that may be stop ids and no
-//! fewer than 2 `width`. Of all extensions, by falling sum of
-//! log-probs (ties: the older beam, then the lower id), the first `width` that do not end go on; one that ends with a
-//! stop id is a result where it stands among the first `width`. The search is over when `width` results are there that
-//! no running beam can beat, or at the longest response. Results are ordered by
-//! `sum of log-probs / length^length_penalty`, the stop id counted.
+//! fewer than 2 `width`. Of all extensions, by falling sum of log-probs (ties: the older beam, then the lower id), the
+//! first `width` that do not end go on; one that ends with a stop id is a result where it stands among the first
+//! `width`. The search is over when `width` results are there that no running beam can beat, or at the longest
+//! response. Results are ordered by `sum of log-probs / length^length_penalty`, the stop id counted.
 //!
 //! # Source
 //! The rules of transformers' `generate` with `early_stopping = "never"`. Departure: the bound on what a running beam

@@ -38,8 +38,8 @@ impl Check {
         let report = check(&recipe, &source).map_err(usage)?;
         if self.json {
             let object = json!({
-                "recipe": self.recipe.display().to_string(), "name": recipe.name, "ok": true, "identity": report.identity,
-                "num_rows": report.num_rows, "summary": report.summary,
+                "recipe": self.recipe.display().to_string(), "name": recipe.name, "ok": true,
+                "identity": report.identity, "num_rows": report.num_rows, "summary": report.summary,
             });
             print_json(&object)
         } else if self.resolved {

@@ -2,7 +2,7 @@
 
 use super::common::compute::{ComputeArgs, WeightsArgs};
 use super::common::engine::{Generator, Naming, Request, as_chat, write_dataset};
-use super::common::output::{prepare_dir, print};
+use super::common::output::{prepare_dir, print, print_json};
 use super::common::sampling::SamplingArgs;
 use crate::reward_models::launcher;
 use crate::usage;
@@ -176,7 +176,7 @@ impl Eval {
                 object.insert(name.clone(), source.to_json(metrics));
             }
             let model = self.model.display().to_string();
-            print(&format!("{:#}\n", json!({"model": model, "n": n, "reward": self.reward, "sources": object})))?;
+            print_json(&json!({"model": model, "n": n, "reward": self.reward, "sources": object}))?;
         } else {
             let mut text = String::new();
             for ((name, source), metrics) in rows() {

@@ -1,7 +1,7 @@
 //! `temper import`: a GGUF file as a Hugging Face model directory.
 
 use super::common::compute::FileDTypeArg;
-use super::common::output::print;
+use super::common::output::{print, print_json};
 use crate::usage;
 use anyhow::Result;
 use serde_json::json;
@@ -40,10 +40,10 @@ impl Import {
         let model_type = summary.config.family.model_type();
         if self.json {
             let object = json!({
-                "output": self.output.display().to_string(), "model_type": model_type, "num_parameters": summary.num_parameters,
-                "tensor_types": summary.tensor_types, "has_chat_template": summary.has_chat_template,
+                "output": self.output.display().to_string(), "model_type": model_type,
+                "num_parameters": summary.num_parameters, "tensor_types": summary.tensor_types, "has_chat_template": summary.has_chat_template,
             });
-            return print(&format!("{object:#}\n"));
+            return print_json(&object);
         }
         let types: Vec<String> = summary.tensor_types.iter().map(|(name, count)| format!("{count} {name}")).collect();
         let chat = if summary.has_chat_template { "with" } else { "without" };

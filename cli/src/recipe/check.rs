@@ -9,6 +9,7 @@ use crate::reward_models::launcher;
 use crate::{rollout_ranks, staleness, tls, trainer_ranks};
 use std::collections::BTreeMap;
 use std::path::Path;
+use temper_actor::init::init_tokenizer;
 use temper_actor::{ModelConfig, Tokenizer};
 use temper_controller::{PolicyStage, SftStage, Stage, load_dataset};
 use temper_types::{PromptRow, did_you_mean};
@@ -34,8 +35,7 @@ pub struct CheckReport {
 /// The first thing that cannot work, by file, line and key, with what would be right.
 pub fn check(recipe: &Recipe, source: &Source) -> Result<CheckReport, RecipeError> {
     check_name(&recipe.name, source)?;
-    check_model(&recipe.model, source)?;
-    let texts = Texts::of(&recipe.model, source)?;
+    let texts = check_model(&recipe.model, source)?;
     if recipe.stages.is_empty() {
         return Err(source.error("stage", "there is no stage: expected at least one [[stage]] table"));
     }
@@ -79,25 +79,33 @@ fn check_name(name: &str, source: &Source) -> Result<(), RecipeError> {
     Err(source.error("name", problem))
 }
 
-fn check_model(model: &ModelSource, source: &Source) -> Result<(), RecipeError> {
+/// Check that there is one model, which can be loaded or made; gives its tokenizer.
+fn check_model(model: &ModelSource, source: &Source) -> Result<Texts, RecipeError> {
     match (&model.path, &model.init) {
         (None, None) => {
             Err(source.error("model", "there is no model: expected `path` (a Hugging Face directory) or [model.init]"))
         }
         (Some(_), Some(_)) => Err(source.error("model.init", "excludes `path`: expected one of them")),
-        (None, Some(init)) => init.validate().map_err(|e| source.error("model.init", e)),
-        (Some(path), None) => check_model_dir(path).map_err(|problem| source.error("model.path", problem)),
+        (None, Some(init)) => {
+            let made = init_tokenizer(init).and_then(|tokenizer| Ok((tokenizer, init.model_config()?)));
+            made.map(Texts::new).map_err(|e| source.error("model.init", e))
+        }
+        (Some(path), None) => {
+            check_model_dir(path).map(Texts::new).map_err(|problem| source.error("model.path", problem))
+        }
     }
 }
 
-pub(super) fn check_model_dir(path: &Path) -> Result<(), String> {
+/// Check that a directory holds a whole model; gives its tokenizer and shape.
+pub(super) fn check_model_dir(path: &Path) -> Result<(Tokenizer, ModelConfig), String> {
     if !path.is_dir() {
         return Err(format!("{} is no directory: expected a Hugging Face model directory", path.display()));
     }
     let config = ModelConfig::load(path).map_err(|e| e.to_string())?;
-    Tokenizer::load(path).map_err(|e| e.to_string())?;
+    let tokenizer = Tokenizer::load(path).map_err(|e| e.to_string())?;
     let reader = temper_actor::CheckpointReader::open(path).map_err(|e| e.to_string())?;
-    reader.validate(&config).map(|_extra_tensors| ()).map_err(|e| e.to_string())
+    reader.validate(&config).map_err(|e| e.to_string())?;
+    Ok((tokenizer, config))
 }
 
 type Data = BTreeMap<String, Vec<PromptRow>>;
@@ -130,15 +138,15 @@ fn check_texts(recipe: &Recipe, source: &Source, (data, texts): (&Data, &Texts))
             _ => &[],
         };
         texts.check_stage(recipe, source, (stage, rows(stage.data()), held_out))?;
-        let own = match stage {
-            Stage::Policy(stage) => &stage.sampling,
-            Stage::OnlinePreference(stage) => &stage.policy.sampling,
-            _ => continue,
-        };
-        let sampling = recipe.validation.sampling.as_ref().unwrap_or(own);
-        texts.check_validation(recipe, source, (rows(&recipe.validation.data), sampling))?;
     }
-    Ok(())
+    // Stages of a policy are validated, each with its own sampling where the recipe says no other.
+    let own = recipe.stages.iter().filter_map(|stage| match stage {
+        Stage::Policy(stage) => Some(&stage.sampling),
+        Stage::OnlinePreference(stage) => Some(&stage.policy.sampling),
+        _ => None,
+    });
+    let longest = own.map(|own| recipe.validation.sampling.as_ref().unwrap_or(own)).max_by_key(|s| s.max_new_tokens);
+    longest.map_or(Ok(()), |sampling| texts.check_validation(recipe, source, (rows(&recipe.validation.data), sampling)))
 }
 
 fn dataset<'a>(data: &'a Data, source: &Source, key: &str, name: &str) -> Result<&'a [PromptRow], RecipeError> {

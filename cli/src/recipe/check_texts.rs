@@ -1,11 +1,11 @@
 //! Whether every row of the data can be encoded and fits the model, so that no run stops at one.
 
-use super::{ModelSource, Recipe, RecipeError, Source};
+use super::{Recipe, RecipeError, Source};
 use crate::draft_model;
 use crate::local_text::LocalText;
 use std::num::NonZeroUsize;
 use std::path::Path;
-use temper_actor::ModelConfig;
+use temper_actor::{ModelConfig, Tokenizer};
 use temper_controller::{DatasetConfig, DistillStage, Stage};
 use temper_data::prompts::read_prompts;
 use temper_proto::TextService;
@@ -27,11 +27,9 @@ enum Use {
 }
 
 impl Texts {
-    /// Of the model that the recipe names or makes.
-    pub(super) fn of(model: &ModelSource, source: &Source) -> Result<Self, RecipeError> {
-        let loaded = LocalText::of(model.path.as_deref(), model.init.as_ref());
-        let (text, config) = loaded.map_err(|e| source.error("model", format!("{e:#}")))?;
-        Ok(Texts { text, config })
+    /// Of a model by its tokenizer and its shape.
+    pub(super) fn new((tokenizer, config): (Tokenizer, ModelConfig)) -> Self {
+        Texts { text: LocalText::new(tokenizer, &config), config }
     }
 
     /// The tokenizer.

@@ -6,9 +6,10 @@
 
 use super::process::end_with_stdin;
 use crate::commands::common::output::print;
+use crate::random;
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -198,10 +199,7 @@ fn said(stdout: std::process::ChildStdout, deadline: Instant) -> Result<SocketAd
 
 /// A number that others on the host cannot guess.
 fn token() -> Result<u64> {
-    let mut bytes = [0; 8];
-    let noise = std::fs::File::open("/dev/urandom").and_then(|mut noise| noise.read_exact(&mut bytes));
-    noise.context("reading /dev/urandom")?;
-    Ok(u64::from_le_bytes(bytes))
+    Ok(u64::from_le_bytes(random::bytes().context("reading /dev/urandom")?))
 }
 
 /// Be one of these ranks, until rank 0 says that it is over or standard input ends.

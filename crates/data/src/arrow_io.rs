@@ -21,7 +21,7 @@ pub(crate) const CONTINUATION: [u8; 4] = [0xff; 4];
 /// Continuation mark and length 0: the end of an IPC stream.
 pub(crate) const END_OF_STREAM: [u8; 8] = [0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0];
 
-/// Most bytes that one byte stands for under Zstandard: a block of 128 KiB of equal bytes takes 4.
+/// Most bytes that one byte stands for, under Zstandard: a block of 128 KiB of equal bytes takes 4. LZ4 is less dense.
 const MAX_EXPANSION: i64 = 1 << 15;
 
 /// A schema and the batches that follow it.
@@ -34,8 +34,7 @@ pub(crate) struct Table {
 /// Read an IPC file or stream whole.
 ///
 /// # Errors
-/// Names the file where it is empty, truncated, damaged, compressed in a way that is not supported, or no Arrow at
-/// all.
+/// Names the file where it is empty, truncated, damaged, or no Arrow at all.
 pub(crate) fn read_ipc(path: &Path) -> Result<Table, Error> {
     let bytes = Buffer::from(std::fs::read(path).map_err(Error::io("read", path))?);
     if bytes.is_empty() {
@@ -45,14 +44,7 @@ pub(crate) fn read_ipc(path: &Path) -> Result<Table, Error> {
     if !stream.ends_with(&END_OF_STREAM) {
         return Err(Error::file(path, "no Arrow IPC data, or truncated: the stream does not end with its end mark"));
     }
-    let codec = guarded(path, "Arrow IPC", || check_framing(&stream))?;
-    guarded(path, "Arrow IPC", || decode_stream(stream)).map_err(|error| unsupported(path, codec).unwrap_or(error))
-}
-
-/// The error of a file that only a library with this codec reads.
-pub(crate) fn unsupported(path: &Path, codec: Option<&str>) -> Option<Error> {
-    let expected = "expected no compression, LZ4, Zstandard or, in Parquet, gzip or Snappy";
-    codec.map(|codec| Error::file(path, format!("compressed with {codec}, which is not supported: {expected}")))
+    guarded(path, "Arrow IPC", || check_framing(&stream).and_then(|()| decode_stream(stream)))
 }
 
 /// The stream inside an IPC file: what stands between the header and the footer.
@@ -66,16 +58,15 @@ fn stream_of_file(path: &Path, bytes: &Buffer) -> Result<Buffer, Error> {
 }
 
 /// Check that every message lies within the stream and every buffer within its message's body, which the decoder takes
-/// for granted. Gives the compression that it does not know, where there is one.
-fn check_framing(stream: &[u8]) -> Result<Option<&'static str>, String> {
+/// for granted.
+fn check_framing(stream: &[u8]) -> Result<(), String> {
     let mut rest = stream;
-    let mut codec = None;
     while !rest.is_empty() {
         let header = rest.strip_prefix(&CONTINUATION).unwrap_or(rest);
         let (length, after) = header.split_first_chunk::<4>().ok_or("a message header is cut")?;
         let metadata_length = u32::from_le_bytes(*length) as usize;
         if metadata_length == 0 {
-            return if after.is_empty() { Ok(codec) } else { Err("data follow the end mark".to_owned()) };
+            return if after.is_empty() { Ok(()) } else { Err("data follow the end mark".to_owned()) };
         }
         let (metadata, after) = after.split_at_checked(metadata_length).ok_or("a message is cut")?;
         let message = arrow_ipc::root_as_message(metadata).map_err(|e| format!("a damaged message: {e}"))?;
@@ -84,7 +75,6 @@ fn check_framing(stream: &[u8]) -> Result<Option<&'static str>, String> {
         rest = after;
         check_buffers(&message)?;
         check_expansion(&message, body)?;
-        codec = codec.or_else(|| unknown_codec(&message));
     }
     Err("the end mark is missing".to_owned())
 }
@@ -93,15 +83,8 @@ fn batch_of<'a>(message: &arrow_ipc::Message<'a>) -> Option<arrow_ipc::RecordBat
     message.header_as_record_batch().or_else(|| message.header_as_dictionary_batch()?.data())
 }
 
-/// The compression of a message's body, where it is none that can be decoded.
-pub(crate) fn unknown_codec(message: &arrow_ipc::Message<'_>) -> Option<&'static str> {
-    let codec = batch_of(message)?.compression()?.codec();
-    // A codec of a later version of the format.
-    codec.variant_name().is_none().then_some("an unknown codec")
-}
-
 /// The compression of a column of a Parquet file, where it is none that can be decoded.
-fn unknown_parquet_codec(metadata: &ParquetMetaData) -> Option<&'static str> {
+fn unknown_codec(metadata: &ParquetMetaData) -> Option<&'static str> {
     let mut columns = metadata.row_groups().iter().flat_map(|group| group.columns());
     columns.find_map(|column| match column.compression() {
         Compression::LZO => Some("LZO"),
@@ -160,8 +143,9 @@ pub(crate) fn read_parquet(path: &Path) -> Result<Table, Error> {
     }
     let open = || ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| e.to_string());
     let builder = guarded(path, "Parquet", open)?;
-    if let Some(error) = unsupported(path, unknown_parquet_codec(builder.metadata())) {
-        return Err(error);
+    if let Some(codec) = unknown_codec(builder.metadata()) {
+        let expected = "expected no compression, gzip, LZ4, Snappy or Zstandard";
+        return Err(Error::file(path, format!("compressed with {codec}, which is not supported: {expected}")));
     }
     guarded(path, "Parquet", || {
         let schema = builder.schema().clone();

@@ -1,9 +1,7 @@
 //! Reading an Arrow IPC stream message by message: one batch is in memory at a time.
 
 use crate::Error;
-use crate::arrow_io::{
-    CONTINUATION, END_OF_STREAM, check_buffers, check_expansion, guarded, unknown_codec, unsupported,
-};
+use crate::arrow_io::{CONTINUATION, END_OF_STREAM, check_buffers, check_expansion, guarded};
 use arrow_array::RecordBatch;
 use arrow_buffer::Buffer;
 use arrow_ipc::convert::try_fb_to_schema;
@@ -35,8 +33,6 @@ struct Header {
     metadata: Vec<u8>,
     body_length: u64,
     num_rows: u64,
-    /// The body's compression, where it is none that can be decoded.
-    unknown_codec: Option<&'static str>,
 }
 
 impl IpcStream {
@@ -101,16 +97,15 @@ impl IpcStream {
         let body_length = body_length.ok_or_else(|| self.damaged("a message's body is cut"))?;
         let num_rows = message.header_as_record_batch().map_or(0, |batch| batch.length());
         let num_rows = u64::try_from(num_rows).map_err(|_| self.damaged("a batch of fewer than 0 rows"))?;
-        let unknown_codec = unknown_codec(&message);
-        Ok(Some(Header { metadata, body_length, num_rows, unknown_codec }))
+        Ok(Some(Header { metadata, body_length, num_rows }))
     }
 
     fn next_batch(&mut self) -> Result<Option<RecordBatch>, Error> {
         while let Some(header) = self.header()? {
             let body = self.take(header.body_length, "a message's body")?;
             let schema = self.schema.clone();
-            let decoded = guarded(&self.path, "Arrow IPC", || decode(&header.metadata, body, schema));
-            match decoded.map_err(|error| unsupported(&self.path, header.unknown_codec).unwrap_or(error))? {
+            let decoded = guarded(&self.path, "Arrow IPC", || decode(&header.metadata, body, schema))?;
+            match decoded {
                 Decoded::Schema(schema) => self.schema = Some(schema),
                 Decoded::Batch(batch) => return Ok(Some(batch)),
             }

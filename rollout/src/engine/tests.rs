@@ -510,16 +510,15 @@ fn the_tail_is_what_few_of_many_still_draw() {
     assert!(tail >= 27_000_000 && tail < engine.stats().step_micros - before.step_micros, "{tail}");
 }
 
-const AUTO: SpeculationConfig = SpeculationConfig { speculative: Speculative::Auto, ..SpeculationConfig::OFF };
-
 /// Bookkeeping alone, the drafters' included: 100,000 short requests, 10,000 queued at once, steady memory, totals that
 /// add up. An end that cost as much as the queue is long would take minutes.
 #[test]
 fn many_short_requests_leave_nothing_behind() {
     let mut engine = engine(roomy());
     engine.options.max_queued_samples = 20_000;
-    let history = SpeculationConfig { max_draft_tokens: 8, history_epochs: 2, history_tokens: 5000, ..AUTO };
-    engine.set_speculation(Speculation::new(history));
+    let speculative = Speculative::Auto;
+    let config = SpeculationConfig { speculative, max_draft_tokens: 8, history_epochs: 2, history_tokens: 5000 };
+    engine.set_speculation(Speculation::new(config));
     let (mut num_groups, mut num_samples, mut early_peak) = (0, 0, 0);
     // Every tenth prompt fills a block, and begins as many others do.
     let prompt_len = |i: u64| if i.is_multiple_of(10) { 20 } else { 3 };

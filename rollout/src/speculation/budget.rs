@@ -52,7 +52,7 @@ pub struct Measured {
     num_rows: usize,
     /// Steps left before the next look, and how long the last rest was.
     rest: u32,
-    next_rest: u32,
+    last_rest: u32,
     /// Steps with drafts since the last without.
     streak: u32,
     look: LookCost,
@@ -168,7 +168,7 @@ impl Measured {
         };
         self.choice.take(num_drafts, survivals, best_count);
         if is_paid {
-            (self.next_rest, self.streak) = (0, self.streak + 1);
+            (self.last_rest, self.streak) = (0, self.streak + 1);
         } else {
             self.take_rest();
         }
@@ -176,9 +176,9 @@ impl Measured {
     }
 
     fn take_rest(&mut self) {
-        self.next_rest = (2 * self.next_rest).clamp(1, MAX_REST);
+        self.last_rest = (2 * self.last_rest).clamp(1, MAX_REST);
         let vain = self.look.seconds / (VAIN_SHARE * self.cost.seconds(self.num_rows));
-        self.rest = self.next_rest.max((vain as u32).min(MAX_VAIN_REST));
+        self.rest = self.last_rest.max((vain as u32).min(MAX_VAIN_REST));
         self.streak = 0;
     }
 }
@@ -329,14 +329,13 @@ mod tests {
     /// Rows are free, and every draft comes true: three tokens a step for the price of one, were it not for the look.
     #[test]
     fn a_look_must_earn_what_it_takes() {
-        let drafts: &[&[f64]] = &[&[1.0, 1.0]];
         for (seconds, is_worth_it) in [(0.0, true), (0.5, true), (1.5, true), (2.5, false), (100.0, false)] {
             let mut budget = trained(1.0, 0.0);
             let (mut num_looks, mut num_drafts) = (0, 0);
             for _ in 0..2000 {
                 if budget.is_worth_asking(1, 1.0) {
                     num_looks += 1;
-                    num_drafts += usize::from(budget.choose(1, drafts[0].iter().map(|s| (*s, 0)))[0] > 0);
+                    num_drafts += usize::from(budget.choose(1, [(1.0, 0), (1.0, 0)].into_iter())[0] > 0);
                     budget.note_look(Duration::from_secs_f64(seconds));
                 }
             }

@@ -3,7 +3,7 @@
 mod groups;
 mod metrics;
 
-use super::common::output::print;
+use super::common::output::{print, print_json};
 use crate::usage;
 use anyhow::Result;
 use serde_json::{Map, Value, json};
@@ -80,7 +80,7 @@ impl Inspect {
             parquet: self.export(rollouts.as_deref())?,
         };
         if self.json {
-            print(&format!("{:#}\n", self.to_json(&findings)))?
+            print_json(&self.to_json(&findings))?
         } else {
             print(&self.describe(&findings)?)?
         }
@@ -194,8 +194,8 @@ impl Checkpoint {
         let verified = self.problem.as_ref().map(Result::is_ok);
         let problem = self.problem.as_ref().and_then(|p| p.as_ref().err());
         json!({
-            "path": self.info.path.display().to_string(), "step": self.info.state.step, "policy_version": self.info.state.version,
-            "metric": self.info.state.metric, "verified": verified, "problem": problem,
+            "path": self.info.path.display().to_string(), "step": self.info.state.step,
+            "policy_version": self.info.state.version, "metric": self.info.state.metric, "verified": verified, "problem": problem,
         })
     }
 
