@@ -75,18 +75,10 @@ fn default_initializer_range() -> f64 {
 }
 
 impl InitConfig {
-    /// Check every range.
-    ///
-    /// # Errors
-    /// The first setting out of range, with what would be right.
-    pub fn validate(&self) -> Result<()> {
-        self.model_config().map(|_| ())
-    }
-
     /// The configuration of the model to be made.
     ///
     /// # Errors
-    /// As [`InitConfig::validate`].
+    /// The first setting out of range, with what would be right.
     pub fn model_config(&self) -> Result<ModelConfig> {
         self.check_sizes()?;
         let alphabet = Alphabet::new(&self.alphabet)?;

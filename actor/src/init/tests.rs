@@ -106,7 +106,7 @@ fn settings_out_of_range_are_refused_by_name() {
     let check = |edit: &dyn Fn(&mut InitConfig), expected: &str| {
         let mut init = tiny();
         edit(&mut init);
-        let message = init.validate().unwrap_err().to_string();
+        let message = init.model_config().unwrap_err().to_string();
         assert!(message.starts_with("init: ") && message.contains(expected), "{message}");
     };
     check(&|c| c.hidden_size = 0, "`hidden_size` is 0: expected from 1");
