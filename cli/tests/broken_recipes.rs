@@ -183,10 +183,11 @@ const CASES: &[Case] = &[
         &["stage.1.algorithm", "rollout_is_threshold", "bounds around 1"],
     ),
     case(
-        "old weights in the cache",
-        "sampling = { max_new_tokens = 6 }",
-        "sampling = { max_new_tokens = 6 }\npartial_rollouts = { policy = \"keep_kv\" }",
-        &["stage.1.partial_rollouts.policy", "keep_kv is refused", "finish, abort or recompute"],
+        "K/V to keep, and nowhere to",
+        "entropy_coeff = 0.001 } }\n",
+        "entropy_coeff = 0.001 } }\npartial_rollouts = { policy = \"keep_kv\", round_tokens = 2 }\n\
+         [engine]\nprefix_cache = false\n",
+        &["stage.1.partial_rollouts.policy", "keep nothing", "engine.prefix_cache = true"],
     ),
     case(
         "nothing is over-sampled",

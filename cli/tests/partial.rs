@@ -70,7 +70,7 @@ fn check_samples(outcome: &Outcome) {
         row["rollout_train_log_prob_diff_max"].as_f64()
     };
     let gaps: Vec<f64> = outcome.metrics.iter().filter_map(gap).collect();
-    assert!(gaps.len() > 3 && gaps.iter().all(|gap| *gap < 1e-4), "engine and trainer agree: {gaps:?}");
+    assert!(gaps.len() > 2 && gaps.iter().all(|gap| *gap < 1e-4), "engine and trainer agree: {gaps:?}");
 }
 
 /// Killed twice and resumed, once over processes; then over processes from the start.
@@ -114,6 +114,28 @@ fn aborted_responses_are_drawn_anew_under_one_version() {
     assert_eq!(total(&expected, "ledger/dropped/unfinished"), num_aborted);
     assert_eq!(total(&expected, "ledger/issued"), total(&expected, "ledger/trained") + num_aborted);
     check_equal_runs(&recipe, dir.path(), &expected);
+}
+
+/// Every round goes on in the engine that has its K/V: one or two of them, the run is the same. One that was killed has
+/// lost them, and goes on all the same.
+#[test]
+fn kept_kv_are_found_where_they_are() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let recipe = recipe(dir.path(), &partial("keep_kv"));
+    let small_blocks = ["--set", "engine.block_size=16"];
+    let straight = finish(&recipe, &dir.path().join("straight"), &small_blocks);
+    check_samples(&straight);
+    assert!(total(&straight, "partial/num_kept_tokens") > 20.0);
+    let processes =
+        [&small_blocks[..], &["--set", "placement.mode=processes", "--set", "placement.rollout_workers=2"]].concat();
+    assert_eq!(finish(&recipe, &dir.path().join("processes"), &processes), straight, "two engines in processes");
+    let anew = finish(&recipe, &dir.path().join("anew"), &["--set", "stage.1.partial_rollouts.policy=recompute"]);
+    assert_ne!(anew.samples, straight.samples, "K/V of older weights change what is drawn");
+    let killed = dir.path().join("killed");
+    let output = train(&recipe, &killed, &small_blocks, Some("4:update"));
+    assert_eq!(output.status.signal(), Some(9), "{}", stderr(&output));
+    let resumed = finish(&recipe, &killed, &[&small_blocks[..], &["--resume"]].concat());
+    check_samples(&resumed);
 }
 
 /// `finish` without over-sampling is a step as ever.

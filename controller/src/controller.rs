@@ -266,6 +266,7 @@ impl Controller {
         self.place.step = self.state.step;
         self.queue = load_queue(checkpoint)?;
         self.carried = carried::load(checkpoint)?;
+        self.warn_of_lost_kv();
         let waiting = self.queue.iter().flat_map(|batch| &batch.samples);
         self.accounts.restore(waiting.chain(carried::begun(&self.carried)));
         self.control.resume_after(self.state.step);
@@ -333,6 +334,19 @@ impl Controller {
         self.state.settings.clear();
         self.state.pass_rates = Default::default();
         if self.is_complete() { Ok(()) } else { self.begin_stage() }
+    }
+
+    /// K/V that samples kept are in the memory of engines that are gone.
+    fn warn_of_lost_kv(&self) {
+        let stage = self.spec.stages.get(self.state.stage);
+        let keeps_kv = matches!(stage, Some(Stage::Policy(policy)) if policy.keeps_kv());
+        if keeps_kv && !self.carried.is_empty() {
+            tracing::warn!(
+                num_groups = self.carried.len(),
+                "samples that go on have lost the K/V that they kept (keep_kv): those are computed anew, and the run is \
+                 not the one that would not have been interrupted"
+            );
+        }
     }
 
     pub(crate) fn begin_stage(&mut self) -> Result<(), Error> {

@@ -26,6 +26,8 @@ struct Rounds {
     num_rounds: u64,
     num_aborted_samples: u64,
     num_aborted_tokens: u64,
+    /// Slots of K/V of older weights over which samples went on, in the first round.
+    num_kept_tokens: u64,
 }
 
 impl Group {
@@ -39,7 +41,7 @@ impl Group {
     }
 
     /// The next round of its samples.
-    fn request(&self, sampling: &SamplingParams, round_tokens: u32) -> Option<GroupRequest> {
+    fn request(&self, sampling: &SamplingParams, partial: &PartialRollouts) -> Option<GroupRequest> {
         let first = self.samples.first().filter(|_| !self.is_complete())?;
         let is_new = self.samples.iter().all(|sample| sample.response_token_ids.is_empty());
         let begun = |sample: &Sample| BegunResponse {
@@ -53,7 +55,8 @@ impl Group {
             prompt_token_ids: first.prompt_token_ids.clone(),
             seeds: self.samples.iter().map(|sample| sample.seed).collect(),
             sampling: sampling.clone(),
-            round_tokens,
+            round_tokens: partial.round(),
+            keep_kv: partial.policy == PartialPolicy::KeepKv,
             begun: if is_new { Vec::new() } else { self.samples.iter().map(begun).collect() },
             ..GroupRequest::default()
         })
@@ -67,8 +70,11 @@ impl Collector {
         self.begin_groups(self.num_groups.saturating_sub(self.carried.len()))?;
         let mut rounds = Rounds::default();
         while self.goes_on(partial.policy, wanted) {
-            self.round(partial.round())?;
+            let num_kept_tokens = self.round(partial)?;
             self.score_complete()?;
+            if rounds.num_rounds == 0 {
+                rounds.num_kept_tokens = num_kept_tokens;
+            }
             rounds.num_rounds += 1;
         }
         let mut num_taken = 0;
@@ -110,19 +116,21 @@ impl Collector {
         Ok(())
     }
 
-    /// Let every sample under way grow.
-    fn round(&mut self, round_tokens: u32) -> Result<(), Error> {
+    /// Let every sample under way grow; gives the slots of K/V of older weights over which they did.
+    fn round(&mut self, partial: &PartialRollouts) -> Result<u64, Error> {
         self.rollouts.place.enter(Phase::Rollout);
         let begin = self.rollouts.clock.elapsed();
         let sampling = self.rollouts.resolve_sampling(&self.stage.sampling)?;
-        let requests = self.carried.iter().filter_map(|group| group.request(&sampling, round_tokens)).collect();
+        let requests = self.carried.iter().filter_map(|group| group.request(&sampling, partial)).collect();
         let results = self.rollouts.run_groups(requests)?;
         let Rollouts { place, services, .. } = &self.rollouts;
+        let mut num_kept_tokens = 0;
         for (group, result) in self.carried.iter_mut().filter(|group| !group.is_complete()).zip(results) {
             let open =
                 group.samples.iter_mut().zip(result.samples).filter(|(s, _)| s.finish_reason == FinishReason::Paused);
             for (sample, new) in open {
                 place.attribute(check_round(sample, &new))?;
+                num_kept_tokens += u64::from(new.num_kept);
                 append(sample, new);
                 let text_ids = sample.finish_reason.text_ids(&sample.response_token_ids);
                 sample.response = services.text.decode(text_ids);
@@ -130,7 +138,7 @@ impl Collector {
             }
         }
         self.batch.numbers.rollout_seconds += (self.rollouts.clock.elapsed() - begin).as_secs_f64();
-        Ok(())
+        Ok(num_kept_tokens)
     }
 
     /// Score the groups that a round has completed.
@@ -187,6 +195,7 @@ impl Collector {
             ("num_waiting_groups", num_waiting as f64),
             ("num_aborted_samples", rounds.num_aborted_samples as f64),
             ("num_aborted_tokens", rounds.num_aborted_tokens as f64),
+            ("num_kept_tokens", rounds.num_kept_tokens as f64),
         ];
         named.into_iter().map(|(name, value)| (format!("partial/{name}"), value)).collect()
     }
@@ -198,6 +207,7 @@ fn unbegun(request: &GroupRequest) -> GroupResult {
         sample_index: SampleIndex(index),
         seed: *seed,
         num_begun: 0,
+        num_kept: 0,
         token_ids: Vec::new(),
         reused: Vec::new(),
         log_probs: Vec::new(),

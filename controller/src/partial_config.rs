@@ -3,6 +3,7 @@
 use crate::{Error, PolicyStage};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use temper_types::Sample;
 
 /// Most groups under way, in batches.
 const MAX_OVER_SAMPLING: f64 = 16.0;
@@ -18,7 +19,8 @@ pub enum PartialPolicy {
     /// It goes on under the weights of the next step, which compute K/V of its beginning anew.
     #[default]
     Recompute,
-    /// It goes on under the weights of the next step, over K/V of old weights. Refused.
+    /// It goes on under the weights of the next step, over the K/V that older weights stored of its beginning, as far
+    /// as its engine still has them. Lossy: such tokens follow no policy, and a run that is resumed draws others.
     KeepKv,
 }
 
@@ -53,16 +55,20 @@ impl PartialRollouts {
 }
 
 impl PolicyStage {
+    /// True where samples go on over K/V of older weights.
+    pub fn keeps_kv(&self) -> bool {
+        self.partial_rollouts.as_ref().is_some_and(|partial| partial.policy == PartialPolicy::KeepKv)
+    }
+
+    /// False where tokens of `sample` were drawn over K/V of other weights, so that no weights give their log-probs.
+    pub(crate) fn is_of_its_versions(&self, sample: &Sample) -> bool {
+        !self.keeps_kv() || sample.policy_versions.len() == 1
+    }
+
     /// `key` is the stage's place in the recipe.
     pub(crate) fn check_partial_rollouts(&self, key: &str) -> Result<(), Error> {
         let Some(partial) = &self.partial_rollouts else { return Ok(()) };
         let refuse = |name: &str, problem: String| Err(Error::config(format!("{key}.partial_rollouts{name}"), problem));
-        if partial.policy == PartialPolicy::KeepKv {
-            let problem = "keep_kv is refused: K/V of old weights are in the memory of one engine and nowhere else, so \
-                           that a run that is resumed, or loses an engine, could not draw the same tokens; expected \
-                           finish, abort or recompute";
-            return refuse(".policy", problem.to_owned());
-        }
         let (factor, prompts) = (partial.over_sampling, self.prompts_per_step);
         if !(1.0..=MAX_OVER_SAMPLING).contains(&factor) {
             return refuse(".over_sampling", format!("{factor} is out of range: expected 1 to {MAX_OVER_SAMPLING}"));

@@ -77,7 +77,9 @@ impl Controller {
         sample_columns(samples, &mut row);
         update_columns(&reports, &mut row);
         time_columns(samples, &numbers, &mut row);
-        if let Some(gap) = log_prob_gap(samples, trained, |version| version.number == numbers.version) {
+        let own: Vec<usize> =
+            trained.iter().copied().filter(|index| stage.is_of_its_versions(&samples[*index])).collect();
+        if let Some(gap) = log_prob_gap(samples, &own, |version| version.number == numbers.version) {
             row.set("rollout_train_log_prob_diff_max", gap);
         }
         let staleness = samples.iter().map(|s| f64::from(s.staleness));

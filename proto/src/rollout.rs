@@ -28,11 +28,15 @@ pub struct GroupRequest {
     pub round_tokens: u32,
     /// What there is of each sample already, one for each seed; empty where all begin anew.
     pub begun: Vec<BegunResponse>,
+    /// Whether a sample that pauses keeps the K/V of its full blocks, and one that goes on attends to what was kept of
+    /// it, whatever weights stored that. Where nothing was kept, by this engine, it is computed anew.
+    pub keep_kv: bool,
 }
 
 /// The beginning of a response, drawn in earlier rounds. What follows is drawn as if it had never been interrupted:
 /// with the noise of its slots, and with penalties, stop strings and `max_new_tokens` over the whole response. Its K/V
-/// are computed anew under the weights of the day, unless the prefix cache has them under these very weights.
+/// are computed anew under the weights of the day, unless the prefix cache has them under these very weights, or they
+/// were kept ([`GroupRequest::keep_kv`]).
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct BegunResponse {
     /// Ids drawn so far; may be none.
@@ -80,6 +84,9 @@ pub struct GeneratedSample {
     pub seed: u64,
     /// Tokens of the response that the request brought ([`GroupRequest::begun`]); what follows is of those behind them.
     pub num_begun: u32,
+    /// Slots of prompt and response whose K/V older weights had stored when tokens of this answer were drawn
+    /// ([`GroupRequest::keep_kv`]). The log-probs of such tokens are of a law that no weights have alone.
+    pub num_kept: u32,
     /// Ids, the stop token included.
     pub token_ids: Vec<u32>,
     /// 1 where the token is of an earlier response ([`GroupRequest::reuse`]); empty where there was none.

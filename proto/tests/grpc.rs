@@ -39,6 +39,7 @@ fn sample() -> GeneratedSample {
         sample_index: SampleIndex(1),
         seed: u64::MAX - 5,
         num_begun: 7,
+        num_kept: 48,
         token_ids: vec![1, 2, 300_000],
         reused: vec![1, 0, 0],
         log_probs: vec![-0.5, f32::NEG_INFINITY, -1e-30],
@@ -320,6 +321,7 @@ fn generation_goes_over_the_wire_unchanged() {
         }),
         round_tokens: 8,
         begun: vec![BegunResponse { token_ids: vec![9, 1], is_complete: true }, BegunResponse::default()],
+        keep_kv: true,
     };
     client.submit(vec![request.clone()]).unwrap();
     assert_eq!(wire.fake.last(), format!("{:?}", vec![request]));

@@ -243,9 +243,10 @@ impl BlockManager {
         }
     }
 
-    /// Forget every prefix. Tables keep their blocks.
-    pub fn clear_cache(&mut self) {
-        self.cache.clear(&mut self.free);
+    /// Forget every prefix but those that `is_kept`, of which none may stand behind one that is not. Tables keep their
+    /// blocks.
+    pub fn clear_cache(&mut self, is_kept: impl Fn(BlockHash) -> bool) {
+        self.cache.retain(is_kept, &mut self.free);
     }
 
     /// Count one more table entry of the cached `block`.

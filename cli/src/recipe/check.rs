@@ -62,6 +62,7 @@ pub fn check(recipe: &Recipe, source: &Source) -> Result<CheckReport, RecipeErro
     }
     check_placement(recipe, source)?;
     check_replay::check(recipe, source)?;
+    check_partial::check(recipe, source)?;
     check_weights::check(recipe, source)?;
     let identity = identity(recipe, &data);
     let num_rows: BTreeMap<String, usize> = data.into_iter().map(|(name, rows)| (name, rows.len())).collect();

@@ -1,7 +1,7 @@
 //! What `partial_rollouts` of a stage means for its steps, in words.
 
-use super::Recipe;
 use super::check_replay::policy_stages;
+use super::{Recipe, RecipeError, Source};
 use temper_controller::{PartialPolicy, PartialRollouts, PolicyStage};
 
 /// What `temper check` says of stages that train on the first groups that are complete.
@@ -11,6 +11,18 @@ pub(super) fn summary(recipe: &Recipe) -> Vec<String> {
         Some(format!("stage {} `{}`: {}", index + 1, stage.name, describe(stage, partial)))
     };
     policy_stages(recipe).filter_map(line).collect()
+}
+
+/// K/V that are to be kept need memory where they are.
+pub(super) fn check(recipe: &Recipe, source: &Source) -> Result<(), RecipeError> {
+    let Some((index, _)) = policy_stages(recipe).find(|(_, stage)| stage.keeps_kv()) else { return Ok(()) };
+    let lost = match (recipe.engine.prefix_cache, recipe.placement.sleep) {
+        (true, false) => return Ok(()),
+        (false, _) => "they are kept where prefixes are cached: expected engine.prefix_cache = true",
+        (true, true) => "engines that sleep between steps give their K/V back: expected placement.sleep = false",
+    };
+    let problem = format!("keep_kv would keep nothing: {lost}, or the policy recompute");
+    Err(source.error(&format!("stage.{index}.partial_rollouts.policy"), problem))
 }
 
 fn describe(stage: &PolicyStage, partial: &PartialRollouts) -> String {
@@ -32,6 +44,9 @@ fn describe(stage: &PolicyStage, partial: &PartialRollouts) -> String {
         PartialPolicy::Recompute => {
             format!("{first}; samples that have not ended go on under the weights of the next step{weighed}")
         }
-        PartialPolicy::KeepKv => under_way,
+        PartialPolicy::KeepKv => format!(
+            "{first}; LOSSY, samples that have not ended go on over K/V of the weights that began them, and a run that is \
+             resumed draws other tokens{weighed}"
+        ),
     }
 }

@@ -18,6 +18,7 @@ fn result(request: &GroupRequest) -> GroupResult {
         sample_index: SampleIndex(index as u32),
         seed: *seed,
         num_begun: 0,
+        num_kept: 0,
         token_ids: vec![1],
         reused: vec![],
         log_probs: vec![0.0],

@@ -44,10 +44,8 @@ impl ControlPlane {
         if self.is_paused {
             return;
         }
-        while let Some((version, group)) = self.next_group_to_issue() {
-            let spec = Arc::clone(&self.groups[&group].spec);
-            let cost = self.expected_tokens(&spec);
-            let Some(worker) = self.pool.choose(Role::Rollout, cost, Some(spec.prefix)) else { break };
+        while let Some((spec, version, worker)) = self.next_group_to_issue() {
+            let (group, cost) = (spec.group, self.expected_tokens(&spec));
             let ticket = self.new_ticket();
             self.pool.set_home(spec.prefix, worker);
             self.record(Entry::Issued { ticket, group, version }, out);
@@ -65,13 +63,26 @@ impl ControlPlane {
         }
     }
 
-    fn next_group_to_issue(&self) -> Option<(PolicyVersion, GroupId)> {
+    /// The oldest group that is due and that a worker can take, with the weights and the worker.
+    fn next_group_to_issue(&self) -> Option<(Arc<GroupSpec>, PolicyVersion, WorkerId)> {
         let version = self.version?;
-        match self.pool.queue(Role::Rollout).waiting.first()? {
-            (due, JobKey::Group(group)) if *due <= version.number.saturating_add(self.config.max_staleness) => {
-                Some((version, *group))
-            }
-            _ => None,
+        if !self.pool.has_room(Role::Rollout) {
+            return None;
+        }
+        let last_due = version.number.saturating_add(self.config.max_staleness);
+        let waiting = self.pool.queue(Role::Rollout).waiting.iter().take_while(|(due, _)| *due <= last_due);
+        waiting.into_iter().find_map(|(_, key)| {
+            let JobKey::Group(group) = key else { return None };
+            let spec = &self.groups[group].spec;
+            Some((Arc::clone(spec), version, self.worker_for(spec)?))
+        })
+    }
+
+    /// Who takes a group now: of one that is bound the worker that had it, as long as that lives.
+    fn worker_for(&self, spec: &GroupSpec) -> Option<WorkerId> {
+        match self.pool.living_home(spec.prefix).filter(|_| spec.is_bound) {
+            Some(home) => self.pool.can_take_a_job(home).then_some(home),
+            None => self.pool.choose(Role::Rollout, self.expected_tokens(spec), Some(spec.prefix)),
         }
     }
 

@@ -201,6 +201,21 @@ impl Pool {
         Some(home.filter(is_near).unwrap_or(id))
     }
 
+    /// True where some worker can take a job.
+    pub(super) fn has_room(&self, role: Role) -> bool {
+        !self.queue(role).available.is_empty()
+    }
+
+    pub(super) fn can_take_a_job(&self, id: WorkerId) -> bool {
+        self.workers.get(&id).is_some_and(|worker| worker.indexed_load.is_some())
+    }
+
+    /// Who had `prefix` last, where it is not lost.
+    pub(super) fn living_home(&self, prefix: u64) -> Option<WorkerId> {
+        let id = self.homes.get(&prefix)?;
+        self.workers.get(id).filter(|worker| !worker.is_lost()).map(|_| *id)
+    }
+
     /// Remember who has a prefix cached.
     pub(super) fn set_home(&mut self, prefix: u64, worker: WorkerId) {
         if self.homes.insert(prefix, worker).is_some() {

@@ -367,7 +367,11 @@ fn sum(a: RolloutStats, b: RolloutStats) -> RolloutStats {
 
 fn spec_of(request: &GroupRequest, due: u64) -> GroupSpec {
     let head = &request.prompt_token_ids[..request.prompt_token_ids.len().min(PREFIX_TOKENS)];
-    let bytes: Vec<u8> = head.iter().flat_map(|id| id.to_le_bytes()).collect();
+    let mut bytes: Vec<u8> = head.iter().flat_map(|id| id.to_le_bytes()).collect();
+    if request.keep_kv {
+        // What it keeps is its own.
+        bytes.extend(request.group_id.0.to_le_bytes());
+    }
     let hash = blake3::hash(&bytes);
     let prefix = hash.as_bytes().iter().take(8).fold(0, |key, byte| (key << 8) | u64::from(*byte));
     GroupSpec {
@@ -378,6 +382,7 @@ fn spec_of(request: &GroupRequest, due: u64) -> GroupSpec {
         prompt_tokens: request.prompt_token_ids.len() as u64,
         max_new_tokens: request.sampling.max_new_tokens as u64,
         prefix,
+        is_bound: request.keep_kv,
     }
 }
 

@@ -96,6 +96,7 @@ fn response(seed: u64, temperature: f32) -> Vec<u32> {
 /// What a round draws of a sample.
 struct Round {
     num_begun: u32,
+    num_kept: u32,
     token_ids: Vec<u32>,
     finish_reason: FinishReason,
 }
@@ -112,7 +113,9 @@ fn next_tokens(group: &GroupRequest, index: usize, seed: u64) -> Option<Round> {
     let rest = &whole[begun.token_ids.len()..];
     let round = if group.round_tokens == 0 { rest.len() } else { rest.len().min(group.round_tokens as usize) };
     let finish_reason = if round == rest.len() { FinishReason::Stop } else { FinishReason::Paused };
-    Some(Round { num_begun: begun.token_ids.len() as u32, token_ids: rest[..round].to_vec(), finish_reason })
+    let num_begun = begun.token_ids.len() as u32;
+    let num_kept = if group.keep_kv { num_begun } else { 0 };
+    Some(Round { num_begun, num_kept, token_ids: rest[..round].to_vec(), finish_reason })
 }
 
 impl Round {
@@ -121,6 +124,7 @@ impl Round {
             sample_index: SampleIndex(index as u32),
             seed,
             num_begun: self.num_begun,
+            num_kept: self.num_kept,
             reused: Vec::new(),
             log_probs: self.token_ids.iter().map(|id| engine_log_prob(*id)).collect(),
             policy_versions: if self.token_ids.is_empty() {
@@ -158,6 +162,7 @@ impl RolloutService for Rollout {
                 sample_index: SampleIndex(index as u32),
                 seed: *seed,
                 num_begun: 0,
+                num_kept: 0,
                 reused,
                 log_probs: token_ids.iter().map(|id| engine_log_prob(*id)).collect(),
                 policy_versions: vec![(version, token_ids.len() as u32)],

@@ -94,6 +94,26 @@ fn the_gap_is_over_tokens_of_the_current_version() {
     }
 }
 
+/// Tokens over K/V of other weights have log-probs that no weights give: they are counted, and out of the comparison.
+#[test]
+fn samples_that_keep_their_kv_are_told_so_and_compared_where_they_are_of_one_version() {
+    let (anew, kept) = (temporary(), temporary());
+    run(anew.path(), partial(PartialPolicy::Recompute, 2.0));
+    run(kept.path(), partial(PartialPolicy::KeepKv, 2.0));
+    let all = samples(kept.path());
+    check_samples(&all);
+    assert!(all.iter().any(|sample| sample.policy_versions.len() > 1));
+    assert_eq!(total(anew.path(), "partial/num_kept_tokens"), 0.0);
+    let carried = |row: usize| metrics(kept.path()).get(row).map(|row| number(row, "partial/num_carried_tokens"));
+    for (index, row) in metrics(kept.path()).iter().enumerate() {
+        let before = index.checked_sub(1).and_then(carried).unwrap_or(0.0);
+        assert_eq!(number(row, "partial/num_kept_tokens"), before, "what step {index} left over goes on");
+        let is_own = |s: &Sample| s.policy_versions.len() == 1 && s.policy_versions[0].0.number == index as u64;
+        let has_own = all.iter().any(|s| s.step.0 == index as u64 + 1 && is_own(s));
+        assert_eq!(row.contains_key("rollout_train_log_prob_diff_max"), has_own, "step {}", index + 1);
+    }
+}
+
 #[test]
 fn aborted_samples_begin_anew_and_are_counted() {
     let dir = temporary();

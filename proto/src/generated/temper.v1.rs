@@ -1529,6 +1529,9 @@ pub struct GroupRequest {
     /// What there is of each sample already; empty where all begin anew.
     #[prost(message, repeated, tag = "10")]
     pub begun: ::prost::alloc::vec::Vec<BegunResponse>,
+    /// Whether a sample that pauses keeps its K/V, for the next round to go on over them under whatever weights.
+    #[prost(bool, tag = "11")]
+    pub keep_kv: bool,
 }
 /// The beginning of a response, drawn in earlier rounds.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1625,6 +1628,9 @@ pub struct GeneratedSample {
     /// Tokens of the response before these.
     #[prost(uint32, tag = "14")]
     pub num_begun: u32,
+    /// Slots whose K/V older weights had stored when these tokens were drawn.
+    #[prost(uint32, tag = "15")]
+    pub num_kept: u32,
 }
 /// Consecutive tokens of one version.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

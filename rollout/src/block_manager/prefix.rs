@@ -76,18 +76,27 @@ impl PrefixCache {
         Some(oldest)
     }
 
-    /// Forget every prefix; `free` gets the blocks that were idle.
-    pub fn clear(&mut self, free: &mut Vec<u32>) {
-        while let Some(block) = self.evict() {
-            free.push(block);
+    /// Forget every prefix but those that `is_kept`; `free` gets the blocks that were idle, the longest idle one first.
+    pub fn retain(&mut self, is_kept: impl Fn(BlockHash) -> bool, free: &mut Vec<u32>) {
+        let mut at = self.links[self.head() as usize].1;
+        while at != self.head() {
+            let next = self.links[at as usize].1;
+            if !self.hashes[at as usize].is_some_and(&is_kept) {
+                self.set_busy(at);
+                free.push(at);
+            }
+            at = next;
         }
-        self.by_hash.clear();
-        self.hashes.fill(None);
+        for block in 0..self.head() {
+            if self.hashes[block as usize].is_some_and(|hash| !is_kept(hash)) {
+                self.forget(block);
+            }
+        }
     }
 
     fn forget(&mut self, block: u32) {
         let hash = self.hashes[block as usize].take();
-        hash.and_then(|hash| self.by_hash.remove(&hash)).expect("an idle block is cached");
+        hash.and_then(|hash| self.by_hash.remove(&hash)).expect("a block is forgotten once");
     }
 
     fn head(&self) -> u32 {

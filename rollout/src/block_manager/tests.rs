@@ -166,7 +166,7 @@ impl World {
             Op::Restart { which } => self.restart(which, true),
             Op::Recompute { which } => self.restart(which, false),
             Op::Clear => {
-                self.manager.clear_cache();
+                self.manager.clear_cache(|_| false);
                 self.sequences.iter_mut().for_each(|s| s.is_stale = !s.tokens.is_empty());
             }
         }
@@ -229,7 +229,7 @@ fn equal_prefixes_share_one_block_and_the_longest_idle_goes_first() {
     write(&mut world, 200..236);
     assert_eq!(world.manager.num_cached(&hashes(&tokens)), 1);
     world.check();
-    world.manager.clear_cache();
+    world.manager.clear_cache(|_| false);
     assert_eq!(world.manager.num_cached(&hashes(&tokens)), 0);
 }
 

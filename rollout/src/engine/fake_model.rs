@@ -154,13 +154,24 @@ pub(crate) fn respond_under(
     sample_index: usize,
     version: PolicyVersion,
 ) -> (Vec<u32>, Vec<f32>) {
-    let mut history = request.prompt_token_ids.clone();
+    respond_behind(request, sample_index, &[], |_| version)
+}
+
+/// How a sample goes on behind the tokens `begun`, where the weights of `version_at` stored K/V of a slot.
+pub(crate) fn respond_behind(
+    request: &GroupRequest,
+    sample_index: usize,
+    begun: &[u32],
+    version_at: impl Fn(usize) -> PolicyVersion,
+) -> (Vec<u32>, Vec<f32>) {
+    let mut history = [&request.prompt_token_ids, begun].concat();
     let mut log_probs = Vec::new();
-    for _ in 0..request.sampling.max_new_tokens {
+    for _ in begun.len()..request.sampling.max_new_tokens as usize {
         let row = SampleRow::plain(1.0, uniform53(request.seeds[sample_index], history.len() as u64));
-        let drawn = sample(history.iter().fold(7, |h, &token| mix(h, stored(token, version))), &row);
+        let read = history.iter().enumerate().fold(7, |h, (slot, &token)| mix(h, stored(token, version_at(slot))));
+        let drawn = sample(read, &row);
         history.push(drawn.token_id);
         log_probs.push(drawn.log_prob);
     }
-    (history.split_off(request.prompt_token_ids.len()), log_probs)
+    (history.split_off(request.prompt_token_ids.len() + begun.len()), log_probs)
 }

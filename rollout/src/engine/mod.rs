@@ -24,7 +24,7 @@
 //! the weights of the day, but for what it shares of its prompt with a running sibling. Callers who want neither change
 //! weights only while the engine is idle. Cached prefixes are forgotten at every change, their names begin with the
 //! version, and what a sequence stored across a change is never cached: no later prompt attends to K/V of older
-//! weights.
+//! weights. Only a sample of a request that says so ([`GroupRequest::keep_kv`]) goes on over what it kept itself.
 //!
 //! # Invariants
 //! Every group that was accepted ends with exactly one [`GroupResult`], from [`Engine::pop_finished`] or
@@ -33,6 +33,7 @@
 
 mod admission;
 mod batch;
+mod kept;
 mod lengths;
 mod prefix;
 mod refits;
@@ -49,6 +50,7 @@ use crate::speculation::{Speculation, SpeculationConfig};
 use crate::stop::{StopMatcher, TokenBytes};
 use crate::{Error, SchedulerLimits};
 use batch::StepBuffers;
+use kept::KeptSamples;
 use lengths::LengthHistory;
 use prefix::{BlockNamer, Chain};
 use refits::RefitClock;
@@ -100,6 +102,8 @@ pub struct Engine<M> {
     speculation: Option<Speculation>,
     /// Names blocks for the prefix cache; `None` where there is none.
     namer: Option<BlockNamer>,
+    /// K/V of paused samples.
+    kept: KeptSamples,
     num_queued: usize,
     num_steps: u64,
     num_rows: u64,
@@ -126,6 +130,7 @@ impl<M: Model> Engine<M> {
             samples: Vec::new(),
             groups: BTreeMap::new(),
             finished: VecDeque::new(),
+            kept: KeptSamples::default(),
             buffers: StepBuffers::default(),
             num_queued: 0,
             num_steps: 0,
@@ -292,7 +297,8 @@ impl<M: Model> Engine<M> {
 
     /// Forget cached prefixes, because the pool loses its contents or to measure without them.
     pub fn clear_prefix_cache(&mut self) {
-        self.scheduler.invalidate_cache();
+        self.kept.clear();
+        self.scheduler.invalidate_cache(|_| false);
     }
 
     /// The model, to change between steps.
@@ -352,6 +358,7 @@ impl<M: Model> Engine<M> {
             }
             self.samples[key.index()] = Some(OpenSample::new(&context, sample_index));
             self.go_on(*key);
+            self.take_kept_kv(*key);
             self.name_blocks(*key);
         }
         let finished = keys.iter().map(|_| None).collect();
@@ -395,7 +402,7 @@ impl<M: Model> Engine<M> {
         if !namer.follow(version, limits) {
             return;
         }
-        self.scheduler.invalidate_cache();
+        self.forget_prefixes();
         let is_open = |group: &OpenGroup, at: usize| group.finished[at].is_none();
         let of = |group: &OpenGroup| {
             let keys = group.keys.iter().enumerate();
@@ -407,6 +414,7 @@ impl<M: Model> Engine<M> {
                 sample.chain = Chain::default();
             }
             self.scheduler.clear_hashes(key);
+            self.name_kept_blocks(key);
             self.name_blocks(key);
         }
     }
@@ -532,12 +540,17 @@ impl<M: Model> Engine<M> {
     }
 
     fn finish(&mut self, key: SeqKey, reason: FinishReason) {
+        if reason == FinishReason::Paused {
+            self.keep_kv(key);
+        }
+        let num_found = self.scheduler.num_kept_found(key);
         self.scheduler.remove(key);
         let sample = self.samples[key.index()].take().expect("a sample finishes once");
         self.num_reused_tokens += sample.num_reused();
         let group_id = sample.context.request.group_id;
         let group = self.groups.get_mut(&group_id).expect("an open sample's group is open");
-        let sample = sample.finish(reason, self.options.clock.now());
+        let num_kept = num_found.min(sample.num_old_blocks) * self.options.limits.block_size;
+        let sample = sample.finish(reason, num_kept, self.options.clock.now());
         let index = sample.sample_index.0 as usize;
         group.finished[index] = Some(sample);
         group.num_open -= 1;
@@ -571,6 +584,8 @@ impl<M: Model> Engine<M> {
 mod draft_model_tests;
 #[cfg(test)]
 pub(crate) mod fake_model;
+#[cfg(test)]
+mod kept_tests;
 #[cfg(test)]
 mod life_tests;
 #[cfg(test)]

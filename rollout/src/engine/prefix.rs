@@ -38,6 +38,30 @@ impl BlockNamer {
         true
     }
 
+    /// What names begin with under the weights of the day.
+    pub fn seed(&self) -> u128 {
+        self.seed
+    }
+
+    /// The chain behind the block `last`, the last of `num_blocks`: it goes on as it began, or, where other weights
+    /// than those of the day stored that block (`is_old`), with the weights of the day in the name of the next.
+    pub fn behind(&self, last: BlockHash, num_blocks: usize, is_old: bool) -> Chain {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&last.0.to_le_bytes()).update(&self.seed.to_le_bytes());
+        Chain { last: if is_old { cut(&hasher) } else { last.0 }, num_blocks }
+    }
+
+    /// Hash of the tokens of the first `num_blocks` blocks of `sample`, whatever weights stored them.
+    pub fn text(&mut self, sample: &OpenSample, num_blocks: usize) -> u128 {
+        self.tokens.clear();
+        sample.extend_with_tokens(0..num_blocks * self.block_size, &mut self.tokens);
+        let mut hasher = blake3::Hasher::new();
+        for token in &self.tokens {
+            hasher.update(&token.to_le_bytes());
+        }
+        cut(&hasher)
+    }
+
     /// Name the full blocks of `sample` that have no name yet; none before a version is known.
     pub fn extend(&mut self, sample: &mut OpenSample, mut take: impl FnMut(BlockHash)) {
         if self.version.is_none() {

@@ -3,7 +3,8 @@
 //! A sample that goes on ([`temper_proto::BegunResponse`]) is to the scheduler what a preempted one is: it waits with
 //! tokens of its own, which are computed anew when it starts. So a response does not depend on how it was cut into
 //! rounds, as it does not depend on preemption. Nothing of a round stays in the engine but its cached blocks, whose
-//! names begin with the version: under other weights nothing old is found.
+//! names begin with the version: under other weights nothing old is found, but what a sample kept itself
+//! ([`super::kept`]).
 
 use super::{Engine, SeqKey};
 use crate::model::Model;

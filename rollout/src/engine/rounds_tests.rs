@@ -12,9 +12,9 @@ use temper_types::{ContentHash, FinishReason, GroupId, PolicyVersion, SamplingPa
 const NEW: PolicyVersion = PolicyVersion { number: 1, hash: ContentHash([1; 16]) };
 
 /// One group as far as it is drawn.
-struct Partial {
-    request: GroupRequest,
-    samples: Vec<GeneratedSample>,
+pub(super) struct Partial {
+    pub request: GroupRequest,
+    pub samples: Vec<GeneratedSample>,
 }
 
 fn append(to: &mut GeneratedSample, new: GeneratedSample) {
@@ -29,18 +29,19 @@ fn append(to: &mut GeneratedSample, new: GeneratedSample) {
         }
     }
     to.finish_reason = new.finish_reason;
+    to.num_kept = new.num_kept;
 }
 
 impl Partial {
-    fn new(request: &GroupRequest) -> Self {
+    pub fn new(request: &GroupRequest) -> Self {
         Partial { request: request.clone(), samples: Vec::new() }
     }
 
-    fn is_complete(&self) -> bool {
+    pub fn is_complete(&self) -> bool {
         !self.samples.is_empty() && self.samples.iter().all(|s| s.finish_reason != FinishReason::Paused)
     }
 
-    fn next_round(&self, round_tokens: u32) -> GroupRequest {
+    pub fn next_round(&self, round_tokens: u32) -> GroupRequest {
         let begun = |s: &GeneratedSample| BegunResponse {
             token_ids: s.token_ids.clone(),
             is_complete: s.finish_reason != FinishReason::Paused,
@@ -48,7 +49,7 @@ impl Partial {
         GroupRequest { round_tokens, begun: self.samples.iter().map(begun).collect(), ..self.request.clone() }
     }
 
-    fn take(&mut self, new: Vec<GeneratedSample>, round_tokens: usize) {
+    pub fn take(&mut self, new: Vec<GeneratedSample>, round_tokens: usize) {
         if self.samples.is_empty() {
             self.samples = new;
             return;
@@ -66,7 +67,7 @@ impl Partial {
 }
 
 /// Draw one round of every group that is not complete.
-fn round(engine: &mut Engine<FakeModel>, groups: &mut [Partial], round_tokens: u32) {
+pub(super) fn round(engine: &mut Engine<FakeModel>, groups: &mut [Partial], round_tokens: u32) {
     let open: Vec<&mut Partial> = groups.iter_mut().filter(|group| !group.is_complete()).collect();
     engine.submit(open.iter().map(|group| group.next_round(round_tokens)).collect()).unwrap();
     let results = run(engine);
@@ -108,7 +109,7 @@ fn uncut(requests: &[GroupRequest]) -> Vec<Vec<String>> {
     run(&mut engine).iter().map(|result| fingerprint(&result.samples)).collect()
 }
 
-fn drafting(engine: &mut Engine<FakeModel>) {
+pub(super) fn drafting(engine: &mut Engine<FakeModel>) {
     let drafters: Vec<Box<dyn Drafter>> = vec![Box::new(ReplayDrafter::new(9)), Box::new(SuffixDrafter::new(9))];
     let config = SpeculationConfig {
         speculative: Speculative::Auto,

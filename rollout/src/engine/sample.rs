@@ -1,5 +1,6 @@
 //! One response while it grows.
 
+use super::kept::KeptKv;
 use super::prefix::Chain;
 use super::reuse;
 use super::rounds::most_new_tokens;
@@ -44,6 +45,10 @@ pub(super) struct OpenSample {
     seen: Vec<(u32, u32)>,
     /// Names of the full blocks of known tokens, as far as they were given.
     pub chain: Chain,
+    /// What an earlier round kept of its K/V.
+    pub kept: Option<KeptKv>,
+    /// Blocks of its names that older weights stored, the first ones.
+    pub num_old_blocks: usize,
     /// Tokens to verify in the next step.
     pub proposal: Proposal,
     /// Tokens that the drafters know.
@@ -98,6 +103,8 @@ impl OpenSample {
             stop_state: StopState::default(),
             seen,
             chain: Chain::default(),
+            kept: None,
+            num_old_blocks: 0,
             proposal: Proposal::default(),
             num_observed: 0,
             num_drafted: 0,
@@ -345,14 +352,15 @@ impl OpenSample {
         (round > 0 && self.log_probs.len() >= round).then_some(FinishReason::Paused)
     }
 
-    /// The finished sample: what was drawn in this round.
-    pub fn finish(mut self, finish_reason: FinishReason, now: Duration) -> GeneratedSample {
+    /// The finished sample: what was drawn in this round, over `num_kept` slots of K/V of older weights.
+    pub fn finish(mut self, finish_reason: FinishReason, num_kept: usize, now: Duration) -> GeneratedSample {
         let context = &self.context;
         let started_at = self.started_at.unwrap_or(now);
         GeneratedSample {
             sample_index: SampleIndex(self.sample_index),
             seed: context.request.seeds[self.sample_index as usize],
             num_begun: context.request.begun.get(self.sample_index as usize).map_or(0, |b| b.token_ids.len() as u32),
+            num_kept: num_kept as u32,
             token_ids: self.token_ids.split_off(self.num_begun),
             reused: self.reused,
             log_probs: self.log_probs,

@@ -116,6 +116,11 @@ struct Sequence {
     num_cached: usize,
     /// True where some block was computed under other weights than the names say.
     is_stale: bool,
+    /// Leading names that are true of nothing but what the prefix cache has.
+    num_kept: usize,
+    /// Blocks with such names that it found there when it last started, and the most over all its starts.
+    num_kept_now: usize,
+    num_kept_found: usize,
 }
 
 /// The scheduler. See the module for its policy.
@@ -191,6 +196,7 @@ impl Scheduler {
         sequence.rank = rank;
         sequence.prompt_len = shape.prompt_len;
         sequence.hashes.clear();
+        (sequence.num_kept, sequence.num_kept_found) = (0, 0);
         sequence.max_slots = shape.max_slots();
         sequence.reserve_tokens = shape.reserve_tokens.unwrap_or(self.limits.reserve_tokens);
         sequence.len = shape.prompt_len;
@@ -217,12 +223,30 @@ impl Scheduler {
         self.sequences[key.index()].hashes.push(hash);
     }
 
-    /// The weights changed, or the pool lost its contents: no cached prefix is valid any more, and what running
-    /// sequences have stored is never cached.
-    pub fn invalidate_cache(&mut self) {
-        self.blocks.clear_cache();
+    /// The first `num_kept` names of `key`, which has not started, are of blocks that nobody can compute any more.
+    /// Where the cache has lost one by the time that `key` starts, what it computes in its place is never cached.
+    pub fn set_kept(&mut self, key: SeqKey, num_kept: usize) {
+        self.sequences[key.index()].num_kept = num_kept;
+    }
+
+    /// Most blocks that `key` found of those that it kept ([`Scheduler::set_kept`]), over all its starts.
+    pub fn num_kept_found(&self, key: SeqKey) -> usize {
+        self.sequences[key.index()].num_kept_found
+    }
+
+    /// Names of the leading blocks of `key`, which runs, that the prefix cache has.
+    pub fn cached_names(&self, key: SeqKey) -> &[BlockHash] {
+        let Sequence { hashes, num_cached, .. } = &self.sequences[key.index()];
+        &hashes[..*num_cached]
+    }
+
+    /// The weights changed, or the pool lost its contents: no cached prefix is valid any more but those that `is_kept`,
+    /// and what running sequences have stored is never cached.
+    pub fn invalidate_cache(&mut self, is_kept: impl Fn(BlockHash) -> bool) {
+        self.blocks.clear_cache(is_kept);
         for key in &self.running {
-            self.sequences[key.index()].is_stale = true;
+            let sequence = &mut self.sequences[key.index()];
+            (sequence.is_stale, sequence.num_cached) = (true, 0);
         }
     }
 
@@ -493,6 +517,7 @@ impl Scheduler {
         sequence.num_computed = 0;
         sequence.num_drafted = 0;
         sequence.num_cached = 0;
+        sequence.num_kept_now = 0;
         sequence.is_stale = false;
         sequence.is_decoding = false;
     }

@@ -79,14 +79,18 @@ impl Scheduler {
     fn start(&mut self, at: usize, source: PromptSource) -> bool {
         let key = self.waiting[at];
         let num_shared = self.num_shareable_blocks(&self.sequences[key.index()]);
-        let mut num_looked_up = 0;
+        let (mut num_looked_up, mut num_true) = (0, usize::MAX);
         match source {
             PromptSource::Sibling(sibling) if self.num_cached_blocks(key) <= num_shared => {
+                num_true = self.sequences[sibling.index()].num_kept_now;
                 self.share(sibling, num_shared, key);
             }
             _ => num_looked_up = self.share_cached(key),
         }
         let sequence = &mut self.sequences[key.index()];
+        sequence.num_kept_now = num_true.min(sequence.table.blocks().len()).min(sequence.num_kept);
+        sequence.num_kept_found = sequence.num_kept_found.max(sequence.num_kept_now);
+        sequence.is_stale |= sequence.num_kept_now < sequence.num_kept;
         sequence.num_computed = sequence.table.blocks().len() * self.limits.block_size;
         sequence.table.reserve(self.blocks.blocks_for(sequence.max_slots));
         if self.blocks.grow(&mut sequence.table, sequence.len).is_err() {
@@ -142,10 +146,16 @@ impl Scheduler {
 
     fn prompt_source(&self, key: SeqKey) -> PromptSource {
         let sequence = &self.sequences[key.index()];
-        let num_shared_slots = self.num_shareable_blocks(sequence) * self.limits.block_size;
+        let num_shared_blocks = self.num_shareable_blocks(sequence);
+        let num_shared_slots = num_shared_blocks * self.limits.block_size;
         let mut source = PromptSource::Own;
+        // One that kept K/V of older weights has other blocks than one that has none of them.
+        let last_name = |s: &Sequence| s.hashes.get(num_shared_blocks.wrapping_sub(1)).copied();
         for sibling_key in self.running_siblings(sequence.rank) {
             let sibling = &self.sequences[sibling_key.index()];
+            if last_name(sibling) != last_name(sequence) {
+                continue;
+            }
             if !shares_first_draw(sequence, sibling) && sibling.num_computed >= num_shared_slots {
                 return PromptSource::Sibling(sibling_key);
             }

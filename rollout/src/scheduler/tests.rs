@@ -194,7 +194,7 @@ impl World {
             }
             Op::Refit => {
                 self.version += 1;
-                self.scheduler.invalidate_cache();
+                self.scheduler.invalidate_cache(|_| false);
                 let open: Vec<SeqKey> = self.left.keys().copied().collect();
                 open.into_iter().for_each(|key| self.name_blocks(key, 0));
             }

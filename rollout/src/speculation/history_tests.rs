@@ -9,6 +9,7 @@ fn sample(sample_index: u32, token_ids: &[u32]) -> GeneratedSample {
         sample_index: SampleIndex(sample_index),
         seed: 0,
         num_begun: 0,
+        num_kept: 0,
         token_ids: token_ids.to_vec(),
         reused: Vec::new(),
         log_probs: Vec::new(),

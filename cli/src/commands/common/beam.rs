@@ -85,6 +85,7 @@ fn to_generated(hypothesis: BeamHypothesis, rank: u32, version: PolicyVersion) -
         sample_index: SampleIndex(rank),
         seed: 0,
         num_begun: 0,
+        num_kept: 0,
         policy_versions: vec![(version, token_ids.len() as u32)],
         token_ids,
         reused: Vec::new(),

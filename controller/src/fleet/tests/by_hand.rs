@@ -16,7 +16,7 @@ fn version(number: u64) -> PolicyVersion {
 
 fn group(id: u64, due: u64, prefix: u64) -> GroupSpec {
     let (group, prompt, seeds) = (GroupId(id), PromptId(id), vec![id * 10, id * 10 + 1]);
-    GroupSpec { group, prompt, seeds, due, prompt_tokens: 10, max_new_tokens: 20, prefix }
+    GroupSpec { group, prompt, seeds, due, prompt_tokens: 10, max_new_tokens: 20, prefix, is_bound: false }
 }
 
 /// A control plane and all that it said.
@@ -107,6 +107,24 @@ fn groups_go_to_the_least_loaded_worker_and_a_known_prefix_breaks_ties() {
     assert_eq!(given.len(), 3);
     assert!(bench.plane.workers().all(|w| w.in_flight == 2));
     assert!(bench.plane.has_work());
+}
+
+#[test]
+fn a_group_that_keeps_kv_goes_back_to_who_has_it_while_that_lives() {
+    let mut bench = Bench::ready(PlaneConfig::default(), 2, 1);
+    let bound = |id, prefix| GroupSpec { is_bound: true, ..group(id, 0, prefix) };
+    let given = bench.submit(vec![bound(1, 71), bound(2, 72)]);
+    for (worker, ticket, _) in &given {
+        bench.answer(Origin { worker: *worker, incarnation: 1 }, *ticket, version(0));
+    }
+    // Both were worker 1's and 0's: the second waits for worker 1 while worker 0 takes what comes behind it.
+    let given = bench.submit(vec![bound(3, 72), bound(4, 72), group(5, 0, 9)]);
+    assert_eq!(given.iter().map(|g| (g.0.0, g.2.0)).collect::<Vec<_>>(), [(1, 3), (0, 5)]);
+    bench.answer(Origin { worker: given[1].0, incarnation: 1 }, given[1].1, version(0));
+    assert!(bench.plane.workers().any(|w| w.in_flight == 0), "worker 0 is idle, and the group waits");
+    let actions = bench.tell(Event::Leave { origin: origin(1, 1) });
+    assert_eq!(dispatched(&actions).len(), 1, "{actions:?}");
+    assert_eq!(dispatched(&actions)[0].0.0, 0, "whoever lives takes it");
 }
 
 #[test]

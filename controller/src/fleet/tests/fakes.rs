@@ -141,6 +141,7 @@ impl FakeRollout {
                 sample_index: SampleIndex(index as u32),
                 seed: *seed + change,
                 num_begun,
+                num_kept: 0,
                 reused: Vec::new(),
                 log_probs: token_ids.iter().map(|id| -(*id as f32) / 7.0).collect(),
                 policy_versions: vec![(used, token_ids.len() as u32)],

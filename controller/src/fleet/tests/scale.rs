@@ -18,7 +18,7 @@ fn version(number: u64) -> PolicyVersion {
 fn group(id: u64, due: u64) -> GroupSpec {
     let seeds = (0..SAMPLES).map(|i| id * SAMPLES + i).collect();
     let (group, prompt) = (GroupId(id), PromptId(id));
-    GroupSpec { group, prompt, seeds, due, prompt_tokens: 100, max_new_tokens: 500, prefix: id % 97 }
+    GroupSpec { group, prompt, seeds, due, prompt_tokens: 100, max_new_tokens: 500, prefix: id % 97, is_bound: false }
 }
 
 /// Every worker answers what it is given; the costs of events of workers and of the loop are kept apart.

@@ -22,7 +22,9 @@ from {
     bad_words_ids: p.bad_words_ids.into_iter().map(|word| word.token_ids).collect(),
 });
 
-same_fields!(GroupRequest, v1::GroupRequest, group => { epoch, prompt_token_ids, seeds, priority, round_tokens }
+same_fields!(GroupRequest, v1::GroupRequest, group => {
+    epoch, prompt_token_ids, seeds, priority, round_tokens, keep_kv
+}
 to {
     group_id: group.group_id.0,
     prompt_id: group.prompt_id.0,
@@ -68,7 +70,9 @@ fn per_token<T>(values: Vec<T>, num_tokens: usize, field: &'static str) -> Resul
     }
 }
 
-same_fields!(GeneratedSample, v1::GeneratedSample, s => { seed, num_begun, token_ids, num_drafted, num_accepted }
+same_fields!(GeneratedSample, v1::GeneratedSample, s => {
+    seed, num_begun, num_kept, token_ids, num_drafted, num_accepted
+}
 to {
     sample_index: s.sample_index.0,
     reused: s.reused,

@@ -129,6 +129,7 @@ impl Answers {
             sample_index: SampleIndex(index as u32),
             seed,
             num_begun: 0,
+            num_kept: 0,
             token_ids: self.response.clone(),
             reused: Vec::new(),
             log_probs: vec![-1.0; self.response.len()],

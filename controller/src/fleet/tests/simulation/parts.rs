@@ -193,6 +193,7 @@ fn groups_of(scenario: &Scenario, due: u64) -> impl Iterator<Item = GroupSpec> +
         prompt_tokens: 5 + id % 7,
         max_new_tokens: 30,
         prefix: id % 3,
+        is_bound: id % 5 == 0,
     })
 }
 
