@@ -15,7 +15,7 @@
 //! can still reach holds for negative penalties too.
 
 use crate::block_manager::{BlockCopy, BlockManager, BlockTable, OutOfBlocks};
-use crate::model::{Model, ModelLimits, StepBatch};
+use crate::model::{Model, ModelLimits, StepBatch, StepOutput};
 use crate::{Error, SchedulerLimits};
 use std::collections::BTreeSet;
 use temper_tensor::{SampleRow, Sampled, SeqSpan};
@@ -157,7 +157,9 @@ impl<M: Model> Search<'_, M> {
             let span = SeqSpan { row_start: 0, num_rows, first_slot, blocks: table.blocks() };
             let batch =
                 StepBatch { token_ids: chunk, positions: &positions, spans: &[span], draw_rows: &[], draws: &[] };
-            version = self.model.step(batch)?.version;
+            let mut output = StepOutput::default();
+            self.model.step(batch, &mut output)?;
+            version = output.version;
             first_slot += num_rows;
             row = num_rows as u32 - 1;
         }
@@ -181,9 +183,10 @@ impl<M: Model> Search<'_, M> {
         let spans: Vec<SeqSpan<'_>> = spans.collect();
         let batch =
             StepBatch { token_ids: &token_ids, positions: &positions, spans: &spans, draw_rows: &[], draws: &[] };
-        let version = self.model.step(batch)?.version;
+        let mut output = StepOutput::default();
+        self.model.step(batch, &mut output)?;
         self.beams.iter_mut().zip(0..).for_each(|(beam, row)| beam.row = row);
-        Ok(version)
+        Ok(output.version)
     }
 
     /// The `num` most likely ids of every beam, all together by falling sum.

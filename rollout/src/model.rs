@@ -33,7 +33,7 @@ pub struct StepBatch<'a> {
 }
 
 /// What one step gave.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct StepOutput {
     /// The weights that computed it.
     pub version: PolicyVersion,
@@ -62,11 +62,11 @@ pub trait Model: Send {
     /// Copy blocks of the pool, in order.
     fn copy_blocks(&mut self, copies: &[BlockCopy]);
 
-    /// Store K/V of every row, then compute every row and draw.
+    /// Store K/V of every row, then compute every row and draw; `output` is overwritten.
     ///
     /// # Errors
     /// Where the weights cannot be read; nothing the engine relies on has changed then.
-    fn step(&mut self, batch: StepBatch<'_>) -> Result<StepOutput, Error>;
+    fn step(&mut self, batch: StepBatch<'_>, output: &mut StepOutput) -> Result<(), Error>;
 
     /// Give the pool's memory back; the next step takes it anew. Only while no sequence runs: what it held is lost.
     /// Gives the number of bytes.

@@ -97,7 +97,7 @@ impl Model for PolicyModel {
         }
     }
 
-    fn step(&mut self, batch: StepBatch<'_>) -> Result<StepOutput, Error> {
+    fn step(&mut self, batch: StepBatch<'_>, output: &mut StepOutput) -> Result<(), Error> {
         let policy = lock(&self.policy)?;
         let cache = self.cache.get_or_insert_with(|| self.device.kv_cache(self.spec));
         let rows = Batch { token_ids: batch.token_ids, positions: batch.positions, spans: batch.spans };
@@ -113,12 +113,12 @@ impl Model for PolicyModel {
                 self.untold.clear();
             }
         }
-        let sampled = if batch.draws.is_empty() {
-            Vec::new()
-        } else {
-            policy.sample(&mut self.workspace, batch.draw_rows, batch.draws)
-        };
-        Ok(StepOutput { version: policy.version, sampled })
+        output.version = policy.version;
+        output.sampled.clear();
+        if !batch.draws.is_empty() {
+            policy.sample(&mut self.workspace, batch.draw_rows, batch.draws, &mut output.sampled);
+        }
+        Ok(())
     }
 
     fn release_kv(&mut self) -> usize {
@@ -130,7 +130,9 @@ impl Model for PolicyModel {
     }
 
     fn draw_again(&mut self, draw_rows: &[u32], draws: &[SampleRow<'_>]) -> Result<Vec<Sampled>, Error> {
-        Ok(lock(&self.policy)?.sample(&mut self.workspace, draw_rows, draws))
+        let mut drawn = Vec::new();
+        lock(&self.policy)?.sample(&mut self.workspace, draw_rows, draws, &mut drawn);
+        Ok(drawn)
     }
 }
 

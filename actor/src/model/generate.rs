@@ -147,14 +147,15 @@ impl PackedPolicy {
         dev.linear_swiglu(normed.as_view(), weight, bias, gate_up, act);
     }
 
-    /// Draw one token for each of `rows`, rows of the last [`PackedPolicy::forward`] over this workspace.
+    /// Draw one token for each of `rows`, rows of the last [`PackedPolicy::forward`] over this workspace, into `drawn`,
+    /// which is overwritten.
     ///
     /// # Panics
     /// If `rows` and `params` differ in length, a row is not in the last batch, or the model has no LM head.
-    pub fn sample(&self, workspace: &mut Workspace, rows: &[u32], params: &[SampleRow<'_>]) -> Vec<Sampled> {
+    pub fn sample(&self, workspace: &mut Workspace, rows: &[u32], params: &[SampleRow<'_>], drawn: &mut Vec<Sampled>) {
         assert_eq!(rows.len(), params.len(), "one set of sampling parameters per row");
         let hidden = self.pick(workspace, rows);
-        self.dev.lm_head_sample(hidden, self.lm_head(), &self.masked_ids, params)
+        self.dev.lm_head_sample(hidden, (self.lm_head(), &self.masked_ids), params, drawn);
     }
 
     /// Log-probs of given targets at `rows`, rows of the last [`PackedPolicy::forward`] over this workspace: the bits

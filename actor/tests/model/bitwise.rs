@@ -203,7 +203,8 @@ fn generate(policy: &PackedPolicy, prompts: &[Vec<u32>], temperature: f32) -> (V
         paged.step(&chunks);
         let law = |s: usize| SampleRow::plain(temperature, uniform53(s as u64, tokens[s].len() as u64));
         let laws: Vec<SampleRow<'_>> = (0..prompts.len()).map(law).collect();
-        let drawn = policy.sample(&mut paged.workspace, &rows, &laws);
+        let mut drawn = Vec::new();
+        policy.sample(&mut paged.workspace, &rows, &laws, &mut drawn);
         for (s, drawn) in drawn.into_iter().enumerate() {
             fed[s] = tokens[s].len();
             tokens[s].push(drawn.token_id);

@@ -25,7 +25,7 @@ impl PrefixCache {
     pub fn new(num_blocks: usize) -> Self {
         let mut links = vec![(NONE, NONE); num_blocks + 1];
         links[num_blocks] = (num_blocks as u32, num_blocks as u32);
-        PrefixCache { by_hash: HashMap::new(), hashes: vec![None; num_blocks], links, num_idle: 0 }
+        PrefixCache { by_hash: HashMap::with_capacity(num_blocks), hashes: vec![None; num_blocks], links, num_idle: 0 }
     }
 
     pub fn num_idle(&self) -> usize {

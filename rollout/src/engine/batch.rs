@@ -4,6 +4,7 @@ use super::sample::OpenSample;
 use crate::Error;
 use crate::model::{Model, StepBatch, StepOutput};
 use crate::scheduler::{Scheduler, Work};
+use std::ops::Range;
 use temper_tensor::{SampleRow, SeqSpan};
 
 /// Ids with their occurrences in the response, ascending.
@@ -20,8 +21,12 @@ pub(super) struct StepBuffers {
     draws: Vec<SampleRow<'static>>,
     /// What penalties have seen after each drafted token of the samples that have penalties, in the plan's order.
     seen: Vec<Seen>,
-    /// Ids ruled out for each draw of the samples that have bad words, in the plan's order.
-    banned: Vec<Vec<u32>>,
+    /// Ids ruled out for each draw of the samples that have bad words, one draw after another in the plan's order.
+    banned_ids: Vec<u32>,
+    /// Which of them are of which draw.
+    banned: Vec<Range<usize>>,
+    /// What the last step gave, where nobody holds it.
+    pub output: StepOutput,
 }
 
 impl StepBuffers {
@@ -37,18 +42,19 @@ impl StepBuffers {
         self.gather_rows(scheduler, samples, &mut spans);
         self.gather_seen(scheduler, samples);
         self.gather_banned(scheduler, samples);
-        gather_draws(scheduler, samples, (&self.seen, &self.banned), &mut self.draw_rows, &mut draws);
+        gather_draws(scheduler, samples, (&self.seen, &self.banned, &self.banned_ids), &mut self.draw_rows, &mut draws);
         gather_scored(scheduler, samples, &mut self.draw_rows, &mut draws);
-        let output = model.step(StepBatch {
+        let batch = StepBatch {
             token_ids: &self.token_ids,
             positions: &self.positions,
             spans: &spans,
             draw_rows: &self.draw_rows,
             draws: &draws,
-        });
+        };
+        let done = model.step(batch, &mut self.output);
         self.spans = recycle(spans);
         self.draws = recycle(draws);
-        output
+        done.map(|()| std::mem::take(&mut self.output))
     }
 
     fn gather_rows<'a>(
@@ -76,10 +82,13 @@ impl StepBuffers {
 
     fn gather_banned(&mut self, scheduler: &Scheduler, samples: &[Option<OpenSample>]) {
         self.banned.clear();
+        self.banned_ids.clear();
         for draw in &scheduler.plan().draws {
             let sample = open(samples, draw.key.index());
             if sample.has_bad_words() {
-                self.banned.push(sample.banned_ids(draw.slot));
+                let start = self.banned_ids.len();
+                sample.extend_with_banned(draw.slot, &mut self.banned_ids);
+                self.banned.push(start..self.banned_ids.len());
             }
         }
     }
@@ -88,7 +97,7 @@ impl StepBuffers {
 fn gather_draws<'a>(
     scheduler: &Scheduler,
     samples: &'a [Option<OpenSample>],
-    (seen, banned): (&'a [Seen], &'a [Vec<u32>]),
+    (seen, banned, banned_ids): (&'a [Seen], &[Range<usize>], &'a [u32]),
     draw_rows: &mut Vec<u32>,
     out: &mut Vec<SampleRow<'a>>,
 ) {
@@ -101,8 +110,8 @@ fn gather_draws<'a>(
             let seen = if has_own { drafted.next().map_or(&[][..], Vec::as_slice) } else { sample.seen() };
             draw_rows.push(draw.row);
             let own = if sample.has_bad_words() { banned.next() } else { None };
-            let banned_ids = own.map_or_else(|| sample.banned_stops(draw.slot), Vec::as_slice);
-            out.push(sample.draw(draw.slot, seen, banned_ids));
+            let banned = own.map_or_else(|| sample.banned_stops(draw.slot), |own| &banned_ids[own.clone()]);
+            out.push(sample.draw(draw.slot, seen, banned));
         }
     }
 }

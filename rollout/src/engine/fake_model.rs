@@ -98,7 +98,7 @@ impl Model for FakeModel {
         }
     }
 
-    fn step(&mut self, batch: StepBatch<'_>) -> Result<StepOutput, Error> {
+    fn step(&mut self, batch: StepBatch<'_>, output: &mut StepOutput) -> Result<(), Error> {
         self.num_tried += 1;
         if self.fails || self.failing_step == Some(self.num_tried) {
             return Err(Error::Model("told to fail".to_owned()));
@@ -128,7 +128,8 @@ impl Model for FakeModel {
         if self.is_broken {
             sampled.iter_mut().for_each(|token| token.log_prob = f32::NAN);
         }
-        Ok(StepOutput { version: self.version, sampled })
+        *output = StepOutput { version: self.version, sampled };
+        Ok(())
     }
 
     /// What stood in the pool reads as nonsense from now on.

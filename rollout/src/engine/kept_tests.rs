@@ -59,8 +59,8 @@ fn begun(group: &Partial) -> Vec<Vec<u32>> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Over any number of changes of weights, back to earlier ones too, with chunks and drafts, beside prompts that begin
-    /// with what the group was asked and answered, and find nothing of other weights.
+    /// Over any number of changes of weights, back to earlier ones too, with chunks and drafts, beside prompts that
+    /// begin with what the group was asked and answered, and find nothing of other weights.
     #[test]
     fn what_is_kept_is_what_was_stored(
         shapes in prop::collection::vec((1usize..60, 1u64..5, 2u32..60), 1..4),
@@ -94,8 +94,8 @@ proptest! {
         prop_assert_eq!(engine.stats().kv_blocks_in_use, 0);
     }
 
-    /// Where the pool gave some of it away, before the round or while it waited, the rest is what was stored, and what is
-    /// computed anew is of today: a sample goes on over some number of old blocks.
+    /// Where the pool gave some of it away, before the round or while it waited, the rest is what was stored, and what
+    /// is computed anew is of today: a sample goes on over some number of old blocks.
     #[test]
     fn what_was_evicted_is_computed_anew(
         (prompt_len, num_samples, first, max_new_tokens) in (1usize..40, 1u64..5, 1u32..30, 2u32..30),

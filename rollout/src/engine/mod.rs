@@ -35,6 +35,7 @@ mod admission;
 mod batch;
 mod kept;
 mod lengths;
+mod measure;
 mod prefix;
 mod refits;
 mod reuse;
@@ -105,6 +106,8 @@ pub struct Engine<M> {
     /// K/V of paused samples.
     kept: KeptSamples,
     num_queued: usize,
+    /// Whether steps were timed before the first one.
+    has_measured: bool,
     num_steps: u64,
     num_rows: u64,
     num_prompt_tokens: u64,
@@ -133,6 +136,7 @@ impl<M: Model> Engine<M> {
             kept: KeptSamples::default(),
             buffers: StepBuffers::default(),
             num_queued: 0,
+            has_measured: false,
             num_steps: 0,
             num_rows: 0,
             num_prompt_tokens: 0,
@@ -211,6 +215,7 @@ impl<M: Model> Engine<M> {
         if self.scheduler.is_idle() {
             return Ok(());
         }
+        self.measure_steps()?;
         let begin = self.options.clock.now();
         let version = self.model.version()?;
         self.refits.begin_step(version, begin);
@@ -224,6 +229,7 @@ impl<M: Model> Engine<M> {
         self.note_starts();
         self.scheduler.commit();
         self.record(&output);
+        self.buffers.output = output;
         self.note_step(begin, drafting);
         Ok(())
     }

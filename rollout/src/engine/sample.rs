@@ -216,15 +216,15 @@ impl OpenSample {
         if bans_stops { &self.context.stop_ids } else { &[] }
     }
 
-    /// Ids that may not be drawn at `slot`, behind known and drafted tokens.
-    pub fn banned_ids(&self, slot: usize) -> Vec<u32> {
+    /// Append the ids that may not be drawn at `slot`, behind known and drafted tokens.
+    pub fn extend_with_banned(&self, slot: usize, out: &mut Vec<u32>) {
         let ends_with = |head: &[u32]| {
             head.len() <= slot && head.iter().zip(slot - head.len()..).all(|(id, at)| self.token_at(at) == *id)
         };
         let words = &self.context.request.sampling.bad_words_ids;
         let split = words.iter().filter_map(|word| word.split_last());
         let completing = split.filter(|(_, head)| ends_with(head)).map(|(last, _)| *last);
-        self.banned_stops(slot).iter().copied().chain(completing).collect()
+        out.extend(self.banned_stops(slot).iter().copied().chain(completing));
     }
 
     fn token_at(&self, slot: usize) -> u32 {

@@ -4,12 +4,14 @@ use super::Engine;
 use super::fake_model::{FakeModel, VOCAB};
 use super::tests::{engine, request, roomy, run};
 use crate::SchedulerLimits;
+use crate::clock::SystemClock;
 use crate::speculation::{
     Budget, Cell, Draft, DraftContext, Drafter, DrafterKind, GroupStart, ReplayDrafter, Speculation, SpeculationConfig,
     Speculative, SuffixDrafter,
 };
 use proptest::prelude::*;
 use std::collections::HashMap;
+use std::sync::Arc;
 use temper_proto::{GroupRequest, GroupResult};
 use temper_types::{GroupId, Philox, SamplingParams};
 
@@ -257,4 +259,30 @@ fn a_failed_step_with_drafts_can_be_tried_again() {
         drafting.step().unwrap();
     }
     assert_eq!(fingerprint(&run(&mut drafting)), fingerprint(&expected));
+}
+
+/// Steps are timed once, before the first one, where drafts are chosen by it: with as many sequences as could draw.
+/// What that stored is read by nobody, and a step that fails meanwhile can be tried again.
+#[test]
+fn steps_are_timed_before_the_first_one() {
+    let requests = [request(0, 20, 3, 30), request(1, 7, 2, 12)];
+    let expected = generate(&mut engine(roomy()), &requests);
+    for (num_blocks, largest) in [(200, 32), (9, 8)] {
+        let mut timed = engine(SchedulerLimits { num_blocks, watermark_blocks: 0, ..roomy() });
+        timed.set_speculation(Speculation::new(SpeculationConfig { speculative: Speculative::Auto, ..CONFIG }));
+        timed.options.clock = Arc::new(SystemClock::default());
+        timed.submit(requests.to_vec()).unwrap();
+        timed.model_mut().failing_step = Some(4);
+        assert!(timed.step().is_err());
+        timed.model_mut().rows.clear();
+        assert_eq!(fingerprint(&run(&mut timed)), fingerprint(&expected));
+        let sizes = std::iter::successors(Some(1), |rows| Some(2 * rows)).take_while(|rows| *rows <= largest);
+        let measured: Vec<usize> = std::iter::once(1).chain(sizes.flat_map(|rows| [rows, rows])).collect();
+        let rows = &timed.model().rows;
+        assert_eq!(rows[..measured.len()], measured);
+        assert_eq!(rows[measured.len()..].len() as u64, timed.stats().num_steps, "once, and counted as no step");
+    }
+    let mut untimed = engine(roomy());
+    assert_eq!(fingerprint(&generate(&mut untimed, &requests)), fingerprint(&expected));
+    assert_eq!(untimed.model().rows.len() as u64, untimed.stats().num_steps);
 }

@@ -206,7 +206,12 @@ impl Scheduler {
     }
 
     fn insert_running(&mut self, key: SeqKey) {
-        let rank = self.sequences[key.index()].rank;
+        let Sequence { hashes, rank, max_slots, .. } = &mut self.sequences[key.index()];
+        if !hashes.is_empty() {
+            // So that later names do not allocate.
+            hashes.reserve((*max_slots / self.limits.block_size).saturating_sub(hashes.len()));
+        }
+        let rank = *rank;
         let at = self.find_running(rank).expect_err("a sequence starts once");
         self.running.insert(at, key);
     }

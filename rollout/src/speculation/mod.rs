@@ -254,6 +254,11 @@ impl Speculation {
         }
     }
 
+    /// True where drafts are chosen by what steps cost.
+    pub(crate) fn measures_steps(&self) -> bool {
+        matches!(self.budget, Budget::Measured(_))
+    }
+
     /// Let every drafter give back what memory it can; gives the number of bytes.
     pub(crate) fn sleep(&mut self) -> Result<usize, Error> {
         self.drafters.iter_mut().map(|drafter| drafter.sleep()).sum()

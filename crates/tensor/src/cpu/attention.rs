@@ -17,9 +17,10 @@ use super::CpuDevice;
 use super::kv::{KvData, KvLayout, TILE, check_spans};
 use super::math::{exp, ln};
 use super::parallel::SharedMut;
+use super::reused::with_reused;
 use super::simd::{Kernel, Simd};
 use crate::{AttnShape, KvCache, SeqSpan};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::cmp::Ordering;
 
 /// Slots of a chunk.
@@ -33,6 +34,7 @@ const INLINE_WORK: usize = 64 * 1024;
 
 thread_local! {
     static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static TASKS: Cell<Vec<Task>> = const { Cell::new(Vec::new()) };
 }
 
 /// Run `f` with at least `len` floats of the thread's own memory, contents arbitrary.
@@ -352,16 +354,15 @@ fn run_block<E: KvElement>(dev: &CpuDevice, block: &Block<'_, E>) {
     });
 }
 
-fn tasks(shape: &AttnShape, spans: &[SeqSpan<'_>]) -> Vec<Task> {
+fn list_tasks(shape: &AttnShape, spans: &[SeqSpan<'_>], tasks: &mut Vec<Task>) {
     let rows_per_task = (PAIRS_PER_TASK / (shape.num_heads / shape.num_kv_heads)).max(1);
-    let mut tasks = Vec::new();
+    tasks.clear();
     for (index, span) in spans.iter().enumerate() {
         for first_row in (0..span.num_rows).step_by(rows_per_task) {
             let num_rows = rows_per_task.min(span.num_rows - first_row);
             tasks.extend((0..shape.num_kv_heads).map(|kv_head| Task { span: index, first_row, num_rows, kv_head }));
         }
     }
-    tasks
 }
 
 /// Multiply-adds of a call, for the choice between one thread and the pool.
@@ -384,18 +385,21 @@ pub(crate) fn attention(
     assert_eq!(out.len(), rows * shape.out_dim(), "output of {rows} rows of {}", shape.out_dim());
     let out = SharedMut::new(out);
     let lse = lse.map(|lse| SharedMut::new(&mut lse[..rows * shape.num_heads]));
-    let (tasks, layout) = (tasks(&shape, spans), &cache.pool.layout);
-    let run_task = |index: usize| {
-        let task = tasks[index];
-        let (span, shape) = (&spans[task.span], &shape);
-        match &cache.pool.data {
-            KvData::F32(data) => run_block(dev, &Block { task, span, shape, qkv, data, layout, layer, out, lse }),
-            KvData::Bf16(data) => run_block(dev, &Block { task, span, shape, qkv, data, layout, layer, out, lse }),
+    let layout = &cache.pool.layout;
+    with_reused(&TASKS, |tasks| {
+        list_tasks(&shape, spans, tasks);
+        let run_task = |index: usize| {
+            let task = tasks[index];
+            let (span, shape) = (&spans[task.span], &shape);
+            match &cache.pool.data {
+                KvData::F32(data) => run_block(dev, &Block { task, span, shape, qkv, data, layout, layer, out, lse }),
+                KvData::Bf16(data) => run_block(dev, &Block { task, span, shape, qkv, data, layout, layer, out, lse }),
+            }
+        };
+        if work(&shape, spans) < INLINE_WORK {
+            (0..tasks.len()).for_each(run_task);
+        } else {
+            dev.pool.run(tasks.len(), &run_task);
         }
-    };
-    if work(&shape, spans) < INLINE_WORK {
-        (0..tasks.len()).for_each(run_task);
-    } else {
-        dev.pool.run(tasks.len(), &run_task);
-    }
+    });
 }

@@ -288,11 +288,11 @@ impl Device for CpuDevice {
     fn lm_head_sample(
         &self,
         hidden: View<'_>,
-        head: &PackedLinear,
-        masked_ids: &[u32],
+        head: (&PackedLinear, &[u32]),
         rows: &[SampleRow<'_>],
-    ) -> Vec<Sampled> {
-        sample::sample_rows(self, hidden.data, head, masked_ids, rows)
+        drawn: &mut Vec<Sampled>,
+    ) {
+        sample::sample_rows(self, hidden.data, head, rows, drawn);
     }
 
     fn lm_head_logits(&self, hidden: View<'_>, head: &PackedLinear) -> Vec<f32> {

@@ -13,6 +13,8 @@ pub(crate) const LINE: usize = 64;
 /// What may wait in the last-level cache: one part of so many. Weights pass through it meanwhile, and other cores
 /// share it.
 const CACHE_PARTS: usize = 4;
+/// Blocks for which there is room from the beginning.
+const ROOM: usize = 4096;
 
 /// What attention reads next, as far as somebody said.
 pub(crate) struct Expected {
@@ -28,7 +30,8 @@ impl Expected {
     }
 
     fn with_limit(limit: usize) -> Expected {
-        Expected { lines: Mutex::default(), limit }
+        let lines = Lines { ids: Vec::with_capacity(ROOM), stretches: Vec::with_capacity(ROOM), asked: 0 };
+        Expected { lines: Mutex::new(lines), limit }
     }
 
     /// Expect the blocks of `block_bytes` bytes each, starting at `base`, that `ids` names, in any order and any number

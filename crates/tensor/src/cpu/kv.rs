@@ -8,9 +8,11 @@
 use super::attention::KvElement;
 use super::math::load_lanes;
 use super::parallel::SharedMut;
+use super::reused::with_reused;
 use super::simd::{Kernel, Simd};
 use super::{AlignedVec, CpuDevice};
 use crate::{AttnShape, KvCache, KvCacheSpec, SeqSpan};
+use std::cell::Cell;
 use std::ops::Range;
 use temper_types::DType;
 
@@ -186,6 +188,11 @@ pub(crate) fn append(
     }
 }
 
+thread_local! {
+    /// Span and first row of each piece of an append.
+    static PIECES: Cell<Vec<(usize, usize)>> = const { Cell::new(Vec::new()) };
+}
+
 fn append_rows<E: KvElement>(
     dev: &CpuDevice,
     qkv: &[f32],
@@ -193,23 +200,24 @@ fn append_rows<E: KvElement>(
     (data, layout, layer): (SharedMut<'_, E>, &KvLayout, usize),
 ) {
     // Pieces of at most 16 rows, so that a long prefill is shared among threads.
-    let pieces: Vec<(usize, usize)> = spans
-        .iter()
-        .enumerate()
-        .flat_map(|(index, span)| (0..span.num_rows).step_by(TILE).map(move |offset| (index, offset)))
-        .collect();
-    let job = |piece: usize| {
-        let (index, first) = pieces[piece];
-        let span = &spans[index];
-        let offsets = first..(first + TILE).min(span.num_rows);
-        dev.isa.run(Append { data, layout, shape, layer, span, offsets, qkv });
-    };
-    let kv_elements = 2 * shape.num_kv_heads * shape.head_dim * spans.iter().map(|s| s.num_rows).sum::<usize>();
-    if kv_elements < INLINE_ELEMENTS {
-        (0..pieces.len()).for_each(job);
-    } else {
-        dev.pool.run(pieces.len(), &job);
-    }
+    let of_span =
+        |(index, span): (usize, &SeqSpan<'_>)| (0..span.num_rows).step_by(TILE).map(move |offset| (index, offset));
+    with_reused(&PIECES, |pieces| {
+        pieces.clear();
+        pieces.extend(spans.iter().enumerate().flat_map(of_span));
+        let job = |piece: usize| {
+            let (index, first) = pieces[piece];
+            let span = &spans[index];
+            let offsets = first..(first + TILE).min(span.num_rows);
+            dev.isa.run(Append { data, layout, shape, layer, span, offsets, qkv });
+        };
+        let kv_elements = 2 * shape.num_kv_heads * shape.head_dim * spans.iter().map(|s| s.num_rows).sum::<usize>();
+        if kv_elements < INLINE_ELEMENTS {
+            (0..pieces.len()).for_each(job);
+        } else {
+            dev.pool.run(pieces.len(), &job);
+        }
+    });
 }
 
 /// Tell the next products what attention over these spans will read.

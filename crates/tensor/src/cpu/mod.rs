@@ -25,6 +25,7 @@ mod norm;
 mod parallel;
 mod pool;
 mod read_probe;
+mod reused;
 mod rope;
 mod sample;
 mod simd;

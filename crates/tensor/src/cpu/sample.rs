@@ -17,9 +17,12 @@ use super::attention::with_scratch;
 use super::lm_head::{BLOCK, Laws, MaxOf, Moments, Weights, for_chunks};
 use super::math::ln;
 use super::parallel::SharedMut;
+use super::reused::with_reused;
 use super::simd::Isa;
 use crate::{PackedLinear, SampleRow, Sampled};
-use filter::{ban, kept_ids, penalise};
+use std::cell::Cell;
+
+use filter::{ban, keep_ids, penalise};
 
 /// One row's masked logits and their law.
 struct Row<'a> {
@@ -44,45 +47,59 @@ fn shifts_logits(params: &SampleRow<'_>) -> bool {
         || params.frequency_penalty != 0.0
 }
 
-/// Draw one token per row of `hidden[T, D]`.
+/// Memory of a call.
+#[derive(Default)]
+struct Memory {
+    inv_temperatures: Vec<f32>,
+    laws: Laws,
+}
+
+thread_local! {
+    static MEMORY: Cell<Memory> = Cell::default();
+    /// Ids that survive truncation.
+    static KEPT: Cell<Vec<u32>> = const { Cell::new(Vec::new()) };
+}
+
+/// Draw one token per row of `hidden[T, D]` into `drawn`, which is overwritten.
 pub(crate) fn sample_rows(
     dev: &CpuDevice,
     hidden: &[f32],
-    head: &PackedLinear,
-    masked_ids: &[u32],
+    (head, masked_ids): (&PackedLinear, &[u32]),
     rows: &[SampleRow<'_>],
-) -> Vec<Sampled> {
+    drawn: &mut Vec<Sampled>,
+) {
     let vocab = head.shape().n;
     assert_eq!(hidden.len(), rows.len() * head.shape().k, "one set of parameters per hidden row");
-    let mut drawn = Vec::with_capacity(rows.len());
+    drawn.clear();
+    drawn.resize(rows.len(), Sampled { token_id: 0, log_prob: 0.0, sampled_log_prob: 0.0, surviving_mass: 1.0 });
     for_chunks(dev, hidden, head, masked_ids, |first, logits| {
-        let rows = &rows[first..first + logits.len() / vocab];
-        drawn.extend(sample_logits(dev, logits, rows));
+        let chunk = first..first + logits.len() / vocab;
+        sample_logits(dev, logits, &rows[chunk.clone()], &mut drawn[chunk]);
     });
-    drawn
 }
 
 /// Draw one token per row of masked logits.
-pub(crate) fn sample_logits(dev: &CpuDevice, logits: &[f32], rows: &[SampleRow<'_>]) -> Vec<Sampled> {
+pub(crate) fn sample_logits(dev: &CpuDevice, logits: &[f32], rows: &[SampleRow<'_>], drawn: &mut [Sampled]) {
     let vocab = logits.len() / rows.len().max(1);
-    let inv_temperatures: Vec<f32> = rows.iter().map(inv_temperature).collect();
-    let laws = Laws::new(dev, logits, &inv_temperatures, Moments::Skip);
-    let nothing = Sampled { token_id: 0, log_prob: 0.0, sampled_log_prob: 0.0, surviving_mass: 1.0 };
-    let mut drawn = vec![nothing; rows.len()];
-    let shared = SharedMut::new(&mut drawn);
-    dev.pool.run(rows.len(), &|index| {
-        let row = Row {
-            isa: dev.isa,
-            logits: &logits[index * vocab..(index + 1) * vocab],
-            params: &rows[index],
-            laws: &laws,
-            index,
-            inv_temperature: inv_temperatures[index],
-        };
-        // SAFETY: every row has an element of its own.
-        unsafe { shared.set(index, row.draw()) };
+    with_reused(&MEMORY, |Memory { inv_temperatures, laws }| {
+        inv_temperatures.clear();
+        inv_temperatures.extend(rows.iter().map(inv_temperature));
+        laws.take(dev, logits, inv_temperatures, Moments::Skip);
+        let (laws, inv_temperatures) = (&*laws, &*inv_temperatures);
+        let shared = SharedMut::new(drawn);
+        dev.pool.run(rows.len(), &|index| {
+            let row = Row {
+                isa: dev.isa,
+                logits: &logits[index * vocab..(index + 1) * vocab],
+                params: &rows[index],
+                laws,
+                index,
+                inv_temperature: inv_temperatures[index],
+            };
+            // SAFETY: every row has an element of its own.
+            unsafe { shared.set(index, row.draw()) };
+        });
     });
-    drawn
 }
 
 impl Row<'_> {
@@ -95,7 +112,9 @@ impl Row<'_> {
         let truncated = p.top_p < 1.0 || p.top_k > 0 || p.min_p > 0.0;
         let bans = !p.banned_ids.is_empty() || !p.allowed_ids.is_empty();
         if shifts_logits(p) || bans || (truncated && p.temperature > 0.0) {
-            return with_scratch(2 * self.logits.len(), |memory| self.draw_processed(memory));
+            return with_reused(&KEPT, |kept| {
+                with_scratch(2 * self.logits.len(), |memory| self.draw_processed(memory, kept))
+            });
         }
         let id = if p.temperature > 0.0 { self.draw_untruncated() } else { argmax(self.logits) };
         let log_prob = self.log_prob(id);
@@ -133,7 +152,7 @@ impl Row<'_> {
     }
 
     /// Draw under bias, penalties, bans and truncation. `memory` has room for two rows.
-    fn draw_processed(&self, memory: &mut [f32]) -> Sampled {
+    fn draw_processed(&self, memory: &mut [f32], kept: &mut Vec<u32>) -> Sampled {
         let p = self.params;
         let (logits, weights) = memory.split_at_mut(self.logits.len());
         logits.copy_from_slice(self.logits);
@@ -141,7 +160,7 @@ impl Row<'_> {
         ban(p, logits);
         let max = self.isa.run(MaxOf(logits)) * self.inv_temperature;
         self.weigh(logits, max, weights);
-        let kept = kept_ids(p, logits, weights);
+        keep_ids(p, logits, weights, kept);
         let weight_of = |i: usize| weights[kept[i] as usize];
         let total: f64 = (0..kept.len()).map(|i| f64::from(weight_of(i))).sum();
         let id = if p.temperature > 0.0 {
@@ -151,7 +170,7 @@ impl Row<'_> {
         };
         let scaled = f64::from(logits[id] * self.inv_temperature);
         let sampled_log_prob = ((scaled - f64::from(max)) - ln(total)) as f32;
-        let surviving_mass = self.surviving_mass(&kept, weights);
+        let surviving_mass = self.surviving_mass(kept, weights);
         let log_prob = self.log_prob(id);
         let unchanged = surviving_mass == 1.0 && !shifts_logits(p);
         let sampled_log_prob = if unchanged { log_prob } else { sampled_log_prob };

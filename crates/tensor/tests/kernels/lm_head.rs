@@ -256,7 +256,9 @@ fn gradients_add_up_over_chunks() {
 fn sample(case: &Case, dev: &CpuDevice, dtype: DType, rows: &[SampleRow<'_>]) -> Vec<Sampled> {
     let shape = LinearShape { n: case.vocab, k: case.dim };
     let head = dev.pack(dev.upload(&case.weight).all(), shape, dtype, Reduction::Groups8);
-    dev.lm_head_sample(dev.upload(&case.hidden).all(), &head, &MASKED, rows)
+    let mut drawn = Vec::new();
+    dev.lm_head_sample(dev.upload(&case.hidden).all(), (&head, &MASKED), rows, &mut drawn);
+    drawn
 }
 
 /// The log-prob that the sampler reports is, bit for bit, the one that scoring computes for the drawn id.

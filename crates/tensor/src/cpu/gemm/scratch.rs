@@ -1,6 +1,7 @@
 //! Memory that kernels reuse from call to call, one set per thread, so that no call allocates once sizes have settled.
 
 use crate::cpu::AlignedVec;
+use crate::cpu::reused::with_reused;
 use std::cell::Cell;
 
 fn grown(memory: &mut AlignedVec<f32>, len: usize) -> *mut f32 {
@@ -18,23 +19,21 @@ thread_local! {
 
 /// Run `f` with `len` words of this thread's memory for the segments of a block.
 pub(super) fn with_block(len: usize, f: impl FnOnce(*mut f32)) {
-    let mut memory = BLOCK.take();
-    f(grown(&mut memory, len));
-    BLOCK.set(memory);
+    with_reused(&BLOCK, |memory| f(grown(memory, len)));
 }
 
-/// Run `f` with `len` words of this thread's memory for a packed left operand. A nested call gets memory of its own.
+/// Run `f` with `len` words of this thread's memory for a packed left operand.
 pub(super) fn with_left(len: usize, f: impl FnOnce(&mut [f32])) {
-    let mut memory = LEFT.take();
-    grown(&mut memory, len);
-    f(&mut memory[..len]);
-    LEFT.set(memory);
+    with_reused(&LEFT, |memory| {
+        grown(memory, len);
+        f(&mut memory[..len]);
+    });
 }
 
 /// Run `f` with `len` words of this thread's memory for sums that are not complete, contents arbitrary.
 pub(super) fn with_carry(len: usize, f: impl FnOnce(&mut [f32])) {
-    let mut memory = CARRY.take();
-    grown(&mut memory, len);
-    f(&mut memory[..len]);
-    CARRY.set(memory);
+    with_reused(&CARRY, |memory| {
+        grown(memory, len);
+        f(&mut memory[..len]);
+    });
 }

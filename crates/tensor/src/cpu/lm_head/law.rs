@@ -26,6 +26,7 @@ pub(crate) enum Moments {
 }
 
 /// The laws of some rows of logits.
+#[derive(Default)]
 pub(crate) struct Laws {
     vocab: usize,
     /// Largest `logit / T` of each row.
@@ -36,6 +37,9 @@ pub(crate) struct Laws {
     blocks: Vec<f32>,
     /// Sums of `e x` and of `e^2` of each row, where taken.
     moments: Vec<[f64; 2]>,
+    /// Largest logit of each (row, part), and moments of each block: on the way to the others.
+    part_max: Vec<f32>,
+    block_moments: Vec<[f32; 2]>,
 }
 
 /// Number of blocks of a vocabulary.
@@ -177,19 +181,26 @@ impl Laws {
     /// The laws of `logits[rows, vocab]`, row `i` at temperature `1 / inv_temperatures[i]`. Masked ids hold minus
     /// infinity.
     pub(crate) fn new(dev: &CpuDevice, logits: &[f32], inv_temperatures: &[f32], moments: Moments) -> Laws {
+        let mut laws = Laws::default();
+        laws.take(dev, logits, inv_temperatures, moments);
+        laws
+    }
+
+    /// [`Laws::new`] in the memory of laws that are no longer needed.
+    pub(crate) fn take(&mut self, dev: &CpuDevice, logits: &[f32], inv_temperatures: &[f32], moments: Moments) {
         let rows = inv_temperatures.len();
         let vocab = logits.len() / rows.max(1);
         let blocks = num_blocks(vocab);
-        let part_max = part_maxima(dev, logits, rows, vocab);
-        let max: Vec<f32> = (0..rows)
-            .map(|row| {
-                let parts = &part_max[row * PARTS..(row + 1) * PARTS];
-                parts.iter().fold(f32::NEG_INFINITY, |max, x| if *x > max { *x } else { max }) * inv_temperatures[row]
-            })
-            .collect();
-        let mut sums = vec![0f32; rows * blocks];
-        let mut block_moments = vec![[0f32; 2]; if moments == Moments::Take { rows * blocks } else { 0 }];
-        let (shared_sums, shared_moments) = (SharedMut::new(&mut sums), SharedMut::new(&mut block_moments));
+        let Laws { max, total, blocks: sums, moments: taken, part_max, block_moments, .. } = self;
+        find_part_maxima(dev, logits, (rows, vocab), part_max);
+        max.clear();
+        max.extend((0..rows).map(|row| {
+            let parts = &part_max[row * PARTS..(row + 1) * PARTS];
+            parts.iter().fold(f32::NEG_INFINITY, |max, x| if *x > max { *x } else { max }) * inv_temperatures[row]
+        }));
+        refill(sums, rows * blocks, 0f32);
+        refill(block_moments, if moments == Moments::Take { rows * blocks } else { 0 }, [0f32; 2]);
+        let (shared_sums, shared_moments) = (SharedMut::new(sums), SharedMut::new(block_moments));
         dev.pool.run(rows * PARTS, &|task| {
             let (row, part) = (task / PARTS, task % PARTS);
             let (ids, range) = (part_ids(vocab, part), part_blocks(vocab, part));
@@ -206,11 +217,14 @@ impl Laws {
         let join_row = |row: usize, value: &dyn Fn(usize) -> f64| {
             join(std::array::from_fn(|part| part_blocks(vocab, part).map(|block| value(row * blocks + block)).sum()))
         };
-        let total = (0..rows).map(|row| join_row(row, &|index| f64::from(sums[index]))).collect();
-        let moments = (0..if moments == Moments::Take { rows } else { 0 })
-            .map(|row| [0, 1].map(|which| join_row(row, &|index| f64::from(block_moments[index][which]))))
-            .collect();
-        Laws { vocab, max, total, blocks: sums, moments }
+        total.clear();
+        total.extend((0..rows).map(|row| join_row(row, &|index| f64::from(sums[index]))));
+        taken.clear();
+        taken.extend(
+            (0..if moments == Moments::Take { rows } else { 0 })
+                .map(|row| [0, 1].map(|which| join_row(row, &|index| f64::from(block_moments[index][which])))),
+        );
+        self.vocab = vocab;
     }
 
     /// Sums of the blocks of `row`.
@@ -236,10 +250,16 @@ impl Laws {
     }
 }
 
+/// `len` times `value` in the memory of `list`.
+fn refill<T: Clone>(list: &mut Vec<T>, len: usize, value: T) {
+    list.clear();
+    list.resize(len, value);
+}
+
 /// Largest logit of each (row, part).
-fn part_maxima(dev: &CpuDevice, logits: &[f32], rows: usize, vocab: usize) -> Vec<f32> {
-    let mut maxima = vec![f32::NEG_INFINITY; rows * PARTS];
-    let shared = SharedMut::new(&mut maxima);
+fn find_part_maxima(dev: &CpuDevice, logits: &[f32], (rows, vocab): (usize, usize), maxima: &mut Vec<f32>) {
+    refill(maxima, rows * PARTS, f32::NEG_INFINITY);
+    let shared = SharedMut::new(maxima);
     dev.pool.run(rows * PARTS, &|task| {
         let ids = part_ids(vocab, task % PARTS);
         let start = task / PARTS * vocab;
@@ -247,5 +267,4 @@ fn part_maxima(dev: &CpuDevice, logits: &[f32], rows: usize, vocab: usize) -> Ve
         // SAFETY: every task has an element of its own.
         unsafe { shared.set(task, max) };
     });
-    maxima
 }

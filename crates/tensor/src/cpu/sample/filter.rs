@@ -40,14 +40,15 @@ pub(super) fn ban(params: &SampleRow<'_>, logits: &mut [f32]) {
 }
 
 /// Ids that survive min-p, top-k and top-p, ascending; `weights` are `e^(z - max)`. At temperature 0 nothing is
-/// dropped.
-pub(super) fn kept_ids(params: &SampleRow<'_>, logits: &[f32], weights: &[f32]) -> Vec<u32> {
+/// dropped. `ids` is overwritten.
+pub(super) fn keep_ids(params: &SampleRow<'_>, logits: &[f32], weights: &[f32], ids: &mut Vec<u32>) {
     let truncates = params.temperature > 0.0;
     let floor = if truncates { params.min_p } else { 0.0 };
-    let mut ids: Vec<u32> =
-        (0..weights.len() as u32).filter(|id| weights[*id as usize] > 0.0 && weights[*id as usize] >= floor).collect();
+    ids.clear();
+    ids.reserve(weights.len());
+    ids.extend((0..weights.len() as u32).filter(|id| weights[*id as usize] > 0.0 && weights[*id as usize] >= floor));
     if !truncates {
-        return ids;
+        return;
     }
     let likelier =
         |a: &u32, b: &u32| -> Ordering { logits[*b as usize].total_cmp(&logits[*a as usize]).then_with(|| a.cmp(b)) };
@@ -63,11 +64,10 @@ pub(super) fn kept_ids(params: &SampleRow<'_>, logits: &[f32], weights: &[f32]) 
         // Ids this unlikely hold less than the mass that may go, all together, so the nucleus lies among the others.
         let unlikely = 0.99 * (total - wanted) / ids.len() as f64;
         ids.retain(|id| f64::from(weights[*id as usize]) >= unlikely);
-        let nucleus = nucleus_len(&mut ids, weights, wanted, likelier);
+        let nucleus = nucleus_len(ids, weights, wanted, likelier);
         ids.truncate(nucleus);
         ids.sort_unstable();
     }
-    ids
 }
 
 /// Sort the likeliest ids to the front until their mass reaches `wanted`; returns how many that takes, at least 1.

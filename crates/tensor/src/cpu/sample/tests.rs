@@ -6,6 +6,13 @@ fn plain(uniform: f64) -> SampleRow<'static> {
     SampleRow::plain(1.0, uniform)
 }
 
+fn drawn_of(dev: &CpuDevice, logits: &[f32], rows: &[SampleRow<'_>]) -> Vec<Sampled> {
+    let nothing = Sampled { token_id: 0, log_prob: 0.0, sampled_log_prob: 0.0, surviving_mass: 1.0 };
+    let mut drawn = vec![nothing; rows.len()];
+    sample_logits(dev, logits, rows, &mut drawn);
+    drawn
+}
+
 fn device(num_threads: usize) -> CpuDevice {
     CpuDevice::new(CpuConfig { num_threads, isa: None })
 }
@@ -75,7 +82,7 @@ fn check_law(logits: &[f32], params: &SampleRow<'_>, draws: u64, seed: u64) {
         let params: Vec<SampleRow<'_>> =
             (0..rows as u64).map(|i| SampleRow { uniform: uniform53(seed, start + i), ..*params }).collect();
         let repeated = logits.repeat(rows);
-        for drawn in sample_logits(&dev, &repeated, &params) {
+        for drawn in drawn_of(&dev, &repeated, &params) {
             counts[drawn.token_id as usize] += 1;
         }
     }
@@ -142,7 +149,7 @@ fn a_tail_id_owns_an_interval_of_its_mass() {
     logits[700] = -(1e6f64.ln()) as f32;
     logits[900] = 0.5;
     let dev = device(1);
-    let draw = |uniform| sample_logits(&dev, &logits, &[plain(uniform)])[0].token_id;
+    let draw = |uniform| drawn_of(&dev, &logits, &[plain(uniform)])[0].token_id;
     let first_uniform_of = |id: u32| {
         let (mut below, mut above) = (0.0, 1.0);
         for _ in 0..60 {
@@ -178,7 +185,7 @@ fn ids_of_mass_1e_6_are_drawn_as_often_as_the_law_says() {
         let rows: Vec<SampleRow<'_>> = (0..num_draws).map(row).collect();
         let mut counts = vec![0u32; 1024];
         for rows in rows.chunks(100) {
-            sample_logits(&dev, &logits.repeat(rows.len()), rows).iter().for_each(|d| counts[d.token_id as usize] += 1);
+            drawn_of(&dev, &logits.repeat(rows.len()), rows).iter().for_each(|d| counts[d.token_id as usize] += 1);
         }
         let expected = |id: usize| law[id] / tail * num_draws as f64;
         let cells = (300..).step_by(31).take(ratios.len());
@@ -196,11 +203,11 @@ fn extreme_uniforms_land_on_ids_with_mass() {
     let dev = device(1);
     let (tiny, almost_one) = (0.5 / (1u64 << 53) as f64, 1.0 - f64::EPSILON / 2.0);
     for base in [plain(0.0), SampleRow { top_p: 0.999_999, ..plain(0.0) }] {
-        let draw = |uniform| sample_logits(&dev, &logits, &[SampleRow { uniform, ..base }])[0].token_id;
+        let draw = |uniform| drawn_of(&dev, &logits, &[SampleRow { uniform, ..base }])[0].token_id;
         assert!(draw(tiny) >= 300 && draw(tiny) <= 305);
         assert!(draw(almost_one) >= 750 && draw(almost_one) < 760);
     }
-    let draw = |uniform| sample_logits(&dev, &logits, &[plain(uniform)])[0].token_id;
+    let draw = |uniform| drawn_of(&dev, &logits, &[plain(uniform)])[0].token_id;
     assert_eq!((draw(tiny), draw(almost_one)), (300, 759));
 }
 
@@ -210,16 +217,16 @@ fn greedy_takes_the_lowest_of_the_largest() {
     (logits[40], logits[333]) = (2.5, 2.5);
     let greedy = SampleRow { temperature: 0.0, ..plain(0.5) };
     let dev = device(1);
-    let drawn = sample_logits(&dev, &logits, &[greedy])[0];
+    let drawn = drawn_of(&dev, &logits, &[greedy])[0];
     assert_eq!((drawn.token_id, drawn.surviving_mass), (40, 1.0));
     let law = naive_law(&logits, &plain(0.5));
     assert!((f64::from(drawn.log_prob) - law[40].ln()).abs() < 1e-6);
     assert_eq!(drawn.log_prob.to_bits(), drawn.sampled_log_prob.to_bits());
-    let banned = sample_logits(&dev, &logits, &[SampleRow { banned_ids: &[40], ..greedy }])[0];
+    let banned = drawn_of(&dev, &logits, &[SampleRow { banned_ids: &[40], ..greedy }])[0];
     assert_eq!(banned.token_id, 333);
     assert!((f64::from(banned.surviving_mass) - (1.0 - law[40])).abs() < 1e-6);
     let repelled = SampleRow { seen: &[(40, 1)], presence_penalty: 5.0, ..greedy };
-    assert_eq!(sample_logits(&dev, &logits, &[repelled])[0].token_id, 333);
+    assert_eq!(drawn_of(&dev, &logits, &[repelled])[0].token_id, 333);
 }
 
 #[test]
@@ -238,7 +245,7 @@ fn reported_numbers_follow_their_definitions() {
         let mass: f64 = free.iter().zip(&law).filter(|(_, l)| **l > 0.0).map(|(f, _)| f).sum();
         for i in 0..50 {
             let row = SampleRow { uniform: uniform53(3, i), ..base };
-            let drawn = sample_logits(&dev, &logits, &[row])[0];
+            let drawn = drawn_of(&dev, &logits, &[row])[0];
             let id = drawn.token_id as usize;
             assert!((f64::from(drawn.log_prob) - free[id].ln()).abs() < 2e-6);
             assert!((f64::from(drawn.sampled_log_prob) - law[id].ln()).abs() < 2e-6);
@@ -253,8 +260,8 @@ fn filters_that_drop_nothing_change_nothing() {
     let dev = device(1);
     for i in 0..200 {
         let row = plain(uniform53(4, i));
-        let free = sample_logits(&dev, &logits, &[row])[0];
-        let kept = sample_logits(&dev, &logits, &[SampleRow { top_k: 500, ..row }])[0];
+        let free = drawn_of(&dev, &logits, &[row])[0];
+        let kept = drawn_of(&dev, &logits, &[SampleRow { top_k: 500, ..row }])[0];
         assert_eq!((free, free.sampled_log_prob.to_bits()), (kept, kept.log_prob.to_bits()));
     }
 }
@@ -270,12 +277,12 @@ fn rows_and_threads_do_not_reach_a_draw() {
             ..plain(uniform53(5, i))
         })
         .collect();
-    let all = sample_logits(&device(1), &logits, &params);
+    let all = drawn_of(&device(1), &logits, &params);
     for threads in [2, 3] {
-        assert_eq!(sample_logits(&device(threads), &logits, &params), all);
+        assert_eq!(drawn_of(&device(threads), &logits, &params), all);
     }
     for row in 0..rows {
-        let alone = sample_logits(&device(1), &logits[row * 777..(row + 1) * 777], &params[row..=row]);
+        let alone = drawn_of(&device(1), &logits[row * 777..(row + 1) * 777], &params[row..=row]);
         assert_eq!(alone[0], all[row]);
     }
 }
@@ -288,7 +295,8 @@ fn a_wide_nucleus_equals_a_full_sort() {
     let law = naive_law(&logits, &row);
     let max = logits.iter().copied().fold(f32::MIN, f32::max);
     let weights: Vec<f32> = logits.iter().map(|z| (z - max).exp()).collect();
-    let kept = kept_ids(&row, &logits, &weights);
+    let mut kept = Vec::new();
+    keep_ids(&row, &logits, &weights, &mut kept);
     let expected: Vec<u32> = (0..3000).filter(|id| law[*id as usize] > 0.0).collect();
     assert_eq!(kept, expected);
 }
@@ -299,7 +307,7 @@ fn broken_logits_are_reported_and_do_not_panic() {
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let logits = vec![bad; 300];
         for row in [plain(0.5), SampleRow { top_p: 0.5, ..plain(0.5) }, SampleRow { temperature: 0.0, ..plain(0.5) }] {
-            let drawn = sample_logits(&dev, &logits, &[row])[0];
+            let drawn = drawn_of(&dev, &logits, &[row])[0];
             assert!(drawn.log_prob.is_nan() && drawn.token_id < 300, "{bad}: {drawn:?}");
         }
     }
