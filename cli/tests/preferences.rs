@@ -236,6 +236,11 @@ fn what_cannot_be_learned_from_is_refused_by_row_and_key() {
             json!({"prompt": "p", "chosen": "1", "rejected": "1"}),
             vec!["stage.0.data", "row 1", "`chosen` equals `rejected`"],
         ),
+        (
+            stage("reward_model", ""),
+            json!({"prompt": "p", "chosen": "1", "rejected": "1"}),
+            vec!["stage.0.data", "row 1", "`chosen` equals `rejected`"],
+        ),
         (stage("kto", ""), json!({"prompt": "p", "completion": "1"}), vec!["stage.0.data", "row 1", "`label`"]),
         (
             stage("dpo", "loss = { loss_type = [\"sigmoyd\"] }"),

@@ -4,15 +4,13 @@
 #![allow(unsafe_code)]
 
 #[path = "engine/support.rs"]
-#[allow(dead_code)]
 mod support;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicU64, Ordering};
-use support::{FORMATS, Model, engine_with};
-use temper_actor::Family;
+use support::{FORMATS, Model, engine_of, run_all};
 use temper_proto::GroupRequest;
-use temper_rollout::{Engine, EngineConfig, PolicyModel};
+use temper_rollout::{Engine, PolicyModel};
 use temper_types::{GroupId, SamplingParams};
 
 struct Counting;
@@ -61,12 +59,7 @@ fn laws() -> [SamplingParams; 4] {
     ]
 }
 
-/// Allocations of 40 steps in which every sample draws and none ends.
-fn count_allocations(
-    engine: &mut Engine<PolicyModel>,
-    (num_groups, num_samples): (u64, u64),
-    law: &SamplingParams,
-) -> u64 {
+fn requests((num_groups, num_samples): (u64, u64), law: &SamplingParams) -> Vec<GroupRequest> {
     let request = |id: u64| GroupRequest {
         group_id: GroupId(id),
         prompt_token_ids: (0..33).map(|i| (i * 5 + id as u32) % 61).collect(),
@@ -74,12 +67,18 @@ fn count_allocations(
         sampling: law.clone(),
         ..GroupRequest::default()
     };
-    engine.submit((0..num_groups).map(request).collect()).expect("they fit");
-    // Every thread has met every kernel by then.
-    (0..12).for_each(|_| engine.step().expect("it generates"));
+    (0..num_groups).map(request).collect()
+}
+
+/// Allocations of 40 steps in which every sample draws and none ends.
+fn count_allocations(engine: &mut Engine<PolicyModel>, shape: (u64, u64), law: &SamplingParams) -> u64 {
+    // Every thread meets every kernel.
+    run_all(engine, requests(shape, law));
+    engine.submit(requests(shape, law)).expect("they fit");
+    (0..4).for_each(|_| engine.step().expect("it generates"));
     let before = COUNT.load(Ordering::Relaxed);
     (0..40).for_each(|_| engine.step().expect("it generates"));
-    assert_eq!(engine.num_open_groups() as u64, num_groups, "nothing ended");
+    assert_eq!(engine.num_open_groups() as u64, shape.0, "nothing ended");
     COUNT.load(Ordering::Relaxed) - before
 }
 
@@ -88,8 +87,7 @@ fn steps_of_the_decode_loop_allocate_nothing() {
     for format in FORMATS {
         for law in laws() {
             for shape in [(1, 1), (1, 8), (5, 7)] {
-                let model = Model { seed: 1, family: Family::Llama, format };
-                let mut engine = engine_with(model, &EngineConfig { block_size: 16, ..EngineConfig::default() });
+                let mut engine = engine_of(Model { format, ..Model::llama(1) });
                 let count = count_allocations(&mut engine, shape, &law);
                 assert_eq!(count, 0, "{format:?}, {shape:?} samples, {law:?}");
             }

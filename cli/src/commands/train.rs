@@ -13,6 +13,9 @@ use crate::workers::Cluster;
 use crate::{Interrupted, usage};
 use anyhow::Context;
 use serde_json::json;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -210,11 +213,20 @@ fn announce(runtime: &Runtime, summary: &str, root: &Path) {
 /// A flag that Ctrl-C and SIGTERM set; a second Ctrl-C ends the process at once.
 fn stop_flag() -> anyhow::Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+    for signal in [SIGINT, SIGTERM] {
         signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&flag))?;
         signal_hook::flag::register(signal, Arc::clone(&flag))?;
     }
     flag.store(false, Ordering::SeqCst);
+    let mut signals = Signals::new([SIGINT, SIGTERM])?;
+    let say = move || {
+        if signals.forever().next().is_some() {
+            let text = "the run stops with a checkpoint behind the step under way; a second Ctrl-C ends it at once";
+            // Nobody may be listening any more.
+            let _ = writeln!(std::io::stderr(), "\n{text}");
+        }
+    };
+    std::thread::Builder::new().name("signals".to_owned()).spawn(say)?;
     Ok(flag)
 }
 

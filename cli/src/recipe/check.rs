@@ -4,7 +4,7 @@ use super::check_reward_model::{self, check_directories, check_earlier, check_pa
 use super::check_texts::Texts;
 use super::render::to_table;
 use super::{ModelSource, PlacementMode, Recipe, RecipeError, Source};
-use super::{check_distill, check_partial, check_replay, check_weights, preference_stage};
+use super::{check_distill, check_partial, check_replay, check_weights, idle_keys, preference_stage};
 use crate::reward_models::launcher;
 use crate::{rollout_ranks, staleness, tls, trainer_ranks};
 use std::collections::BTreeMap;
@@ -66,7 +66,9 @@ pub fn check(recipe: &Recipe, source: &Source) -> Result<CheckReport, RecipeErro
     check_weights::check(recipe, source)?;
     let identity = identity(recipe, &data);
     let num_rows: BTreeMap<String, usize> = data.into_iter().map(|(name, rows)| (name, rows.len())).collect();
-    let summary = [summary(recipe, &num_rows)].into_iter().chain(left_out).collect::<Vec<String>>().join("\n");
+    let idle_keys = idle_keys::lines(recipe, source);
+    let summary = [summary(recipe, &num_rows)].into_iter().chain(left_out).chain(idle_keys);
+    let summary = summary.collect::<Vec<String>>().join("\n");
     Ok(CheckReport { summary, num_rows, identity })
 }
 

@@ -1,23 +1,15 @@
 //! Checks of stages and rewards that hold a reward model.
 
 use super::{Recipe, RecipeError, Source};
-use temper_controller::{PolicyStage, RewardModelStage, Stage};
+use temper_algos::preference::PreferenceForm;
+use temper_controller::{PolicyStage, RewardModelStage, Stage, check_preferences};
 use temper_proto::Backbone;
 use temper_reward::{ModelScorer, RewardKind, RewardModelSource};
 use temper_types::PromptRow;
 
 /// Every row is a pair; `name` is the dataset's.
 pub(super) fn check_pairs(source: &Source, key: &str, name: &str, rows: &[PromptRow]) -> Result<(), RecipeError> {
-    match rows.iter().find(|row| row.chosen.is_none() || row.rejected.is_none()) {
-        Some(row) => {
-            let problem = format!(
-                "row {} of `{name}` has no `chosen` and `rejected`: a reward model needs both in every row",
-                row.prompt_id
-            );
-            Err(source.error(key, problem))
-        }
-        None => Ok(()),
-    }
+    check_preferences(PreferenceForm::Pairs, name, rows).map_err(|e| source.error(key, e))
 }
 
 /// Every reward model that is given by its directory is one.

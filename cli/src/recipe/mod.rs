@@ -15,6 +15,7 @@ mod check_texts;
 mod check_weights;
 mod differences;
 mod error;
+mod idle_keys;
 mod preference_stage;
 mod render;
 mod source;

@@ -84,6 +84,17 @@ impl Source {
         self.origins.get(key).cloned().unwrap_or(Origin::Default)
     }
 
+    /// What somebody gave at `key`, a value or the values of a table, with who did.
+    pub fn given_at(&self, key: &str) -> Vec<(String, Origin)> {
+        let below = format!("{key}.");
+        let here = self.origins.range(key.to_owned()..).take_while(|(path, _)| path.starts_with(key));
+        let is_item = |path: &str| path[key.len()..].split('.').any(|part| part.parse::<usize>().is_ok());
+        let here = here.filter(|(path, _)| *path == key || (path.starts_with(&below) && !is_item(path)));
+        let given: Vec<(&String, &Origin)> = here.collect();
+        let is_table = |path: &str| given.iter().any(|(other, _)| other.starts_with(&format!("{path}.")));
+        given.iter().filter(|(path, _)| !is_table(path)).map(|(path, at)| ((*path).clone(), (*at).clone())).collect()
+    }
+
     /// An error about a key, naming where it was given; about a table, where the key in it was that the problem names.
     pub fn error(&self, key: &str, problem: impl fmt::Display) -> RecipeError {
         let problem = problem.to_string();

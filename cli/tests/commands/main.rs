@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may stop at the first surprise")]
 
 mod bench;
+mod check;
 #[path = "../common/mod.rs"]
 mod common;
 mod eval;
