@@ -1,6 +1,7 @@
 //! The control of a run, as its server offers it: the run's own control, and the workers.
 
 use crate::random;
+use crate::run_dirs;
 use crate::workers::Hub;
 use anyhow::bail;
 use std::io;
@@ -106,8 +107,7 @@ pub fn forget_address(run_dir: &Path) -> io::Result<()> {
 
 /// The last event of the run in `run_dir`, where that is an end.
 fn how_it_ended(run_dir: &Path) -> Option<String> {
-    let text = std::fs::read_to_string(run_dir.join("events.jsonl")).ok()?;
-    let last: serde_json::Value = serde_json::from_str(text.lines().last()?).ok()?;
+    let last = run_dirs::last_event(run_dir, |_| true)?;
     let event = last["event"].as_str()?;
     ["completed", "interrupted", "failed"].contains(&event).then(|| event.to_owned())
 }

@@ -34,8 +34,12 @@ pub fn latest(name: &str) -> PathBuf {
 
 /// When a run began, as its events say: RFC 3339, so that text compares as time does. `None` where it never began.
 fn started(dir: &Path) -> Option<String> {
-    let text = std::fs::read_to_string(dir.join("events.jsonl")).ok()?;
-    let mut events = text.lines().rev().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let last = events.find(|event| event["event"] == "started")?;
+    let last = last_event(dir, |event| event["event"] == "started")?;
     last["time"].as_str().map(str::to_owned)
+}
+
+/// The last event of the run in `dir` of those that `is_wanted`.
+pub fn last_event(dir: &Path, is_wanted: impl Fn(&Value) -> bool) -> Option<Value> {
+    let text = std::fs::read_to_string(dir.join("events.jsonl")).ok()?;
+    text.lines().rev().filter_map(|line| serde_json::from_str::<Value>(line).ok()).find(is_wanted)
 }
