@@ -183,13 +183,6 @@ const CASES: &[Case] = &[
         &["stage.1.algorithm", "rollout_is_threshold", "bounds around 1"],
     ),
     case(
-        "K/V to keep, and nowhere to",
-        "entropy_coeff = 0.001 } }\n",
-        "entropy_coeff = 0.001 } }\npartial_rollouts = { policy = \"keep_kv\", round_tokens = 2 }\n\
-         [engine]\nprefix_cache = false\n",
-        &["stage.1.partial_rollouts.policy", "keep nothing", "engine.prefix_cache = true"],
-    ),
-    case(
         "nothing is over-sampled",
         "sampling = { max_new_tokens = 6 }",
         "sampling = { max_new_tokens = 6 }\npartial_rollouts = { over_sampling = 1.0, round_tokens = 2 }",

@@ -4,7 +4,7 @@ mod common;
 mod finished;
 mod run;
 
-use common::{SMALL, recipe, stderr};
+use common::{SMALL, recipe, stderr, temper};
 use finished::finish;
 use run::{Outcome, train};
 use std::collections::BTreeMap;
@@ -50,8 +50,9 @@ fn total(outcome: &Outcome, key: &str) -> f64 {
     outcome.metrics.iter().filter_map(value).sum()
 }
 
-/// Every sample of every prompt once, whole, in the versions that drew it.
-fn check_samples(outcome: &Outcome) {
+/// Every sample of every prompt once, whole, in the versions that drew it; the steps that can compare their log-probs
+/// with the trainer's number at least `least_gaps`.
+fn check_samples(outcome: &Outcome, least_gaps: usize) {
     assert_eq!(outcome.samples.len() as u64, NUM_STEPS * 4 * 2);
     let mut steps: BTreeMap<u64, u64> = BTreeMap::new();
     for sample in &outcome.samples {
@@ -70,7 +71,7 @@ fn check_samples(outcome: &Outcome) {
         row["rollout_train_log_prob_diff_max"].as_f64()
     };
     let gaps: Vec<f64> = outcome.metrics.iter().filter_map(gap).collect();
-    assert!(gaps.len() > 2 && gaps.iter().all(|gap| *gap < 1e-4), "engine and trainer agree: {gaps:?}");
+    assert!(gaps.len() >= least_gaps && gaps.iter().all(|gap| *gap < 1e-4), "engine and trainer agree: {gaps:?}");
 }
 
 /// Killed twice and resumed, once over processes; then over processes from the start.
@@ -91,7 +92,7 @@ fn responses_that_go_on_are_the_same_wherever_they_do() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let recipe = recipe(dir.path(), &partial("recompute"));
     let expected = finish(&recipe, &dir.path().join("straight"), &[]);
-    check_samples(&expected);
+    check_samples(&expected, 4);
     let num_mixed = expected.samples.iter().filter(|sample| sample.policy_versions.len() > 1).count();
     assert!(num_mixed > 2 && total(&expected, "partial/num_carried_tokens") > 0.0, "{num_mixed} of several versions");
     // Tokens of older weights are weighed: the ratio against the engine's log-probs is not 1.
@@ -107,7 +108,7 @@ fn aborted_responses_are_drawn_anew_under_one_version() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let recipe = recipe(dir.path(), &partial("abort"));
     let expected = finish(&recipe, &dir.path().join("straight"), &[]);
-    check_samples(&expected);
+    check_samples(&expected, 4);
     assert!(expected.samples.iter().all(|sample| sample.policy_versions.len() == 1));
     let num_aborted = total(&expected, "partial/num_aborted_samples");
     assert!(num_aborted > 2.0);
@@ -124,7 +125,7 @@ fn kept_kv_are_found_where_they_are() {
     let recipe = recipe(dir.path(), &partial("keep_kv"));
     let small_blocks = ["--set", "engine.block_size=16"];
     let straight = finish(&recipe, &dir.path().join("straight"), &small_blocks);
-    check_samples(&straight);
+    check_samples(&straight, 3);
     assert!(total(&straight, "partial/num_kept_tokens") > 20.0);
     let processes =
         [&small_blocks[..], &["--set", "placement.mode=processes", "--set", "placement.rollout_workers=2"]].concat();
@@ -135,7 +136,38 @@ fn kept_kv_are_found_where_they_are() {
     let output = train(&recipe, &killed, &small_blocks, Some("4:update"));
     assert_eq!(output.status.signal(), Some(9), "{}", stderr(&output));
     let resumed = finish(&recipe, &killed, &[&small_blocks[..], &["--resume"]].concat());
-    check_samples(&resumed);
+    check_samples(&resumed, 3);
+}
+
+/// Blocks decide what is kept, so a run is resumed with its own; where nothing could be kept it is not begun.
+#[test]
+fn what_kept_kv_need_is_checked() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = recipe(dir.path(), &partial("keep_kv"));
+    let check = |sets: &str| {
+        let sets = sets.split(' ').map(|set| format!("--set={set}"));
+        let output = temper().arg("check").arg(&path).arg("--json").args(sets).output().expect("it starts");
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned(), stderr(&output))
+    };
+    let cases = [
+        ("engine.prefix_cache=false", "engine.prefix_cache = true"),
+        ("placement.sleep=true", "placement.sleep = false"),
+        (
+            "placement.mode=processes placement.trainer_ranks=2 placement.mirror_shards=true",
+            "placement.mirror_shards = false",
+        ),
+    ];
+    for (set, expected) in cases {
+        let (code, _, error) = check(set);
+        assert!(code == Some(2) && error.contains(expected), "{set}: {error}");
+        assert!(error.contains("stage.1.partial_rollouts.policy"), "{error}");
+    }
+    let identity = |set: &str| {
+        let report: serde_json::Value = serde_json::from_str(&check(set).1).expect("a report");
+        report["identity"].as_str().expect("an identity").to_owned()
+    };
+    assert_ne!(identity("engine.block_size=16"), identity("engine.block_size=32"));
+    assert_eq!(identity("engine.num_blocks=500"), identity("engine.num_blocks=600"));
 }
 
 /// `finish` without over-sampling is a step as ever.

@@ -339,7 +339,11 @@ impl Controller {
     /// K/V that samples kept are in the memory of engines that are gone.
     fn warn_of_lost_kv(&self) {
         let stage = self.spec.stages.get(self.state.stage);
-        let keeps_kv = matches!(stage, Some(Stage::Policy(policy)) if policy.keeps_kv());
+        let keeps_kv = match stage {
+            Some(Stage::Policy(policy)) => policy.keeps_kv(),
+            Some(Stage::OnlinePreference(stage)) => stage.policy.keeps_kv(),
+            _ => false,
+        };
         if keeps_kv && !self.carried.is_empty() {
             tracing::warn!(
                 num_groups = self.carried.len(),

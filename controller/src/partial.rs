@@ -70,11 +70,8 @@ impl Collector {
         self.begin_groups(self.num_groups.saturating_sub(self.carried.len()))?;
         let mut rounds = Rounds::default();
         while self.goes_on(partial.policy, wanted) {
-            let num_kept_tokens = self.round(partial)?;
+            self.round(partial, &mut rounds)?;
             self.score_complete()?;
-            if rounds.num_rounds == 0 {
-                rounds.num_kept_tokens = num_kept_tokens;
-            }
             rounds.num_rounds += 1;
         }
         let mut num_taken = 0;
@@ -116,21 +113,20 @@ impl Collector {
         Ok(())
     }
 
-    /// Let every sample under way grow; gives the slots of K/V of older weights over which they did.
-    fn round(&mut self, partial: &PartialRollouts) -> Result<u64, Error> {
+    /// Let every sample under way grow.
+    fn round(&mut self, partial: &PartialRollouts, rounds: &mut Rounds) -> Result<(), Error> {
         self.rollouts.place.enter(Phase::Rollout);
         let begin = self.rollouts.clock.elapsed();
         let sampling = self.rollouts.resolve_sampling(&self.stage.sampling)?;
         let requests = self.carried.iter().filter_map(|group| group.request(&sampling, partial)).collect();
         let results = self.rollouts.run_groups(requests)?;
         let Rollouts { place, services, .. } = &self.rollouts;
-        let mut num_kept_tokens = 0;
         for (group, result) in self.carried.iter_mut().filter(|group| !group.is_complete()).zip(results) {
             let open =
                 group.samples.iter_mut().zip(result.samples).filter(|(s, _)| s.finish_reason == FinishReason::Paused);
             for (sample, new) in open {
                 place.attribute(check_round(sample, &new))?;
-                num_kept_tokens += u64::from(new.num_kept);
+                rounds.num_kept_tokens += if rounds.num_rounds == 0 { u64::from(new.num_kept) } else { 0 };
                 append(sample, new);
                 let text_ids = sample.finish_reason.text_ids(&sample.response_token_ids);
                 sample.response = services.text.decode(text_ids);
@@ -138,7 +134,7 @@ impl Collector {
             }
         }
         self.batch.numbers.rollout_seconds += (self.rollouts.clock.elapsed() - begin).as_secs_f64();
-        Ok(num_kept_tokens)
+        Ok(())
     }
 
     /// Score the groups that a round has completed.

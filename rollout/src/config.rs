@@ -5,7 +5,8 @@ use crate::{Error, ModelLimits};
 use serde::{Deserialize, Serialize};
 use temper_types::WeightFormat;
 
-/// Engine limits as they stand in a recipe. None but `weights`, `replay` and `lenience` changes a bit of any response.
+/// Engine limits as they stand in a recipe. None but `weights`, `replay` and `lenience` changes a bit of any response,
+/// where no sample keeps K/V of older weights ([`temper_proto::GroupRequest::keep_kv`]): those are kept in blocks.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct EngineConfig {

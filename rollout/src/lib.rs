@@ -15,7 +15,8 @@
 //!
 //! # Invariants
 //! - A response is a function of (weights, prompt, parameters, seed). No limit in [`EngineConfig`], no batch mate, no
-//!   arrival order, no preemption, no cached prefix and no drafter changes a bit of it.
+//!   arrival order, no preemption, no cached prefix and no drafter changes a bit of it; what a request reuses or keeps
+//!   of earlier weights ([`temper_proto::Reuse`], [`temper_proto::GroupRequest::keep_kv`]) does.
 //! - `log_probs` are the bits that the training forward computes for the same tokens under the same weights.
 //! - Every accepted group ends with exactly one result, and every block of the pool has a known owner.
 

@@ -1,4 +1,5 @@
-//! The decode loop takes no memory: steps in which nothing starts and nothing ends allocate nothing, on any thread.
+//! The decode loop takes no memory: steps in which nothing starts, nothing ends and nothing is drafted allocate
+//! nothing, on any thread. Drafters' indexes grow with what they are shown.
 
 // The counter of this program's allocations.
 #![allow(unsafe_code)]

@@ -155,7 +155,7 @@ impl PackedPolicy {
     pub fn sample(&self, workspace: &mut Workspace, rows: &[u32], params: &[SampleRow<'_>], drawn: &mut Vec<Sampled>) {
         assert_eq!(rows.len(), params.len(), "one set of sampling parameters per row");
         let hidden = self.pick(workspace, rows);
-        self.dev.lm_head_sample(hidden, (self.lm_head(), &self.masked_ids), params, drawn);
+        self.dev.lm_head_sample(hidden, self.lm_head(), &self.masked_ids, params, drawn);
     }
 
     /// Log-probs of given targets at `rows`, rows of the last [`PackedPolicy::forward`] over this workspace: the bits

@@ -28,7 +28,8 @@ const MAX_RECOVERIES: usize = 1000;
 /// Run a recipe: the model gets better, and everything that happened is kept in the run directory.
 ///
 /// Ctrl-C ends the run after the current step with a checkpoint (exit code 130); `--resume` goes on from the last
-/// complete checkpoint, and the result is the same to the bit as without the interruption.
+/// complete checkpoint, and the result is the same to the bit as without the interruption (but where a stage says
+/// keep_kv).
 #[derive(clap::Args)]
 #[command(
     after_help = "Examples:\n  temper train recipes/quickstart.toml\n  temper train recipes/quickstart.toml --resume\n  temper train recipes/quickstart.toml --run-dir runs/seed7 --set seed=7 --set stage.grpo.steps=50"

@@ -350,6 +350,7 @@ fn identity(recipe: &Recipe, data: &Data) -> String {
     hasher.update(table.to_string().as_bytes());
     hasher.update(check_replay::identity(recipe).as_bytes());
     hasher.update(check_weights::identity(recipe).as_bytes());
+    hasher.update(check_partial::identity(recipe).as_bytes());
     for rows in data.values() {
         hasher.update(format!("{rows:?}").as_bytes());
     }

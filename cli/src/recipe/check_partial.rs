@@ -13,16 +13,33 @@ pub(super) fn summary(recipe: &Recipe) -> Vec<String> {
     policy_stages(recipe).filter_map(line).collect()
 }
 
-/// K/V that are to be kept need memory where they are.
+/// True where a stage lets samples go on over K/V of older weights: whole blocks of them, so that their size decides
+/// tokens.
+pub(super) fn keeps_kv(recipe: &Recipe) -> bool {
+    policy_stages(recipe).any(|(_, stage)| stage.keeps_kv())
+}
+
+/// What it adds to the run's identity; nothing where it changes no token.
+pub(super) fn identity(recipe: &Recipe) -> String {
+    if keeps_kv(recipe) { format!("kept in blocks of {}", recipe.engine.block_size) } else { String::new() }
+}
+
+/// K/V that are to be kept need memory where they are, and steps that are not redone.
 pub(super) fn check(recipe: &Recipe, source: &Source) -> Result<(), RecipeError> {
     let Some((index, _)) = policy_stages(recipe).find(|(_, stage)| stage.keeps_kv()) else { return Ok(()) };
-    let lost = match (recipe.engine.prefix_cache, recipe.placement.sleep) {
-        (true, false) => return Ok(()),
-        (false, _) => "they are kept where prefixes are cached: expected engine.prefix_cache = true",
-        (true, true) => "engines that sleep between steps give their K/V back: expected placement.sleep = false",
+    let placement = &recipe.placement;
+    let problem = if !recipe.engine.prefix_cache {
+        "keep_kv would keep nothing: K/V are kept where prefixes are cached; expected engine.prefix_cache = true"
+    } else if placement.sleep {
+        "keep_kv would keep nothing: engines that sleep between steps give their K/V back; expected placement.sleep = \
+         false"
+    } else if placement.mirror_shards {
+        "keep_kv does not go with mirrors: a step that is redone would not find the K/V that it began with; expected \
+         placement.mirror_shards = false"
+    } else {
+        return Ok(());
     };
-    let problem = format!("keep_kv would keep nothing: {lost}, or the policy recompute");
-    Err(source.error(&format!("stage.{index}.partial_rollouts.policy"), problem))
+    Err(source.error(&format!("stage.{index}.partial_rollouts.policy"), format!("{problem}, or the policy recompute")))
 }
 
 fn describe(stage: &PolicyStage, partial: &PartialRollouts) -> String {

@@ -1,8 +1,8 @@
 //! Which keys make two recipes two runs.
 
-use super::Recipe;
 use super::check::deciding_table;
 use super::render::to_table;
+use super::{Recipe, check_partial};
 use std::collections::{BTreeMap, BTreeSet};
 use temper_rollout::Replay;
 use toml::{Table, Value};
@@ -25,7 +25,9 @@ fn deciding(recipe: &Recipe) -> BTreeMap<String, String> {
     let all = to_table(recipe);
     let of_engine = |key: &str| all.get("engine").and_then(|engine| engine.get(key)).map(Value::to_string);
     let is_lenient = recipe.engine.replay == Replay::Lenient;
-    for key in ["replay", "weights"].into_iter().chain(is_lenient.then_some("lenience")) {
+    let keeps_kv = check_partial::keeps_kv(recipe);
+    let lossy = is_lenient.then_some("lenience").into_iter().chain(keeps_kv.then_some("block_size"));
+    for key in ["replay", "weights"].into_iter().chain(lossy) {
         leaves.extend(of_engine(key).map(|value| (format!("engine.{key}"), value)));
     }
     leaves

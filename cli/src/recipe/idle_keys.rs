@@ -1,9 +1,11 @@
-//! Keys that somebody gave and nothing reads, because of what stands beside them: said, not refused, for a recipe that
-//! another extends may well hold settings of a part that is switched off.
+//! Keys that somebody gave and nothing reads, because a switch beside them is off: said, not refused, for a recipe that
+//! another extends may well hold settings of such a part. Not every such key is known here, but those that are named do
+//! nothing.
 
 use super::check_replay::policy_stages;
 use super::{Recipe, Source};
-use temper_algos::{AdvEstimator, IsLevel, KlControllerType, LossMode};
+use temper_algos::filters::ReweightMethod;
+use temper_algos::{AdvEstimator, IsLevel, KlControllerType, LossMode, TrlLossType};
 use temper_controller::{PartialPolicy, PolicyStage};
 use temper_rollout::{Replay, Speculative};
 
@@ -40,16 +42,22 @@ pub(super) fn lines(recipe: &Recipe, source: &Source) -> Vec<String> {
 fn loss_rules(stage: &PolicyStage) -> Vec<Rule> {
     let loss = &stage.algorithm.policy_loss;
     let (mode, correction) = (loss.loss_mode, &loss.rollout_correction);
-    let has_kl = loss.use_kl_loss || mode == LossMode::Trl;
-    let has_taus = matches!(mode, LossMode::Sapo | LossMode::Trl);
+    // TRL's losses have an estimator of their own.
+    let estimates_kl = loss.use_kl_loss && mode != LossMode::Trl;
+    let estimator = "use_kl_loss = true and loss_mode is not \"trl\"";
+    let has_taus = match mode {
+        LossMode::Trl => loss.trl.loss_type == TrlLossType::Sapo,
+        mode => mode == LossMode::Sapo,
+    };
+    let gate = "loss_mode, or trl.loss_type under it, is \"sapo\"";
     let has_weights = correction.rollout_is != IsLevel::None;
     vec![
         ("trl", "loss_mode = \"trl\"", mode == LossMode::Trl),
-        ("kl_loss_coef", "use_kl_loss = true", has_kl),
-        ("kl_loss_type", "use_kl_loss = true", has_kl),
-        ("unbiased_kl", "use_kl_loss = true", has_kl),
-        ("tau_pos", "loss_mode = \"sapo\"", has_taus),
-        ("tau_neg", "loss_mode = \"sapo\"", has_taus),
+        ("kl_loss_coef", "use_kl_loss = true", loss.use_kl_loss),
+        ("kl_loss_type", estimator, estimates_kl),
+        ("unbiased_kl", estimator, estimates_kl),
+        ("tau_pos", gate, has_taus),
+        ("tau_neg", gate, has_taus),
         ("clip_cov_ratio", "loss_mode = \"clip_cov\"", mode == LossMode::ClipCov),
         ("clip_cov_lb", "loss_mode = \"clip_cov\"", mode == LossMode::ClipCov),
         ("clip_cov_ub", "loss_mode = \"clip_cov\"", mode == LossMode::ClipCov),
@@ -84,6 +92,7 @@ fn switch_rules(stage: &PolicyStage) -> Vec<Rule> {
     let algorithm = &stage.algorithm;
     let (kl, has_filter) = (&algorithm.kl_in_reward, algorithm.filter_groups.enable);
     let adapts = !kl.use_kl_in_reward || kl.kl_ctrl.kind == KlControllerType::Adaptive;
+    let is_pow = algorithm.pf_ppo.reweight_method == ReweightMethod::Pow;
     let (has_overlong, has_pf) = (algorithm.overlong.enable, algorithm.pf_ppo.enable);
     vec![
         ("kl_in_reward.kl_penalty", "use_kl_in_reward = true", kl.use_kl_in_reward),
@@ -96,7 +105,7 @@ fn switch_rules(stage: &PolicyStage) -> Vec<Rule> {
         ("overlong.penalty_factor", "overlong.enable = true", has_overlong),
         ("overlong.max_response_length", "overlong.enable = true", has_overlong),
         ("pf_ppo.reweight_method", "pf_ppo.enable = true", has_pf),
-        ("pf_ppo.weight_pow", "pf_ppo.enable = true", has_pf),
+        ("pf_ppo.weight_pow", "pf_ppo.enable = true and reweight_method = \"pow\"", has_pf && is_pow),
     ]
 }
 

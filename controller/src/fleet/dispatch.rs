@@ -48,6 +48,9 @@ impl ControlPlane {
             let (group, cost) = (spec.group, self.expected_tokens(&spec));
             let ticket = self.new_ticket();
             self.pool.set_home(spec.prefix, worker);
+            if spec.is_bound {
+                self.pool.set_holder(group, worker);
+            }
             self.record(Entry::Issued { ticket, group, version }, out);
             let attempt = Attempt { key: JobKey::Group(group), worker, version: Some(version), cost };
             self.hand_over((ticket, attempt), Job::Group(spec), out);
@@ -78,10 +81,10 @@ impl ControlPlane {
         })
     }
 
-    /// Who takes a group now: of one that is bound the worker that had it, as long as that lives.
+    /// Who takes a group now: of one that is bound the worker that had it, as long as that life of it lasts.
     fn worker_for(&self, spec: &GroupSpec) -> Option<WorkerId> {
-        match self.pool.living_home(spec.prefix).filter(|_| spec.is_bound) {
-            Some(home) => self.pool.can_take_a_job(home).then_some(home),
+        match self.pool.holder(spec.group).filter(|_| spec.is_bound) {
+            Some(holder) => self.pool.can_take_a_job(holder).then_some(holder),
             None => self.pool.choose(Role::Rollout, self.expected_tokens(spec), Some(spec.prefix)),
         }
     }

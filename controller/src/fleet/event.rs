@@ -55,7 +55,7 @@ pub struct GroupSpec {
     pub max_new_tokens: u64,
     /// Groups with equal keys profit from the same prefix cache.
     pub prefix: u64,
-    /// Whether it waits for the worker that had this key last: that one holds K/V that cannot be computed again.
+    /// Whether it waits for the worker that had it last: that one holds K/V that cannot be computed again.
     #[serde(default)]
     pub is_bound: bool,
 }

@@ -4,10 +4,12 @@
 
 use super::event::{JobKey, LossCause, Origin, Role, Ticket, Time, WorkerId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use temper_types::PolicyVersion;
+use temper_types::{GroupId, PolicyVersion};
 
 /// Most prefixes of which it is remembered who has them cached.
 const MAX_HOMES: usize = 4096;
+/// Most bound groups of which it is remembered who holds what they keep: by far more than are under way at once.
+const MAX_HOLDERS: usize = 65_536;
 
 /// Where a worker stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -126,8 +128,34 @@ pub(super) struct Pool {
     rollout: Queue,
     reward: Queue,
     deadlines: BTreeSet<(Time, WorkerId)>,
-    homes: BTreeMap<u64, WorkerId>,
-    home_order: VecDeque<u64>,
+    homes: Places<u64, WorkerId>,
+    holders: Places<GroupId, Origin>,
+}
+
+/// Where something is, of the last so many things.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Places<K, V> {
+    of: BTreeMap<K, V>,
+    /// Keys in the order in which they came.
+    order: VecDeque<K>,
+}
+
+impl<K, V> Default for Places<K, V> {
+    fn default() -> Self {
+        Places { of: BTreeMap::new(), order: VecDeque::new() }
+    }
+}
+
+impl<K: Ord + Copy, V> Places<K, V> {
+    fn set(&mut self, key: K, value: V, most: usize) {
+        if self.of.insert(key, value).is_some() {
+            return;
+        }
+        self.order.push_back(key);
+        if self.order.len() > most {
+            self.order.pop_front().map(|oldest| self.of.remove(&oldest));
+        }
+    }
 }
 
 impl Pool {
@@ -193,7 +221,7 @@ impl Pool {
     pub(super) fn choose(&self, role: Role, cost: u64, prefix: Option<u64>) -> Option<WorkerId> {
         let (least, id) = *self.queue(role).available.first()?;
         let quantum = cost.max(1);
-        let home = prefix.and_then(|prefix| self.homes.get(&prefix)).copied();
+        let home = prefix.and_then(|prefix| self.homes.of.get(&prefix)).copied();
         let is_near = |home: &WorkerId| {
             let load = self.workers.get(home).filter(|w| w.role == role).and_then(|w| w.indexed_load);
             load.is_some_and(|load| load / quantum == least / quantum)
@@ -210,20 +238,22 @@ impl Pool {
         self.workers.get(&id).is_some_and(|worker| worker.indexed_load.is_some())
     }
 
-    /// Who had `prefix` last, where it is not lost.
-    pub(super) fn living_home(&self, prefix: u64) -> Option<WorkerId> {
-        let id = self.homes.get(&prefix)?;
-        self.workers.get(id).filter(|worker| !worker.is_lost()).map(|_| *id)
+    /// Who holds what a bound group keeps, in the life in which it was stored; `None` where that is over.
+    pub(super) fn holder(&self, group: GroupId) -> Option<WorkerId> {
+        let Origin { worker, incarnation } = *self.holders.of.get(&group)?;
+        let lives = self.workers.get(&worker).is_some_and(|w| !w.is_lost() && w.incarnation == incarnation);
+        lives.then_some(worker)
     }
 
     /// Remember who has a prefix cached.
     pub(super) fn set_home(&mut self, prefix: u64, worker: WorkerId) {
-        if self.homes.insert(prefix, worker).is_some() {
-            return;
-        }
-        self.home_order.push_back(prefix);
-        if self.home_order.len() > MAX_HOMES {
-            self.home_order.pop_front().map(|oldest| self.homes.remove(&oldest));
+        self.homes.set(prefix, worker, MAX_HOMES);
+    }
+
+    /// Remember who holds what a bound group keeps.
+    pub(super) fn set_holder(&mut self, group: GroupId, worker: WorkerId) {
+        if let Some(incarnation) = self.workers.get(&worker).map(|worker| worker.incarnation) {
+            self.holders.set(group, Origin { worker, incarnation }, MAX_HOLDERS);
         }
     }
 

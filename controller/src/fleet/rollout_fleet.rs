@@ -367,11 +367,7 @@ fn sum(a: RolloutStats, b: RolloutStats) -> RolloutStats {
 
 fn spec_of(request: &GroupRequest, due: u64) -> GroupSpec {
     let head = &request.prompt_token_ids[..request.prompt_token_ids.len().min(PREFIX_TOKENS)];
-    let mut bytes: Vec<u8> = head.iter().flat_map(|id| id.to_le_bytes()).collect();
-    if request.keep_kv {
-        // What it keeps is its own.
-        bytes.extend(request.group_id.0.to_le_bytes());
-    }
+    let bytes: Vec<u8> = head.iter().flat_map(|id| id.to_le_bytes()).collect();
     let hash = blake3::hash(&bytes);
     let prefix = hash.as_bytes().iter().take(8).fold(0, |key, byte| (key << 8) | u64::from(*byte));
     GroupSpec {

@@ -153,13 +153,13 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     /// Divergences between the laws of student and teacher, and their weighted sum's gradient: `dhidden[T, D]` is
     /// written, `dweight[V, D]` is added to. Logits of both are computed by row chunks.
     fn lm_head_distill(&self, args: DistillHead<'_>, dhidden: ViewMut<'_>, dweight: ViewMut<'_>) -> DistillStats;
-    /// Draw one token per row of `hidden[T, D]` into `drawn`, which is overwritten; `rows.len()` is T,
-    /// and `head` comes with the ids that have no mass. The log-prob bits
-    /// equal [`Device::lm_head_stats`]' for the same hidden row, id and temperature.
+    /// Draw one token per row of `hidden[T, D]` into `drawn`, which is overwritten; `rows.len()` is T. The log-prob
+    /// bits equal [`Device::lm_head_stats`]' for the same hidden row, id and temperature.
     fn lm_head_sample(
         &self,
         hidden: View<'_>,
-        head: (&PackedLinear, &[u32]),
+        head: &PackedLinear,
+        masked_ids: &[u32],
         rows: &[SampleRow<'_>],
         drawn: &mut Vec<Sampled>,
     );

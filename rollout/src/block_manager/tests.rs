@@ -22,6 +22,8 @@ enum Op {
     Recompute { which: usize },
     /// Forget all prefixes.
     Clear,
+    /// Forget all prefixes but those of ended sequence `which`.
+    Keep { which: usize },
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -33,6 +35,7 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (0usize..8).prop_map(|which| Op::Restart { which }),
         1 => (0usize..8).prop_map(|which| Op::Recompute { which }),
         1 => Just(Op::Clear),
+        1 => any::<usize>().prop_map(|which| Op::Keep { which }),
     ]
 }
 
@@ -167,6 +170,13 @@ impl World {
             Op::Recompute { which } => self.restart(which, false),
             Op::Clear => {
                 self.manager.clear_cache(|_| false);
+                self.sequences.iter_mut().for_each(|s| s.is_stale = !s.tokens.is_empty());
+            }
+            Op::Keep { which } => {
+                let kept = self.ended.get(which % self.ended.len().max(1)).map_or(Vec::new(), |tokens| hashes(tokens));
+                let num_cached = self.manager.num_cached(&kept);
+                self.manager.clear_cache(|name| kept.contains(&name));
+                assert_eq!(self.manager.num_cached(&kept), num_cached, "what is kept stays");
                 self.sequences.iter_mut().for_each(|s| s.is_stale = !s.tokens.is_empty());
             }
         }

@@ -22,7 +22,7 @@ pub(super) struct KeptKv {
     pub text: u128,
     /// What names of the weights that stored the last of them begin with.
     pub seed: u128,
-    /// Leading blocks that other weights than those stored.
+    /// Leading blocks that were stored by other weights than those.
     pub num_old: usize,
 }
 
@@ -68,6 +68,9 @@ impl<M: Model> Engine<M> {
         if sample.context.request.keep_kv && !names.is_empty() {
             let kept = namer.keep(sample, names);
             self.kept.by_sample.insert((sample.context.request.group_id, sample.sample_index()), kept);
+            if self.kept.by_sample.len() > self.options.limits.num_blocks {
+                self.let_go();
+            }
         }
     }
 
@@ -99,10 +102,15 @@ impl<M: Model> Engine<M> {
         self.scheduler.set_kept(key, num_kept);
     }
 
-    /// Forget cached prefixes but those that samples kept, because the weights changed.
-    pub(super) fn forget_prefixes(&mut self) {
+    /// Let go of what the pool gave away.
+    fn let_go(&mut self) {
         let blocks = self.scheduler.blocks();
         self.kept.retain(|name| blocks.num_cached(&[name]) > 0);
+    }
+
+    /// Forget cached prefixes but those that samples kept, because the weights changed.
+    pub(super) fn forget_prefixes(&mut self) {
+        self.let_go();
         let open = self.samples.iter().flatten().filter_map(|sample| sample.kept.as_ref());
         let kept: HashSet<BlockHash> =
             self.kept.names().chain(open.flat_map(|kept| kept.names.iter().copied())).collect();

@@ -22,9 +22,10 @@
 //! Every token is tagged with the version that drew it. K/V of running sequences are kept: a token drawn after a
 //! change attends to K/V that older weights stored. A sequence that is preempted after a change is recomputed under
 //! the weights of the day, but for what it shares of its prompt with a running sibling. Callers who want neither change
-//! weights only while the engine is idle. Cached prefixes are forgotten at every change, their names begin with the
-//! version, and what a sequence stored across a change is never cached: no later prompt attends to K/V of older
-//! weights. Only a sample of a request that says so ([`GroupRequest::keep_kv`]) goes on over what it kept itself.
+//! weights only while the engine is idle. Cached prefixes are forgotten at every change (but what a paused sample
+//! keeps), their names begin with the version, and what a sequence stored across a change is never cached: no later
+//! prompt attends to K/V of older weights. Only a sample of a request that says so ([`GroupRequest::keep_kv`]) goes on
+//! over what it kept itself.
 //!
 //! # Invariants
 //! Every group that was accepted ends with exactly one [`GroupResult`], from [`Engine::pop_finished`] or
@@ -405,8 +406,14 @@ impl<M: Model> Engine<M> {
     fn follow_version(&mut self, version: PolicyVersion) {
         let limits = self.model.limits();
         let Some(namer) = self.namer.as_mut() else { return };
+        let before = namer.version();
         if !namer.follow(version, limits) {
             return;
+        }
+        if before.is_some_and(|before| before.number > version.number) {
+            // A run that went back draws again what these were drawn behind.
+            self.kept.clear();
+            self.samples.iter_mut().flatten().for_each(|sample| sample.kept = None);
         }
         self.forget_prefixes();
         let is_open = |group: &OpenGroup, at: usize| group.finished[at].is_none();

@@ -38,6 +38,11 @@ impl BlockNamer {
         true
     }
 
+    /// The weights of the day, once they are known.
+    pub fn version(&self) -> Option<PolicyVersion> {
+        self.version
+    }
+
     /// What names begin with under the weights of the day.
     pub fn seed(&self) -> u128 {
         self.seed

@@ -25,8 +25,8 @@
 //! # Invariants
 //! `waiting` and `running` are sorted by rank (the order of service, then sample index) and disjoint · a waiting
 //! sequence has no block · blocks are written only while they have one owner · nothing planned is preempted in the same
-//! step · a block enters the prefix cache when all its slots are stored, hold verified tokens, and were computed under
-//! the weights of the day with everything before them.
+//! step · a block enters the prefix cache when all its slots are stored, hold verified tokens, and were computed as its
+//! name says: under the weights of the day, with everything before them or behind blocks that were kept.
 
 mod plan;
 mod start;
@@ -223,8 +223,8 @@ impl Scheduler {
         self.sequences[key.index()].hashes.push(hash);
     }
 
-    /// The first `num_kept` names of `key`, which has not started, are of blocks that nobody can compute any more.
-    /// Where the cache has lost one by the time that `key` starts, what it computes in its place is never cached.
+    /// The first `num_kept` names of `key` are of blocks that nobody can compute any more. Where the cache has lost one
+    /// by the time that `key` starts, what it computes in its place is never cached.
     pub fn set_kept(&mut self, key: SeqKey, num_kept: usize) {
         self.sequences[key.index()].num_kept = num_kept;
     }
@@ -475,7 +475,7 @@ impl Scheduler {
             for &key in &self.followers {
                 // Two siblings may reach the end of the prompt in one step; a follower draws from the first.
                 let is_new = || draws.iter().all(|draw| draw.key != key);
-                if shares_first_draw(&self.sequences[key.index()], sequence) && is_new() {
+                if shares_first_draw(&self.sequences[key.index()], sequence, self.limits.block_size) && is_new() {
                     draws.push(Draw { key, row, slot });
                 }
             }
@@ -534,9 +534,18 @@ impl Scheduler {
 
 /// True where `follower`, a sibling without a token of its own yet, draws its first from the row from which `leader`
 /// draws its first.
-fn shares_first_draw(follower: &Sequence, leader: &Sequence) -> bool {
+fn shares_first_draw(follower: &Sequence, leader: &Sequence, block_size: usize) -> bool {
     let is_undrawn = |s: &Sequence| s.len == s.prompt_len;
-    follower.rank.arrival == leader.rank.arrival && is_undrawn(follower) && is_undrawn(leader)
+    follower.rank.arrival == leader.rank.arrival
+        && is_undrawn(follower)
+        && is_undrawn(leader)
+        && has_same_blocks(follower, leader, follower.prompt_len / block_size)
+}
+
+/// True where the first `num_blocks` blocks of two siblings have the same names, or none: one that kept K/V of older
+/// weights has other blocks than one that did not.
+fn has_same_blocks(a: &Sequence, b: &Sequence, num_blocks: usize) -> bool {
+    num_blocks == 0 || a.hashes.get(num_blocks - 1) == b.hashes.get(num_blocks - 1)
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! How waiting sequences come to run: admission, sharing with siblings, and joining at the end of a prompt.
 
-use super::{Rank, Scheduler, SeqKey, Sequence, shares_first_draw};
+use super::{Rank, Scheduler, SeqKey, Sequence, has_same_blocks, shares_first_draw};
 use crate::block_manager::BlockHash;
 
 /// Tokens that a sequence longer than its reserve is expected to go on for. Of 0, what starts beside it is preempted
@@ -68,10 +68,10 @@ impl Scheduler {
 
     /// The running sibling that has stored exactly the prompt that `follower` waits for.
     pub(super) fn leader_at_prompt_end(&self, follower: SeqKey) -> Option<SeqKey> {
-        let follower = &self.sequences[follower.index()];
+        let (follower, block_size) = (&self.sequences[follower.index()], self.limits.block_size);
         self.running_siblings(follower.rank).find(|key| {
             let leader = &self.sequences[key.index()];
-            shares_first_draw(follower, leader) && leader.num_computed == leader.prompt_len
+            shares_first_draw(follower, leader, block_size) && leader.num_computed == leader.prompt_len
         })
     }
 
@@ -149,14 +149,13 @@ impl Scheduler {
         let num_shared_blocks = self.num_shareable_blocks(sequence);
         let num_shared_slots = num_shared_blocks * self.limits.block_size;
         let mut source = PromptSource::Own;
-        // One that kept K/V of older weights has other blocks than one that has none of them.
-        let last_name = |s: &Sequence| s.hashes.get(num_shared_blocks.wrapping_sub(1)).copied();
         for sibling_key in self.running_siblings(sequence.rank) {
             let sibling = &self.sequences[sibling_key.index()];
-            if last_name(sibling) != last_name(sequence) {
+            if !has_same_blocks(sequence, sibling, num_shared_blocks) {
                 continue;
             }
-            if !shares_first_draw(sequence, sibling) && sibling.num_computed >= num_shared_slots {
+            if !shares_first_draw(sequence, sibling, self.limits.block_size) && sibling.num_computed >= num_shared_slots
+            {
                 return PromptSource::Sibling(sibling_key);
             }
             source = PromptSource::InProgress;

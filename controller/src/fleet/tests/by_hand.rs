@@ -109,22 +109,42 @@ fn groups_go_to_the_least_loaded_worker_and_a_known_prefix_breaks_ties() {
     assert!(bench.plane.has_work());
 }
 
+/// Two workers of one group each, of which 0 holds what group 1 keeps, and 1 what group 2 does; both groups wait for
+/// their next round.
+fn bound_bench() -> (Bench, [GroupSpec; 2]) {
+    let mut bench = Bench::ready(PlaneConfig::default(), 2, 1);
+    let specs = [1, 2].map(|id| GroupSpec { is_bound: true, ..group(id, 0, 7) });
+    let given = bench.submit(specs.to_vec());
+    assert_eq!(given.iter().map(|g| g.0.0).collect::<Vec<_>>(), [0, 1]);
+    for (worker, ticket, group) in given {
+        bench.answer(Origin { worker, incarnation: 1 }, ticket, version(0));
+        bench.tell(Event::Discard { groups: vec![group] });
+    }
+    (bench, specs)
+}
+
 #[test]
 fn a_group_that_keeps_kv_goes_back_to_who_has_it_while_that_lives() {
-    let mut bench = Bench::ready(PlaneConfig::default(), 2, 1);
-    let bound = |id, prefix| GroupSpec { is_bound: true, ..group(id, 0, prefix) };
-    let given = bench.submit(vec![bound(1, 71), bound(2, 72)]);
-    for (worker, ticket, _) in &given {
-        bench.answer(Origin { worker: *worker, incarnation: 1 }, *ticket, version(0));
-    }
-    // Both were worker 1's and 0's: the second waits for worker 1 while worker 0 takes what comes behind it.
-    let given = bench.submit(vec![bound(3, 72), bound(4, 72), group(5, 0, 9)]);
-    assert_eq!(given.iter().map(|g| (g.0.0, g.2.0)).collect::<Vec<_>>(), [(1, 3), (0, 5)]);
-    bench.answer(Origin { worker: given[1].0, incarnation: 1 }, given[1].1, version(0));
-    assert!(bench.plane.workers().any(|w| w.in_flight == 0), "worker 0 is idle, and the group waits");
-    let actions = bench.tell(Event::Leave { origin: origin(1, 1) });
-    assert_eq!(dispatched(&actions).len(), 1, "{actions:?}");
-    assert_eq!(dispatched(&actions)[0].0.0, 0, "whoever lives takes it");
+    let (mut bench, [first, second]) = bound_bench();
+    // Worker 1 is busy: the second group waits for it, while worker 0 takes what comes behind.
+    let given = bench.submit(vec![first.clone(), group(3, 0, 7)]);
+    assert_eq!(given.iter().map(|g| (g.0.0, g.2.0)).collect::<Vec<_>>(), [(0, 1), (1, 3)]);
+    bench.answer(Origin { worker: given[0].0, incarnation: 1 }, given[0].1, version(0));
+    let given = bench.submit(vec![second, group(4, 0, 9)]);
+    assert_eq!(given.iter().map(|g| (g.0.0, g.2.0)).collect::<Vec<_>>(), [(0, 4)]);
+    let answered = bench.answer(origin(0, 1), given[0].1, version(0));
+    assert_eq!(dispatched(&answered), [], "worker 0 is idle, and the group waits");
+    let given = dispatched(&bench.tell(Event::Leave { origin: origin(1, 1) }));
+    assert_eq!(given[0].0.0, 0, "whoever lives takes it");
+}
+
+/// A worker that comes back has lost what it held: nobody waits for it.
+#[test]
+fn a_new_life_holds_nothing() {
+    let (mut bench, [_, second]) = bound_bench();
+    bench.tell(Event::Register { origin: origin(1, 2), role: Role::Rollout, capacity: 1 });
+    let given = bench.submit(vec![second]);
+    assert_eq!(given.iter().map(|g| (g.0.0, g.2.0)).collect::<Vec<_>>(), [(0, 2)]);
 }
 
 #[test]

@@ -288,11 +288,12 @@ impl Device for CpuDevice {
     fn lm_head_sample(
         &self,
         hidden: View<'_>,
-        head: (&PackedLinear, &[u32]),
+        head: &PackedLinear,
+        masked_ids: &[u32],
         rows: &[SampleRow<'_>],
         drawn: &mut Vec<Sampled>,
     ) {
-        sample::sample_rows(self, hidden.data, head, rows, drawn);
+        sample::sample_rows(self, hidden.data, (head, masked_ids), rows, drawn);
     }
 
     fn lm_head_logits(&self, hidden: View<'_>, head: &PackedLinear) -> Vec<f32> {

@@ -20,9 +20,8 @@ use super::parallel::SharedMut;
 use super::reused::with_reused;
 use super::simd::Isa;
 use crate::{PackedLinear, SampleRow, Sampled};
-use std::cell::Cell;
-
 use filter::{ban, keep_ids, penalise};
+use std::cell::Cell;
 
 /// One row's masked logits and their law.
 struct Row<'a> {

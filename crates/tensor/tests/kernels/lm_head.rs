@@ -257,7 +257,7 @@ fn sample(case: &Case, dev: &CpuDevice, dtype: DType, rows: &[SampleRow<'_>]) ->
     let shape = LinearShape { n: case.vocab, k: case.dim };
     let head = dev.pack(dev.upload(&case.weight).all(), shape, dtype, Reduction::Groups8);
     let mut drawn = Vec::new();
-    dev.lm_head_sample(dev.upload(&case.hidden).all(), (&head, &MASKED), rows, &mut drawn);
+    dev.lm_head_sample(dev.upload(&case.hidden).all(), &head, &MASKED, rows, &mut drawn);
     drawn
 }
 
