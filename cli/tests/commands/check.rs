@@ -41,3 +41,43 @@ fn keys_without_effect_are_named() {
     assert_eq!(named, expected);
     assert!(!succeed(&["check", "../recipes/quickstart.toml"]).contains("no effect"));
 }
+
+/// The same keys under switches that are on, and those that a switch turns off.
+#[test]
+fn a_switch_decides_what_has_effect() {
+    let cases = [
+        ("policy_loss.loss_mode=trl", "policy_loss.trl.delta=4.0", true),
+        ("policy_loss.loss_mode=trl", "policy_loss.kl_loss_coef=0.1", false),
+        ("policy_loss.loss_mode=trl policy_loss.use_kl_loss=true", "policy_loss.kl_loss_coef=0.1", true),
+        ("policy_loss.loss_mode=trl policy_loss.use_kl_loss=true", "policy_loss.kl_loss_type=k3", false),
+        ("policy_loss.loss_mode=trl", "policy_loss.tau_pos=1.1", false),
+        ("policy_loss.loss_mode=trl policy_loss.trl.loss_type=sapo", "policy_loss.tau_pos=1.1", true),
+        ("policy_loss.loss_mode=sapo", "policy_loss.tau_pos=1.1", true),
+        ("policy_loss.loss_mode=clip_cov", "policy_loss.clip_cov_ub=4.0", true),
+        ("policy_loss.loss_mode=clip_cov", "policy_loss.kl_cov_ratio=0.1", false),
+        (
+            "policy_loss.rollout_correction.rollout_is=token",
+            "policy_loss.rollout_correction.rollout_is_threshold=3.0",
+            true,
+        ),
+        ("overlong.enable=true", "overlong.len=2", true),
+        ("filter_groups.enable=true", "filter_groups.metric=exact_match", true),
+        ("pf_ppo.enable=true pf_ppo.reweight_method=max_min", "pf_ppo.weight_pow=2.0", false),
+        ("pf_ppo.enable=true pf_ppo.reweight_method=pow", "pf_ppo.weight_pow=2.0", true),
+        ("kl_in_reward.use_kl_in_reward=true", "kl_in_reward.kl_ctrl.kl_coef=0.1", true),
+        ("kl_in_reward.use_kl_in_reward=true", "kl_in_reward.kl_ctrl.horizon=9.0", false),
+        (
+            "kl_in_reward.use_kl_in_reward=true kl_in_reward.kl_ctrl.type=adaptive",
+            "kl_in_reward.kl_ctrl.horizon=9.0",
+            true,
+        ),
+    ];
+    for (switches, key, has_effect) in cases {
+        let set = |assignment: &str| format!("--set=stage.1.algorithm.{assignment}");
+        let sets: Vec<String> = switches.split(' ').chain([key]).map(set).collect();
+        let args: Vec<&str> =
+            ["check", "../recipes/quickstart.toml"].into_iter().chain(sets.iter().map(String::as_str)).collect();
+        let named = format!("no effect: stage.1.algorithm.{} ", key.split('=').next().unwrap_or_default());
+        assert_eq!(succeed(&args).contains(&named), !has_effect, "{key} under {switches}");
+    }
+}
