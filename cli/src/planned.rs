@@ -1,7 +1,7 @@
 //! From a recipe to the work that is planned for it: its stage, its model's sizes, its prompts' lengths.
 
 use crate::local_text::LocalText;
-use crate::plan::{Divisions, Expected, Workload, policy_stage};
+use crate::plan::{Divisions, Expected, Workload};
 use crate::recipe::{Placement, Recipe, RecipeError, Source, check_teachers, config_error, config_error_at};
 use crate::{rollout_ranks, trainer_ranks, usage};
 use anyhow::{Context, Result};
@@ -72,7 +72,7 @@ impl Planned {
 
     /// The stage.
     pub fn policy(&self) -> Result<&PolicyStage> {
-        policy_stage(&self.recipe.stages[self.stage]).context("a stage that learns from samples")
+        self.recipe.stages[self.stage].policy().context("a stage that learns from samples")
     }
 }
 
@@ -103,12 +103,12 @@ fn find_stage<'a>(
     let all = || recipe.stages.iter().enumerate();
     let names = || recipe.stages.iter().map(Stage::name).collect::<Vec<_>>().join(", ");
     let chosen = match name {
-        None => all().find_map(|(index, stage)| Some((index, policy_stage(stage)?))),
+        None => all().find_map(|(index, stage)| Some((index, stage.policy()?))),
         Some(name) => {
             let Some((index, stage)) = all().find(|(_, stage)| stage.name() == name) else {
                 return Err(source.error("stage", format!("--stage {name}: expected one of: {}", names())));
             };
-            policy_stage(stage).map(|policy| (index, policy))
+            stage.policy().map(|policy| (index, policy))
         }
     };
     chosen.ok_or_else(|| {

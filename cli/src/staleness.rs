@@ -2,7 +2,7 @@
 //! for, and what that means for its run.
 
 use crate::recipe::{Placement, PlacementMode, Recipe, RecipeError, Source};
-use temper_controller::{Generation, MAX_STALENESS, PolicyStage, Scoring, Stage};
+use temper_controller::{Generation, MAX_STALENESS, Scoring, Stage};
 use temper_reward::{RewardKind, RewardModelSource};
 
 /// Check `placement.staleness`, and that engines which may sleep have nothing to do then.
@@ -57,15 +57,6 @@ pub fn scoring(recipe: &Recipe) -> Scoring {
     }
 }
 
-/// The part of a stage that generates ahead, where it does.
-fn generates_ahead(stage: &Stage) -> Option<&PolicyStage> {
-    match stage {
-        Stage::Policy(policy) => Some(policy),
-        Stage::OnlinePreference(stage) => Some(&stage.policy),
-        Stage::Sft(_) | Stage::RewardModel(_) | Stage::Preference(_) | Stage::Distill(_) => None,
-    }
-}
-
 /// What `temper check` says of staleness; nothing of a synchronous run.
 pub fn summary(recipe: &Recipe) -> Vec<String> {
     let n = recipe.placement.staleness;
@@ -87,9 +78,9 @@ pub fn summary(recipe: &Recipe) -> Vec<String> {
         n + 1
     )];
     for (index, stage) in recipe.stages.iter().enumerate() {
-        let line = match (stage, generates_ahead(stage)) {
-            (Stage::Distill(_), _) => "generates within its step: staleness 0".to_owned(),
-            (Stage::Policy(_), Some(policy)) if !policy.algorithm.policy_loss.rollout_correction.is_active() => {
+        let line = match stage {
+            Stage::Distill(_) => "generates within its step: staleness 0".to_owned(),
+            Stage::Policy(policy) if !policy.algorithm.policy_loss.rollout_correction.is_active() => {
                 "no rollout correction: the ratio is against the trainer's own log-probs at the start of a step, and \
                  what lies between those and the engine's is not weighed; algorithm.policy_loss.rollout_correction = \
                  { rollout_is = \"token\" } weighs it"

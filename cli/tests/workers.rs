@@ -380,6 +380,12 @@ fn refused(address: &str, role: &str, name: &str) -> String {
     said
 }
 
+/// Let a run take some steps, and pause it.
+fn pause_behind_steps(run_dir: &Path) {
+    until("steps", || (control_json(run_dir, &["status"])?["step"].as_u64()? > 5).then_some(()));
+    assert_eq!(control_json(run_dir, &["pause"]).expect("it pauses")["state"], "paused");
+}
+
 /// The run's own workers keep their names, whoever else comes by those names, and whatever else the others do.
 #[test]
 fn nobody_takes_the_name_of_a_worker_that_the_run_starts() {
@@ -389,8 +395,7 @@ fn nobody_takes_the_name_of_a_worker_that_the_run_starts() {
     assert!(train(&recipe, &reference, &[], None).status.success());
     let address = free_address();
     let run = start(&recipe, &run_dir, &[&format!("placement.listen={address}")]);
-    until("steps", || (control_json(&run_dir, &["status"])?["step"].as_u64()? > 5).then_some(()));
-    assert_eq!(control_json(&run_dir, &["pause"]).expect("it pauses")["state"], "paused");
+    pause_behind_steps(&run_dir);
     for name in ["trainer-0", "rollout-0", "reward-0"] {
         for role in ["trainer", "rollout", "reward"] {
             let said = refused(&address, role, name);
@@ -418,8 +423,7 @@ fn a_name_is_free_again_when_whoever_had_it_is_gone() {
     let run = start(&recipe, &run_dir, &["placement.spawn_workers=false", &listen]);
     let workers = [("trainer", "anna"), ("rollout", "berta"), ("reward", "clara")];
     let _workers = workers.map(|(role, name)| Joined::join_as(&address, role, name));
-    until("steps", || (control_json(&run_dir, &["status"])?["step"].as_u64()? > 5).then_some(()));
-    assert_eq!(control_json(&run_dir, &["pause"]).expect("it pauses")["state"], "paused");
+    pause_behind_steps(&run_dir);
     for (role, name) in [("reward", "anna"), ("trainer", "berta"), ("rollout", "berta")] {
         let said = refused(&address, role, name);
         assert!(said.contains(&format!("worker {name} lives")), "{role} as {name}: {said}");

@@ -164,6 +164,15 @@ pub enum Stage {
 }
 
 impl Stage {
+    /// What of the stage draws responses of the policy's own, where it does.
+    pub fn policy(&self) -> Option<&PolicyStage> {
+        match self {
+            Stage::Policy(stage) => Some(stage),
+            Stage::OnlinePreference(stage) => Some(&stage.policy),
+            Stage::Sft(_) | Stage::RewardModel(_) | Stage::Preference(_) | Stage::Distill(_) => None,
+        }
+    }
+
     /// Name in metrics.
     pub fn name(&self) -> &str {
         match self {

@@ -13,8 +13,8 @@ use crate::record::Record;
 use crate::reuse::EarlierSteps;
 use crate::rollouts::Group;
 use crate::{
-    CheckpointConfig, CheckpointInfo, Clock, Error, Phase, PhaseObserver, RunDir, RunSpec, RunState, Stage,
-    load_dataset, verify_checkpoint,
+    CheckpointConfig, CheckpointInfo, Clock, Error, Phase, PhaseObserver, PolicyStage, RunDir, RunSpec, RunState,
+    Stage, load_dataset, verify_checkpoint,
 };
 use serde_json::json;
 use std::collections::{BTreeMap, VecDeque};
@@ -339,12 +339,7 @@ impl Controller {
     /// K/V that samples kept are in the memory of engines that are gone.
     fn warn_of_lost_kv(&self) {
         let stage = self.spec.stages.get(self.state.stage);
-        let keeps_kv = match stage {
-            Some(Stage::Policy(policy)) => policy.keeps_kv(),
-            Some(Stage::OnlinePreference(stage)) => stage.policy.keeps_kv(),
-            _ => false,
-        };
-        if keeps_kv && !self.carried.is_empty() {
+        if stage.and_then(Stage::policy).is_some_and(PolicyStage::keeps_kv) && !self.carried.is_empty() {
             tracing::warn!(
                 num_groups = self.carried.len(),
                 "samples that go on have lost the K/V that they kept (keep_kv): those are computed anew, and the run is \

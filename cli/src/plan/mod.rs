@@ -27,4 +27,4 @@ pub use cluster::Cluster;
 pub use report::{Detail, Subject, to_json, to_text};
 pub use search::{Search, search};
 pub use time::tensor_exchange;
-pub use workload::{Divisions, Expected, Workload, policy_stage};
+pub use workload::{Divisions, Expected, Workload};

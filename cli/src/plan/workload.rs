@@ -87,7 +87,7 @@ impl Workload {
         (engine, placement): (&EngineConfig, &Placement),
         expected: Expected,
     ) -> Option<Self> {
-        let policy = policy_stage(stage)?;
+        let policy = stage.policy()?;
         let plan = policy.algorithm.plan();
         let has_critic = policy.critic.as_ref().is_some_and(|critic| critic.backbone != Backbone::Shared);
         let critic_epochs = policy.critic.as_ref().filter(|_| has_critic).map_or(0, |critic| critic.epochs);
@@ -175,13 +175,4 @@ fn staleness(placement: &Placement) -> usize {
     let table = toml::Value::try_from(placement).ok();
     let value = table.as_ref().and_then(|table| table.get("staleness")?.as_integer());
     value.and_then(|value| usize::try_from(value).ok()).unwrap_or(0)
-}
-
-/// The part of a stage that draws samples.
-pub fn policy_stage(stage: &Stage) -> Option<&PolicyStage> {
-    match stage {
-        Stage::Policy(policy) => Some(policy),
-        Stage::OnlinePreference(online) => Some(&online.policy),
-        Stage::Sft(_) | Stage::RewardModel(_) | Stage::Preference(_) | Stage::Distill(_) => None,
-    }
 }

@@ -1,5 +1,6 @@
 //! Whether a typed recipe can run: against itself, its data and its model. Nothing is computed and nothing written.
 
+use super::check_replay::policy_stages;
 use super::check_reward_model::{self, check_directories, check_earlier, check_pairs};
 use super::check_texts::Texts;
 use super::render::to_table;
@@ -143,11 +144,7 @@ fn check_texts(recipe: &Recipe, source: &Source, (data, texts): (&Data, &Texts))
         texts.check_stage(recipe, source, (stage, rows(stage.data()), held_out))?;
     }
     // Stages of a policy are validated, each with its own sampling where the recipe says no other.
-    let own = recipe.stages.iter().filter_map(|stage| match stage {
-        Stage::Policy(stage) => Some(&stage.sampling),
-        Stage::OnlinePreference(stage) => Some(&stage.policy.sampling),
-        _ => None,
-    });
+    let own = policy_stages(recipe).map(|(_, stage)| &stage.sampling);
     let longest = own.map(|own| recipe.validation.sampling.as_ref().unwrap_or(own)).max_by_key(|s| s.max_new_tokens);
     longest.map_or(Ok(()), |sampling| texts.check_validation(recipe, source, (rows(&recipe.validation.data), sampling)))
 }

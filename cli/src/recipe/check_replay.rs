@@ -1,7 +1,7 @@
 //! What `engine.replay` means for a run: part of its identity, and announced where it is lossy.
 
 use super::{Recipe, RecipeError, Source};
-use temper_controller::{PolicyStage, Stage};
+use temper_controller::PolicyStage;
 use temper_rollout::{Replay, Speculative};
 
 /// What it adds to the run's identity; nothing where it changes no token.
@@ -66,9 +66,5 @@ pub(super) fn summary(recipe: &Recipe) -> Option<String> {
 }
 
 pub(super) fn policy_stages(recipe: &Recipe) -> impl Iterator<Item = (usize, &PolicyStage)> {
-    recipe.stages.iter().enumerate().filter_map(|(index, stage)| match stage {
-        Stage::Policy(stage) => Some((index, &**stage)),
-        Stage::OnlinePreference(stage) => Some((index, &stage.policy)),
-        Stage::Sft(_) | Stage::RewardModel(_) | Stage::Preference(_) | Stage::Distill(_) => None,
-    })
+    recipe.stages.iter().enumerate().filter_map(|(index, stage)| Some((index, stage.policy()?)))
 }

@@ -1,8 +1,8 @@
 //! What steps cost by their number of rows, before the first one: drafts are chosen by it from the first step on.
 
 use super::Engine;
-use crate::Error;
 use crate::model::{Model, StepBatch, StepOutput};
+use crate::{Error, Speculation};
 use std::time::Duration;
 use temper_tensor::{SampleRow, SeqSpan};
 
@@ -16,7 +16,7 @@ impl<M: Model> Engine<M> {
     /// Time steps of 1, 2, 4, ... sequences that draw, where the drafters want to know. Only while the pool holds
     /// nothing: their K/V go where the first prompts' will.
     pub(super) fn measure_steps(&mut self) -> Result<(), Error> {
-        if self.num_steps > 0 || self.has_measured || !self.speculation.as_ref().is_some_and(|s| s.measures_steps()) {
+        if self.num_steps > 0 || !self.speculation.as_ref().is_some_and(Speculation::lacks_step_times) {
             return Ok(());
         }
         let limits = self.options.limits;
@@ -25,14 +25,17 @@ impl<M: Model> Engine<M> {
         // The first step takes memory and touches every weight.
         self.time_step(1)?;
         let sizes = std::iter::successors(Some(1), |rows| Some(2 * rows)).take_while(|rows| *rows <= most);
+        let mut times = Vec::new();
         for num_rows in sizes {
-            let elapsed = self.time_step(num_rows)?.min(self.time_step(num_rows)?);
-            self.speculation.iter_mut().for_each(|speculation| speculation.note_step(num_rows, elapsed));
+            times.push((num_rows, self.time_step(num_rows)?.min(self.time_step(num_rows)?)));
             if self.options.clock.now().saturating_sub(begin) >= MAX_TIME {
                 break;
             }
         }
-        self.has_measured = true;
+        // All or none: where a step failed they are measured again.
+        if let Some(speculation) = &mut self.speculation {
+            times.into_iter().for_each(|(num_rows, elapsed)| speculation.note_step(num_rows, elapsed));
+        }
         Ok(())
     }
 

@@ -107,8 +107,6 @@ pub struct Engine<M> {
     /// K/V of paused samples.
     kept: KeptSamples,
     num_queued: usize,
-    /// Whether steps were timed before the first one.
-    has_measured: bool,
     num_steps: u64,
     num_rows: u64,
     num_prompt_tokens: u64,
@@ -137,7 +135,6 @@ impl<M: Model> Engine<M> {
             kept: KeptSamples::default(),
             buffers: StepBuffers::default(),
             num_queued: 0,
-            has_measured: false,
             num_steps: 0,
             num_rows: 0,
             num_prompt_tokens: 0,

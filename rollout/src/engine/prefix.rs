@@ -51,20 +51,15 @@ impl BlockNamer {
     /// The chain behind the block `last`, the last of `num_blocks`: it goes on as it began, or, where other weights
     /// than those of the day stored that block (`is_old`), with the weights of the day in the name of the next.
     pub fn behind(&self, last: BlockHash, num_blocks: usize, is_old: bool) -> Chain {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(&last.0.to_le_bytes()).update(&self.seed.to_le_bytes());
-        Chain { last: if is_old { cut(&hasher) } else { last.0 }, num_blocks }
+        let with_seed = || cut(blake3::Hasher::new().update(&last.0.to_le_bytes()).update(&self.seed.to_le_bytes()));
+        Chain { last: if is_old { with_seed() } else { last.0 }, num_blocks }
     }
 
     /// Hash of the tokens of the first `num_blocks` blocks of `sample`, whatever weights stored them.
     pub fn text(&mut self, sample: &OpenSample, num_blocks: usize) -> u128 {
         self.tokens.clear();
         sample.extend_with_tokens(0..num_blocks * self.block_size, &mut self.tokens);
-        let mut hasher = blake3::Hasher::new();
-        for token in &self.tokens {
-            hasher.update(&token.to_le_bytes());
-        }
-        cut(&hasher)
+        name(blake3::Hasher::new(), &self.tokens)
     }
 
     /// Name the full blocks of `sample` that have no name yet; none before a version is known.
@@ -81,13 +76,18 @@ impl BlockNamer {
                 .extend_with_tokens(num_blocks * self.block_size..(num_blocks + 1) * self.block_size, &mut self.tokens);
             let mut hasher = blake3::Hasher::new();
             hasher.update(&parent.to_le_bytes());
-            for token in &self.tokens {
-                hasher.update(&token.to_le_bytes());
-            }
-            sample.chain = Chain { last: cut(&hasher), num_blocks: num_blocks + 1 };
+            sample.chain = Chain { last: name(hasher, &self.tokens), num_blocks: num_blocks + 1 };
             take(BlockHash(sample.chain.last));
         }
     }
+}
+
+/// Hash of `tokens` behind what `hasher` has seen.
+fn name(mut hasher: blake3::Hasher, tokens: &[u32]) -> u128 {
+    for token in tokens {
+        hasher.update(&token.to_le_bytes());
+    }
+    cut(&hasher)
 }
 
 /// The first 128 bits of a hash.

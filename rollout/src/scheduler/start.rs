@@ -79,24 +79,22 @@ impl Scheduler {
     fn start(&mut self, at: usize, source: PromptSource) -> bool {
         let key = self.waiting[at];
         let num_shared = self.num_shareable_blocks(&self.sequences[key.index()]);
-        let (mut num_looked_up, mut num_true) = (0, usize::MAX);
+        let mut num_looked_up = 0;
         match source {
             PromptSource::Sibling(sibling) if self.num_cached_blocks(key) <= num_shared => {
-                num_true = self.sequences[sibling.index()].num_kept_now;
                 self.share(sibling, num_shared, key);
             }
             _ => num_looked_up = self.share_cached(key),
         }
         let sequence = &mut self.sequences[key.index()];
-        sequence.num_kept_now = num_true.min(sequence.table.blocks().len()).min(sequence.num_kept);
-        sequence.num_kept_found = sequence.num_kept_found.max(sequence.num_kept_now);
-        sequence.is_stale |= sequence.num_kept_now < sequence.num_kept;
         sequence.num_computed = sequence.table.blocks().len() * self.limits.block_size;
         sequence.table.reserve(self.blocks.blocks_for(sequence.max_slots));
         if self.blocks.grow(&mut sequence.table, sequence.len).is_err() {
             self.release(key);
             return false;
         }
+        sequence.num_kept_found = sequence.num_kept_found.max(sequence.num_kept_now);
+        sequence.is_stale |= sequence.num_kept_now < sequence.num_kept;
         let num_found = if num_looked_up > 0 { self.sequences[key.index()].num_computed } else { 0 };
         self.stats.prefix_cache_queries += num_looked_up as u64;
         self.stats.prefix_cache_hits += num_found as u64;
@@ -108,9 +106,12 @@ impl Scheduler {
     fn share(&mut self, from: SeqKey, num_blocks: usize, to: SeqKey) {
         let mut table = std::mem::take(&mut self.sequences[to.index()].table);
         table.reserve(self.blocks.blocks_for(self.sequences[to.index()].max_slots));
-        self.blocks.fork(&self.sequences[from.index()].table, num_blocks, &mut table);
-        self.sequences[to.index()].is_stale = self.sequences[from.index()].is_stale;
-        self.sequences[to.index()].table = table;
+        let Sequence { table: theirs, is_stale, num_kept_now, .. } = &self.sequences[from.index()];
+        self.blocks.fork(theirs, num_blocks, &mut table);
+        let (is_stale, num_kept_now) = (*is_stale, (*num_kept_now).min(num_blocks));
+        let sequence = &mut self.sequences[to.index()];
+        (sequence.table, sequence.is_stale) = (table, is_stale);
+        sequence.num_kept_now = num_kept_now.min(sequence.num_kept);
     }
 
     /// Leading blocks of the known tokens of `key` that the prefix cache has: more than the prompt's where the sequence
@@ -123,9 +124,10 @@ impl Scheduler {
     /// Take the cached blocks that the known tokens of `key` begin with, so that a row is left to compute. Returns the
     /// number of tokens looked up, 0 where the caller names no blocks.
     fn share_cached(&mut self, key: SeqKey) -> usize {
-        let Sequence { table, hashes, num_cached, len, .. } = &mut self.sequences[key.index()];
+        let Sequence { table, hashes, num_cached, num_kept, num_kept_now, len, .. } = &mut self.sequences[key.index()];
         let named = shareable_names(hashes, *len, self.limits.block_size);
         *num_cached = self.blocks.num_cached(named);
+        *num_kept_now = (*num_cached).min(*num_kept);
         self.blocks.share_cached(&named[..*num_cached], table);
         if hashes.is_empty() { 0 } else { *len }
     }

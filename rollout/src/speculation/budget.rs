@@ -69,6 +69,11 @@ impl Budget {
         Budget::Measured(Measured::default())
     }
 
+    /// True where it goes by step times, and none is known.
+    pub(super) fn lacks_step_times(&self) -> bool {
+        matches!(self, Budget::Measured(measured) if measured.cost.points.is_empty())
+    }
+
     /// False where a step of `num_rows` rows gains nothing from a draft whose every token is kept with probability
     /// `best`, or where the last looks found nothing.
     pub(super) fn is_worth_asking(&mut self, num_rows: usize, best: f64) -> bool {

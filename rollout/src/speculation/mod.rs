@@ -254,9 +254,9 @@ impl Speculation {
         }
     }
 
-    /// True where drafts are chosen by what steps cost.
-    pub(crate) fn measures_steps(&self) -> bool {
-        matches!(self.budget, Budget::Measured(_))
+    /// True where drafts are chosen by what steps cost, and that is not known of any yet.
+    pub(crate) fn lacks_step_times(&self) -> bool {
+        self.budget.lacks_step_times()
     }
 
     /// Let every drafter give back what memory it can; gives the number of bytes.

@@ -20,7 +20,7 @@ use super::parallel::SharedMut;
 use super::reused::with_reused;
 use super::simd::{Kernel, Simd};
 use crate::{AttnShape, KvCache, SeqSpan};
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::cmp::Ordering;
 
 /// Slots of a chunk.
@@ -33,13 +33,13 @@ const PAIRS_PER_TASK: usize = 24;
 const INLINE_WORK: usize = 64 * 1024;
 
 thread_local! {
-    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
     static TASKS: Cell<Vec<Task>> = const { Cell::new(Vec::new()) };
 }
 
 /// Run `f` with at least `len` floats of the thread's own memory, contents arbitrary.
 pub(crate) fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
-    SCRATCH.with_borrow_mut(|scratch| {
+    with_reused(&SCRATCH, |scratch| {
         if scratch.len() < len {
             scratch.resize(len, 0.0);
         }
